@@ -1,0 +1,191 @@
+"""The whole configuration as documented, frozen dataclasses; ml_collections only at the edge.
+
+`default()` is a locked ConfigDict of the defaults, for configs/*.py and command-line overrides; `parse` turns it
+back into dataclasses and refuses what they do not know.
+"""
+import dataclasses
+import json
+import pathlib
+
+import ml_collections
+
+from mask2dit_jax import diffusion
+from mask2dit_jax.models import dit
+
+OPTIMIZERS = ('adamw', 'muon')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Stories to train on.
+
+    Attributes:
+      layouts: frames per scene of each kind of story; batches of one kind alternate in this order, so that a kind
+        listed twice is seen twice as often.
+      size_px: height and width.
+      caption_style: 'first' names character and place in the first caption only, 'every' in each.
+      codec_patch_frames: frames per latent frame of the fixed codec.
+      num_train, num_test: stories of each kind.
+      dir: where data sets are kept; empty for <workdir>/../data.
+    """
+    layouts: tuple[tuple[int, ...], ...] = ((4, 4, 4),)
+    size_px: int = 16
+    caption_style: str = 'first'
+    codec_patch_frames: int = 4
+    num_train: int = 16384
+    num_test: int = 512
+    dir: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon for the blocks' matrices with AdamW for the rest.
+
+    Attributes:
+      name: 'adamw' or 'muon'.
+      learning_rate: peak, after warmup_steps of linear warm-up from 0.
+      final_fraction: the cosine ends at this fraction of the peak; 1 keeps the rate constant.
+      clip_norm: global gradient norm limit.
+    """
+    name: str = 'adamw'
+    learning_rate: float = 1e-5
+    warmup_steps: int = 100
+    final_fraction: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+      batch_size: global, over all devices and accumulated micro-batches.
+      grad_accumulation: micro-batches per update.
+      caption_dropout: share of stories trained on empty captions, for classifier-free guidance.
+      conditional_probability: share of stories in which leading scenes are given (clean, timestep 0).
+      ema_decay: limit of the decay min((1 + k) / (10 + k), ema_decay).
+      keep_checkpoints: the newest ones that stay on disk.
+    """
+    steps: int = 1000
+    batch_size: int = 8
+    grad_accumulation: int = 1
+    caption_dropout: float = 0.1
+    conditional_probability: float = 0.0
+    ema_decay: float = 0.9999
+    log_every_steps: int = 50
+    checkpoint_every_steps: int = 1000
+    sample_every_steps: int = 1000
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Sampling, in training's sheets, in the final scores, and as the defaults of `sample`."""
+    sampler: str = 'ddim'
+    steps: int = 50
+    guidance: float = 6.0
+    sheet_stories: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Scores at the end of training: held-out stories, per batch, and given scenes in the extension test."""
+    stories: int = 256
+    batch_size: int = 64
+    given_scenes: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices: `data` copies of the model, each spread over `fsdp` devices; their product must be the device count.
+
+    cpu_devices sets how many devices JAX makes of the host's CPU; it means nothing on accelerators.
+    """
+    data: int = 1
+    fsdp: int = 1
+    cpu_devices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything `main` needs; init_from names a workdir whose EMA parameters are the starting point."""
+    seed: int = 0
+    init_from: str = ''
+    model: dit.DiTConfig = dit.DiTConfig()
+    schedule: diffusion.Schedule = diffusion.Schedule()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def default() -> ml_collections.ConfigDict:
+    """The defaults as a ConfigDict that refuses new keys."""
+    return ml_collections.ConfigDict(_plain(Config()), convert_dict=True)
+
+
+def _plain(config) -> dict:
+    return {f.name: _plain(v) if dataclasses.is_dataclass(v) else v
+            for f in dataclasses.fields(config) for v in [getattr(config, f.name)]}
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _build(cls, values: dict, where: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f'{where} has unknown keys {", ".join(unknown)}; it knows {", ".join(fields)}.')
+    nested = {k: v for k, v in values.items() if dataclasses.is_dataclass(fields[k].default)}
+    built = {k: _build(type(fields[k].default), v, f'{where}.{k}') for k, v in nested.items()}
+    return cls(**({k: _tuples(v) for k, v in values.items()} | built))
+
+
+def parse(config) -> Config:
+    """Validated dataclasses from a ConfigDict or a nested dict.
+
+    Raises:
+      ValueError: naming the section and key that is unknown or out of range.
+    """
+    config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    parsed = _build(Config, config, 'config')
+    _check(parsed)
+    return parsed
+
+
+def _check(config: Config) -> None:
+    t, m = config.train, config.mesh
+    if config.optimizer.name not in OPTIMIZERS:
+        raise ValueError(f'config.optimizer.name is {config.optimizer.name!r}: use one of {", ".join(OPTIMIZERS)}.')
+    if t.batch_size % (t.grad_accumulation * m.data * m.fsdp):
+        raise ValueError(f'config.train.batch_size {t.batch_size} does not divide into grad_accumulation '
+                         f'{t.grad_accumulation} x data {m.data} x fsdp {m.fsdp}: make it a multiple.')
+    for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
+        if not 0 <= getattr(t, name) <= 1:
+            raise ValueError(f'config.train.{name} must lie in 0...1, got {getattr(t, name)}.')
+    if not config.data.layouts:
+        raise ValueError('config.data.layouts is empty: list at least one kind of story, e.g. ((4, 4, 4),).')
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+    """Writes the configuration as JSON."""
+    path.write_text(json.dumps(_plain(config), indent=2) + '\n')
+
+
+def load(path: pathlib.Path) -> Config:
+    """Reads what `save` wrote.
+
+    Raises:
+      FileNotFoundError: if there is none, which means that path's folder is no workdir.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main has written.')
+    return parse(json.loads(path.read_text()))

@@ -1,0 +1,133 @@
+"""Training metrics: one log line with speed and ETA, one JSON object per line in metrics.jsonl, score tables."""
+import collections
+import json
+import math
+import numbers
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+from absl import logging
+
+_WINDOW_WRITES = 10  # writes over which the speed is averaged
+
+
+def format_eta(seconds: float) -> str:
+    """Formats a duration in seconds as 1h02m, 3m29s or 12s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f'{hours}h{minutes:02d}m'
+    return f'{minutes}m{seconds:02d}s' if minutes else f'{seconds}s'
+
+
+def _cell(value) -> str:
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return f'{value:.4g}'
+    return str(value).replace('|', r'\|')
+
+
+def format_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
+    """Formats rows as a markdown table, aligned also as plain text.
+
+    Args:
+      rows: one mapping per row; floats are shown with 4 significant digits, a missing column is left empty.
+      columns: keys to show, in order; a column of numbers is aligned to the right.
+
+    Returns:
+      The lines of the table, without a final newline.
+    """
+    formatted = []
+    for column in columns:
+        cells = [column, *(_cell(row.get(column, '')) for row in rows)]
+        width = max(3, *map(len, cells))
+        right = all(isinstance(row.get(column, 0), numbers.Real) for row in rows)
+        rule = '-' * (width - 1) + ':' if right else '-' * width
+        cells = [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
+        formatted.append([cells[0], rule, *cells[1:]])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in zip(*formatted))
+
+
+def _drop_steps_after(path: pathlib.Path, step: int) -> None:
+    """Rewrites the file atomically without later steps and without a last line torn by a kill in mid-write."""
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+    lines = [line for line in lines if line.endswith('\n')]
+    try:
+        kept = [line for line in lines if json.loads(line)['step'] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} has a line that is no metrics record ({error}): repair or move the file.') from error
+    rewritten = path.with_name(path.name + '.tmp')
+    rewritten.write_text(''.join(kept), encoding='utf-8')
+    os.replace(rewritten, path)
+
+
+def _speed(marks: Sequence[tuple[float, int]]) -> float | None:
+    """Steps per second from the first to the last (time, step); None while there is no such span."""
+    (start, first), (end, last) = marks[0], marks[-1]
+    return (last - first) / (end - start) if last > first and end > start else None
+
+
+class MetricWriter:
+    """Writes metrics to the log and to workdir/metrics.jsonl on process 0; on other processes it does nothing."""
+
+    def __init__(self, workdir, total_steps: int, start_step: int = 0):
+        """Opens the file for appending.
+
+        Args:
+          workdir: local folder, made if needed.
+          total_steps: the step at which training ends, for the ETA.
+          start_step: the step resumed from. Records of later steps, written by a run that was killed after its
+            last checkpoint, are removed: no step appears twice.
+
+        Raises:
+          ValueError: for a remote workdir, where files cannot be appended to, or a damaged metrics.jsonl.
+        """
+        self._total_steps = total_steps
+        self._marks = collections.deque(maxlen=_WINDOW_WRITES + 1)
+        self._file = None
+        if '://' in os.fspath(workdir):
+            raise ValueError(f'metrics.jsonl cannot be appended to in {workdir}: pass a local folder.')
+        if jax.process_index() != 0:
+            return
+        path = pathlib.Path(workdir) / 'metrics.jsonl'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_steps_after(path, start_step)
+        self._file = path.open('a', encoding='utf-8')
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one record and logs one line.
+
+        The speed is averaged over the last writes. It starts at the first write, so that the compilation before
+        it does not count; the first record hence has no speed. NaN and infinities become strings in the file.
+
+        Args:
+          step: the number of steps done.
+          metrics: scalars by name; anything that `float` accepts.
+        """
+        if self._file is None:
+            return
+        self._marks.append((time.monotonic(), step))
+        speed = _speed(self._marks)
+        values = {name: float(value) for name, value in metrics.items()}
+        record = {'step': step, **values} | ({} if speed is None else {'steps_per_second': speed})
+        # JSON knows no NaN: a bare one would make the line unreadable to everything but Python.
+        record = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + '\n')
+        self._file.flush()
+        logging.info('%s', self._log_line(step, values, speed))
+
+    def _log_line(self, step: int, values: dict[str, float], speed: float | None) -> str:
+        parts = [f'step {step}/{self._total_steps}']
+        if speed is not None:
+            parts.append(f'{speed:.1f} steps/s' if speed >= 10 else f'{speed:.3g} steps/s')
+            parts.append(f'ETA {format_eta(max(0, self._total_steps - step) / speed)}')
+        return ' | '.join(parts + [f'{name} {value:.4g}' for name, value in values.items()])
+
+    def close(self) -> None:
+        """Closes the file; later writes do nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,139 @@
+"""metrics.jsonl stays valid and without repeated steps; speed, ETA and tables are right."""
+import json
+import logging
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mask2dit_jax import metric_writer
+
+
+def _refuse(constant):
+    raise AssertionError(f'{constant} is not JSON')
+
+
+def _records(workdir):
+    lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
+
+
+@pytest.mark.parametrize('seconds, text', [
+    (12, '12s'), (0.2, '0s'), (59.6, '1m00s'), (209, '3m29s'), (3599.7, '1h00m'), (3720, '1h02m'), (360000, '100h00m')])
+def test_format_eta(seconds, text):
+    assert metric_writer.format_eta(seconds) == text
+
+
+def test_non_finite_values_keep_the_file_valid_json(tmp_path):
+    writer = metric_writer.MetricWriter(tmp_path / 'run', 10)
+    writer.write(1, {'loss': np.float32('nan'), 'grad_norm': float('inf'), 'low': -np.inf, 'lr': np.float32(0.5)})
+    assert _records(tmp_path / 'run') == [{'step': 1, 'loss': 'nan', 'grad_norm': 'inf', 'low': '-inf', 'lr': 0.5}]
+    writer.close()
+
+
+def test_each_line_is_on_disk_at_once(tmp_path):
+    writer = metric_writer.MetricWriter(tmp_path, 10)
+    for step in (1, 2):
+        writer.write(step, {'loss': 1.0})
+        assert len(_records(tmp_path)) == step
+    writer.close()
+    writer.write(3, {'loss': 1.0})
+    assert len(_records(tmp_path)) == 2
+
+
+def test_resume_keeps_old_steps_and_drops_later_and_torn_ones(tmp_path):
+    writer = metric_writer.MetricWriter(tmp_path, 100)
+    for step in (10, 20, 30):
+        writer.write(step, {'loss': step})
+    writer.close()
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
+        file.write('{"step": 4')  # killed in mid-write
+    writer = metric_writer.MetricWriter(tmp_path, 100, start_step=20)
+    assert [record['step'] for record in _records(tmp_path)] == [10, 20]
+    writer.write(30, {'loss': -1.0})
+    writer.close()
+    assert [(record['step'], record['loss']) for record in _records(tmp_path)] == [(10, 10), (20, 20), (30, -1)]
+    assert [path.name for path in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
+def test_damaged_file_and_remote_folder_are_errors(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnonsense\n')
+    with pytest.raises(ValueError, match=r'metrics\.jsonl'):
+        metric_writer.MetricWriter(tmp_path, 10, start_step=5)
+    assert 'nonsense' in (tmp_path / 'metrics.jsonl').read_text()
+    with pytest.raises(ValueError, match='gs://bucket/run'):
+        metric_writer.MetricWriter('gs://bucket/run', 10)
+
+
+def test_speed_spans_the_first_to_the_last_mark():
+    assert metric_writer._speed([(100.0, 5)]) is None
+    assert metric_writer._speed([(100.0, 5), (101.0, 5)]) is None
+    assert metric_writer._speed([(100.0, 10), (101.0, 20), (104.0, 50)]) == pytest.approx(10)
+
+
+def test_speed_forgets_marks_older_than_the_window(tmp_path):
+    writer = metric_writer.MetricWriter(tmp_path, 10**9)
+    for step in range(30):
+        writer.write(step, {})
+    assert [step for _, step in writer._marks] == list(range(19, 30))
+    writer.close()
+
+
+def test_first_record_has_no_speed_and_later_ones_have(tmp_path, caplog):
+    writer = metric_writer.MetricWriter(tmp_path, 4000)
+    with caplog.at_level(logging.INFO, logger='absl'):
+        writer.write(1, {'loss': 0.5})
+        writer.write(1200, {'loss': 0.12344, 'grad_norm': 0.56})
+        writer.write(1200, {'lr': 1e-4})  # an evaluation at the same step keeps the speed
+    writer.close()
+    speeds = [record.get('steps_per_second') for record in _records(tmp_path)]
+    assert speeds[0] is None and speeds[1] > 0 and speeds[2] > 0
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == 'step 1/4000 | loss 0.5'
+    assert re.fullmatch(r'step 1200/4000 \| [\d.]+ steps/s \| ETA \d+s \| loss 0.1234 \| grad_norm 0.56', lines[1])
+    assert lines[2].endswith('| lr 0.0001')
+
+
+@pytest.mark.parametrize('speed, text', [(13.44, '13.4 steps/s | ETA 3m28s'), (0.05124, '0.0512 steps/s | ETA 15h10m')])
+def test_log_line_speed_and_eta(tmp_path, speed, text):
+    writer = metric_writer.MetricWriter(tmp_path, 4000)
+    assert writer._log_line(1200, {}, speed) == f'step 1200/4000 | {text}'
+    assert 'ETA 0s' in writer._log_line(4001, {}, speed)
+    writer.close()
+
+
+_PROCESS = """
+import sys
+import jax
+from mask2dit_jax import metric_writer
+port, index, workdir = sys.argv[1:]
+jax.distributed.initialize(f'localhost:{port}', 2, int(index))
+writer = metric_writer.MetricWriter(f'{workdir}/{index}', 10)
+writer.write(1, {'loss': float(index)})
+writer.close()
+"""
+
+
+def test_only_process_0_writes(tmp_path):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = str(free.getsockname()[1])
+    processes = [subprocess.Popen([sys.executable, '-c', _PROCESS, port, str(index), str(tmp_path)],
+                                  cwd=pathlib.Path(__file__).parents[1]) for index in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert _records(tmp_path / '0') == [{'step': 1, 'loss': 0.0}]
+    assert not (tmp_path / '1').exists()
+
+
+def test_format_table():
+    rows = [{'pattern': 'dual', 'cut': 0.98765432, 'steps': 12345}, {'pattern': 'a|b', 'steps': 7}]
+    assert metric_writer.format_table(rows, ['pattern', 'cut', 'steps']).splitlines() == [
+        '| pattern |    cut | steps |',
+        '| ------- | -----: | ----: |',
+        '| dual    | 0.9877 | 12345 |',
+        r'| a\|b    |        |     7 |',
+    ]

@@ -1,0 +1,251 @@
+"""Video files keep frames, sizes and colours; sheets show every scene with its caption; errors name the file."""
+import av
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mask2dit_jax import video
+
+
+def _frames(count=6, height=24, width=32):
+    """Smooth colours that move, so that no two frames are equal and chroma subsampling costs little."""
+    y, x = np.mgrid[:height, :width]
+    frames = [np.stack([x / width, y / height, np.full(x.shape, i / count)], -1) for i in range(count)]
+    return np.stack(frames).astype(np.float32)  # [F, H, W, 3]
+
+
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+def test_to_uint8_rounds_and_clips(dtype):
+    pixels = np.array([-0.5, 126.6 / 255, 128.4 / 255, 1.5], dtype)
+    np.testing.assert_array_equal(video.to_uint8(pixels), [0, 127, 128, 255])
+
+
+def test_to_uint8_keeps_uint8_and_refuses_others():
+    np.testing.assert_array_equal(video.to_uint8(np.array([0, 200], np.uint8)), [0, 200])
+    with pytest.raises(ValueError, match='int64'):
+        video.to_uint8(np.array([0, 200], np.int64))
+    with pytest.raises(ValueError, match='NaN'):
+        video.to_uint8(np.array([0.5, np.nan]))
+
+
+@pytest.mark.parametrize('write, suffix', [(video.write_mp4, 'mp4'), (video.write_gif, 'gif')])
+@pytest.mark.parametrize('scale', [1, 3])
+def test_round_trip(tmp_path, write, suffix, scale):
+    frames = _frames()
+    path = tmp_path / 'new_folder' / f'clip.{suffix}'
+    write(path, frames, 10, scale=scale)
+    read, fps = video.read_video(path)
+    assert read.dtype == np.uint8
+    assert read.shape == (6, 24 * scale, 32 * scale, 3)
+    assert fps == pytest.approx(10)
+    wanted = video.to_uint8(frames).repeat(scale, 1).repeat(scale, 2).astype(float)
+    assert np.abs(read - wanted).mean() < 4  # of 255: lossy
+
+
+@pytest.mark.parametrize('codec, options', [('libx264', {'crf': '16'}), ('mpeg4', {'qmin': '1', 'qmax': '4'})])
+def test_both_mp4_codecs_keep_colours_and_rate(tmp_path, codec, options):
+    if codec not in av.codecs_available:
+        pytest.fail(f'PyAV is built without {codec}.')
+    frames = video.to_uint8(_frames())
+    video._encode(str(tmp_path / 'clip.mp4'), frames, 24000 / 1001, codec, options)
+    read, fps = video.read_video(tmp_path / 'clip.mp4')
+    assert fps == pytest.approx(24000 / 1001, rel=1e-6)
+    assert np.abs(read.astype(float) - frames).mean() < 4
+
+
+@pytest.mark.parametrize('height, width', [(1, 1), (16, 16), (15, 33), (17, 20)])
+def test_odd_and_tiny_mp4_is_padded_to_even(tmp_path, height, width):
+    frames = _frames(3, height, width)
+    video.write_mp4(tmp_path / 'clip.mp4', frames, 8)
+    read, _ = video.read_video(tmp_path / 'clip.mp4')
+    assert read.shape == (3, height + height % 2, width + width % 2, 3)
+    assert np.abs(read[:, :height, :width] - video.to_uint8(frames).astype(float)).mean() < 6
+
+
+def test_mp4_is_yuv420p_h264(tmp_path):
+    video.write_mp4(tmp_path / 'clip.mp4', _frames(), 8)
+    with av.open(str(tmp_path / 'clip.mp4')) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt) == ('h264', 'yuv420p')
+
+
+def test_gif_loops_forever_at_the_mean_rate(tmp_path):
+    video.write_gif(tmp_path / 'clip.gif', _frames(16), 16)  # 62.5 ms is no multiple of the gif's 10 ms
+    with Image.open(tmp_path / 'clip.gif') as image:
+        assert image.info['loop'] == 0
+        durations_ms = []
+        for i in range(image.n_frames):
+            image.seek(i)
+            durations_ms.append(image.info['duration'])
+    assert sum(durations_ms) == 1000
+    assert set(durations_ms) == {60, 70}
+
+
+@pytest.mark.parametrize('height_px, width_px', [(12, 16), (12, 12), (8, 30), (48, 64)])
+def test_read_covers_the_size_and_crops_the_centre(tmp_path, height_px, width_px):
+    frames = np.zeros((2, 24, 32, 3), np.uint8)
+    frames[:, 10:14, 14:18] = 255  # a centred square stays centred
+    video.write_mp4(tmp_path / 'clip.mp4', frames, 8)
+    read, _ = video.read_video(tmp_path / 'clip.mp4', height_px=height_px, width_px=width_px)
+    assert read.shape == (2, height_px, width_px, 3)
+    light = read[0].mean(-1)
+    y, x = np.mgrid[:height_px, :width_px] + 0.5
+    assert (light * y).sum() / light.sum() == pytest.approx(height_px / 2, abs=0.25)
+    assert (light * x).sum() / light.sum() == pytest.approx(width_px / 2, abs=0.25)
+    zoom = max(height_px / 24, width_px / 32)
+    assert light.sum() / 255 == pytest.approx(16 * zoom**2, rel=0.15)  # one zoom for both axes
+
+
+def test_read_antialiases(tmp_path):
+    board = np.indices((64, 64)).sum(0) % 2 * 255
+    video.write_gif(tmp_path / 'clip.gif', np.repeat(board[None, :, :, None], 3, -1).astype(np.uint8), 8)
+    read, _ = video.read_video(tmp_path / 'clip.gif', height_px=16, width_px=16)
+    assert np.abs(read.astype(float) - 127.5).max() < 30
+
+
+def _write_audio(path):
+    with av.open(str(path), 'w', format='wav') as container:
+        stream = container.add_stream('pcm_s16le', rate=8000, layout='mono')
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format='s16', layout='mono')
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_read_errors_name_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'missing\.mp4'):
+        video.read_video(tmp_path / 'missing.mp4')
+    (tmp_path / 'text.mp4').write_text('this is no video')
+    with pytest.raises(ValueError, match=r'text\.mp4 cannot be decoded'):
+        video.read_video(tmp_path / 'text.mp4')
+    _write_audio(tmp_path / 'sound.wav')
+    with pytest.raises(ValueError, match=r'sound\.wav has no video stream'):
+        video.read_video(tmp_path / 'sound.wav')
+
+
+def test_a_cut_off_file_is_an_error(tmp_path):
+    video.write_mp4(tmp_path / 'clip.mp4', _frames(), 8)
+    content = (tmp_path / 'clip.mp4').read_bytes()
+    (tmp_path / 'cut.mp4').write_bytes(content[:-20])
+    with pytest.raises(ValueError, match=r'cut\.mp4 cannot be decoded'):
+        video.read_video(tmp_path / 'cut.mp4')
+    (tmp_path / 'empty.mp4').write_bytes(content[:content.index(b'mdat') + 4])  # the header comes first
+    with pytest.raises(ValueError, match=r'empty\.mp4 has 0 frames'):
+        video.read_video(tmp_path / 'empty.mp4')
+
+
+def test_wrong_arguments(tmp_path):
+    path = tmp_path / 'clip.mp4'
+    with pytest.raises(ValueError, match='width_px=None'):
+        video.read_video(path, height_px=8)
+    with pytest.raises(ValueError, match='fps is 0'):
+        video.write_mp4(path, _frames(), 0)
+    with pytest.raises(ValueError, match='fps is 60'):
+        video.write_gif(path, _frames(), 60)
+    with pytest.raises(ValueError, match='scale is 0'):
+        video.write_mp4(path, _frames(), 8, scale=0)
+    with pytest.raises(ValueError, match=r'\(6, 24, 32\)'):
+        video.write_mp4(path, _frames()[..., 0], 8)
+    with pytest.raises(ValueError, match=r'\(0, 24, 32, 3\)'):
+        video.write_gif(path, _frames()[:0], 8)
+    assert not path.exists()
+
+
+def test_png_round_trip(tmp_path):
+    image = _frames()[0]
+    video.write_png(tmp_path / 'sheets' / 'image.png', image)
+    with Image.open(tmp_path / 'sheets' / 'image.png') as read:
+        np.testing.assert_array_equal(np.asarray(read), video.to_uint8(image))
+
+
+_COLOURS = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
+
+
+def _plain(colour, count, height=16, width=16):
+    return np.broadcast_to(_COLOURS[colour], (count, height, width, 3))
+
+
+def _pixels_of(image, colour):
+    return int((image == _COLOURS[colour]).all(-1).sum())
+
+
+def test_contact_sheet_shows_at_most_eight_frames_per_scene():
+    image = video.contact_sheet([_plain(0, 3), _plain(1, 20), _plain(2, 1)], ['one', 'two', 'three'])
+    assert image.dtype == np.uint8
+    tile_px = 128 * 128  # 16 px enlarged eight times
+    assert [_pixels_of(image, c) // tile_px for c in range(3)] == [3, 8, 1]
+    assert image.shape[1] == 8 * 128 + 7 * 3 + 2 * 20
+    np.testing.assert_array_equal(image[:20], 255)
+    np.testing.assert_array_equal(image[:, -20:], 255)
+
+
+def test_frames_shown_run_from_the_first_to_the_last():
+    grey = np.arange(100, 110, dtype=np.uint8)[:, None, None, None]
+    image = video.contact_sheet([np.broadcast_to(grey, (10, 16, 16, 3))], [''], max_frames=4)
+    shown = [value for value in range(100, 110) if (image == value).all(-1).sum() >= 128 * 128]
+    assert shown == [100, 103, 106, 109]
+
+
+@pytest.mark.parametrize('height, shown_px', [(16, 128), (40, 120), (100, 100), (256, 128)])
+def test_frame_height_on_the_sheet(height, shown_px):
+    image = video.contact_sheet([_plain(0, 1, height, height)], [''])
+    rows = (image == _COLOURS[0]).all(-1).any(1).sum()
+    assert rows == shown_px
+
+
+def _ink(image):
+    """Caption pixels: neither white nor one of the scene colours."""
+    return ~((image == 255).all(-1) | (image[..., None, :] == _COLOURS).all(-1).any(-1))
+
+
+def test_captions_are_drawn_above_their_scene():
+    silent = video.contact_sheet([_plain(0, 4), _plain(1, 4)], ['', ''])
+    image = video.contact_sheet([_plain(0, 4), _plain(1, 4)], ['', 'a green square'])
+    assert not _ink(silent).any()
+    lines = np.flatnonzero(_ink(image).any(1))
+    red, green = (np.flatnonzero((image == _COLOURS[c]).all(-1).any(1)) for c in range(2))
+    assert len(lines) >= 8
+    assert red.max() < lines.min() and lines.max() < green.min()
+
+
+def test_long_captions_wrap_inside_the_sheet_and_end_in_an_ellipsis():
+    font = video.ImageFont.load_default(size=15)
+    words = 'a red ball rolls over the lawn ' * 4
+    lines = video._wrap(words, font, 300)
+    assert ' '.join(lines) == words.strip()
+    assert max(map(font.getlength, lines)) <= 300
+    assert len(lines) <= font.getlength(words) / 300 * 1.3 + 1  # lines are well filled
+    lines = video._wrap(words * 20 + 'x' * 500, font, 300)
+    assert len(lines) == 6 and lines[-1].endswith('…')
+    assert max(map(font.getlength, video._wrap('x' * 100, font, 300))) <= 300
+    image = video.contact_sheet([_plain(0, 2)], [words * 20])
+    assert not _ink(image)[:, -20:].any()
+
+
+def test_given_scenes_are_marked():
+    scenes, captions = [_plain(0, 4), _plain(1, 4)], ['same', 'same']
+    plain = video.contact_sheet(scenes, captions)
+    image = video.contact_sheet(scenes, captions, given=(True, False))
+    red = np.flatnonzero((image == _COLOURS[0]).all(-1).any(1))
+    assert _ink(image)[:red.min()].sum() > 2 * _ink(plain)[:red.min()].sum()
+    np.testing.assert_array_equal(image[red.max():], plain[red.max():])
+
+
+def test_story_grid_puts_scenes_side_by_side():
+    image = video.story_grid([[_plain(0, 9), _plain(1, 2)], [_plain(2, 9)]], [['one', 'two'], ['three']],
+                             given=[(True, False), (False,)])
+    tiles = [_pixels_of(image, c) / 128**2 for c in range(3)]
+    assert tiles == [4, 2, 4]
+    red, green, blue = (np.argwhere((image == _COLOURS[c]).all(-1)) for c in range(3))
+    assert red[:, 0].min() == green[:, 0].min() and red[:, 1].max() + 20 < green[:, 1].min()
+    assert red[:, 1].min() == blue[:, 1].min() and red[:, 0].max() < blue[:, 0].min()
+
+
+def test_sheet_refuses_unequal_numbers():
+    with pytest.raises(ValueError, match=r'\[1, 1\]'):
+        video.contact_sheet([_plain(0, 2), _plain(1, 2)], ['one'])
+    with pytest.raises(ValueError, match='given'):
+        video.story_grid([[_plain(0, 2)]], [['one']], given=[(True, False)])
+    with pytest.raises(ValueError, match='at least one scene'):
+        video.contact_sheet([], [])
