@@ -22,7 +22,7 @@ RULES = (
     (r'/proj_out/kernel$', ('fsdp', None)),
     (r'/positions$', (None, 'fsdp')),
     (r'/(bias|scale)$', ()),
-    (r'^step$|(^|/)count$', ()),
+    (r'^step$|/(count|ns_coeffs)$', ()),
 )
 
 

@@ -134,6 +134,14 @@ def apply_rope(x, cos, sin):
     return (x32 * cos[:, None] + turned * sin[:, None]).astype(x.dtype)
 
 
+class _Dense(nn.Dense):
+    """Dense over flattened leading axes: XLA's CPU backend computes the weight gradient twice as fast that way."""
+
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
 def _layer_norm(eps: float, affine: bool, name: str):
     """LayerNorm with float32 statistics and result; the caller casts."""
     return nn.LayerNorm(epsilon=eps, use_bias=affine, use_scale=affine, dtype=jnp.float32, use_fast_variance=False,
@@ -153,7 +161,7 @@ class _AdaLayerNorm(nn.Module):
     def __call__(self, x, emb, token_kind):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         b, s, e = *emb.shape[:2], cfg.width
-        table = nn.Dense(self.kinds * self.parts * e, dtype=dtype, kernel_init=nn.initializers.zeros,
+        table = _Dense(self.kinds * self.parts * e, dtype=dtype, kernel_init=nn.initializers.zeros,
                          name='linear')(nn.silu(emb))
         table = table.reshape(b, s * self.kinds, self.parts, e)
         # A product with one-hot rows is exact, shards over tokens, and has a matmul as gradient, not a scatter.
@@ -172,7 +180,7 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x, rope):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        dense = functools.partial(nn.Dense, cfg.width, dtype=dtype)
+        dense = functools.partial(_Dense, cfg.width, dtype=dtype)
         heads = (*x.shape[:2], cfg.num_attention_heads, cfg.attention_head_dim)
         q, k, v = (dense(use_bias=cfg.attention_bias, name=n)(x).reshape(heads) for n in ('to_q', 'to_k', 'to_v'))
         q = _layer_norm(1e-6, True, 'norm_q')(q).astype(dtype)
@@ -195,8 +203,8 @@ class _Block(nn.Module):
         h, gate = _AdaLayerNorm(cfg, 3, 2, name='norm1')(x, emb, token_kind)
         x = x + gate * _Attention(cfg, self.layout, name='attn')(h, rope)
         h, gate = _AdaLayerNorm(cfg, 3, 2, name='norm2')(x, emb, token_kind)
-        h = nn.gelu(nn.Dense(4 * cfg.width, dtype=dtype, name='ff_in')(h), approximate=True)
-        return x + gate * nn.Dense(cfg.width, dtype=dtype, name='ff_out')(h), None
+        h = nn.gelu(_Dense(4 * cfg.width, dtype=dtype, name='ff_in')(h), approximate=True)
+        return x + gate * _Dense(cfg.width, dtype=dtype, name='ff_out')(h), None
 
 
 def _block_stack(cfg: DiTConfig):
@@ -233,13 +241,13 @@ class DiT(nn.Module):
         chex.assert_shape(t, (b, s))
 
         emb = timestep_embedding(t, cfg.width, cfg.flip_sin_to_cos, cfg.freq_shift).astype(dtype)
-        emb = nn.Dense(cfg.time_embed_dim, dtype=dtype, name='time_in')(emb)
-        emb = nn.Dense(cfg.time_embed_dim, dtype=dtype, name='time_out')(nn.silu(emb))  # [B, S, Et]
+        emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_in')(emb)
+        emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_out')(nn.silu(emb))  # [B, S, Et]
 
         bias = cfg.patch_bias or cfg.patch_size_t is not None
         video = patchify(latents.astype(dtype), layout, cfg.patch_size)
-        video = nn.Dense(cfg.width, use_bias=bias, dtype=dtype, name='patch')(video)
-        text = nn.Dense(cfg.width, dtype=dtype, name='text')(text.astype(dtype)).reshape(b, layout.num_text, -1)
+        video = _Dense(cfg.width, use_bias=bias, dtype=dtype, name='patch')(video)
+        text = _Dense(cfg.width, dtype=dtype, name='text')(text.astype(dtype)).reshape(b, layout.num_text, -1)
         x = jnp.concatenate([text, video], axis=1)  # [B, L, E]
         x = self._add_positions(x, layout)
 
@@ -250,7 +258,7 @@ class DiT(nn.Module):
         x = _layer_norm(cfg.norm_eps, cfg.norm_elementwise_affine, 'norm_final')(x[:, layout.num_text:])
         x, = _AdaLayerNorm(cfg, 2, 1, name='norm_out')(x.astype(dtype), emb, scene[layout.num_text:])
         features = cfg.out_channels * layout.patch_t * cfg.patch_size ** 2
-        x = nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name='proj_out')(x)
+        x = _Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name='proj_out')(x)
         return unpatchify(x, layout, cfg.patch_size).astype(jnp.float32)
 
     def _rope(self, layout):

@@ -13,6 +13,7 @@ LEAST_CONTRAST = 0.35  # RGB distance from the background below which there is n
 ACTION_RADIUS = 0.6  # in units of the whole action; another action is at least 1 away
 SHOWN = 0.22  # a frame shows the character if its area exceeds this part of the scene's largest
 SCALES = np.linspace(0.5, 1.35, 12)  # tried for the shape, then refined
+FAINTEST = 0.8  # a rendering may be this faint in the fit: else a mottled ball fits a ring, and fainter, a ring a ball
 CHUNK_FRAMES = 512  # bounds the memory of the rendered candidates
 BORDER_PX = 1
 
@@ -57,7 +58,7 @@ def _character_color(clips, ground):
     n, frames, height, _, _ = clips.shape
     pixels = clips.reshape(n, -1, 3)
     deviation = np.linalg.norm(pixels - ground[:, None], axis=-1)
-    count = 5 * frames * (height // 16) ** 2  # fewer than any character covers fully, even a blinking one
+    count = max(1, int(5 * frames * (height / 16) ** 2))  # fewer than any character covers fully, even a blinking one
     most = np.argpartition(-deviation, count, axis=1)[:, :count]
     return np.median(np.take_along_axis(pixels, most[..., None], 1), axis=1)
 
@@ -120,7 +121,9 @@ def _fit_scale(alpha, center, shape):
     """Squared error and scale, [K] each, of the best of SCALES at the centroids of the masks [K, H, W]."""
     scales = np.broadcast_to(SCALES, (len(alpha), len(SCALES)))
     tried = world.coverage(shape, np.repeat(center[:, None], len(SCALES), 1), scales, alpha.shape[-1])  # [K, 12, H, W]
-    error = np.sum((tried - alpha[:, None]) ** 2, axis=(2, 3))
+    overlap, energy = np.sum(tried * alpha[:, None], axis=(2, 3)), np.sum(tried**2, axis=(2, 3))  # [K, 12]
+    strength = np.clip(overlap / energy, FAINTEST, 1)
+    error = np.sum(alpha**2, axis=(1, 2))[:, None] - 2 * strength * overlap + strength**2 * energy
     best = error.argmin(1)
     return np.take_along_axis(error, best[:, None], 1)[:, 0], SCALES[best]
 
@@ -129,13 +132,16 @@ def _refine(alpha, center, scale, shape, steps=4):
     """Rendering [K, H, W] of the shape after Gauss-Newton steps on centre and scale."""
     size = alpha.shape[-1]
     state = np.concatenate([center, scale[:, None]], 1).astype(np.float32)  # [K, 3]
-    draw = lambda s: world.coverage(shape, s[:, :2], s[:, 2], size).reshape(len(s), -1)  # noqa: E731
+
+    def draw(state):
+        return world.coverage(shape, state[:, :2], state[:, 2], size).reshape(-1, size * size)
+
     width = np.diag([0.2 * size / 16, 0.2 * size / 16, 0.05]).astype(np.float32)
     for _ in range(steps):
         slopes = np.stack([(draw(state + w) - draw(state - w)) / (2 * w.sum()) for w in width], 1)  # [K, 3, H W]
-        error = alpha.reshape(len(alpha), -1) - draw(state)
+        error = alpha.reshape(-1, size * size) - draw(state)
         normal = slopes @ slopes.transpose(0, 2, 1) + 1e-2 * np.eye(3, dtype=np.float32)
-        change = np.linalg.solve(normal, (slopes @ error[..., None]))[..., 0]
+        change = np.linalg.solve(normal, slopes @ error[..., None])[..., 0]
         limit = width.sum(0) * 4
         state = np.clip(state + np.clip(change, -limit, limit), [0, 0, 0.3], [size, size, 2]).astype(np.float32)
     return draw(state).reshape(alpha.shape)

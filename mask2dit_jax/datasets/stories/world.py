@@ -143,8 +143,10 @@ def _ramp(inside):
 
 
 def visible_frames(action: str, frames: int) -> np.ndarray:
-    """[frames] bool: where the character is shown. A blink hides two frames in four: on, off, off, on, on, off, ..."""
-    return ((np.arange(frames) + 1) % 4 < 2) | (action != 'blinks')
+    """[frames] bool: where the character is shown. A blink alternates by pairs: on, on, off, off, on, on, ..."""
+    # by pairs, so that patches of 2 frames need no component for it; by single frames in scenes of 2 or 3
+    pair = min(2, frames // 2)
+    return (np.arange(frames) // pair % 2 == 0) | (action != 'blinks')
 
 
 def _alpha(story):
