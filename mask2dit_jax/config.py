@@ -25,15 +25,19 @@ class DataConfig:
       size_px: height and width.
       caption_style: 'first' names character and place in the first caption only, 'every' in each.
       codec_patch_frames: frames per latent frame of the fixed codec.
+      codec_components: its latent channels.
       num_train, num_test: stories of each kind.
+      fps: frames per second of videos written.
       dir: where data sets are kept; empty for <workdir>/../data.
     """
     layouts: tuple[tuple[int, ...], ...] = ((4, 4, 4),)
     size_px: int = 16
     caption_style: str = 'first'
     codec_patch_frames: int = 4
+    codec_components: int = 48
     num_train: int = 16384
     num_test: int = 512
+    fps: float = 4.0
     dir: str = ''
 
 
@@ -46,6 +50,7 @@ class OptimizerConfig:
       learning_rate: peak, after warmup_steps of linear warm-up from 0.
       final_fraction: the cosine ends at this fraction of the peak; 1 keeps the rate constant.
       clip_norm: global gradient norm limit.
+      muon_rms: root mean square of Muon's update of a matrix, in units of the learning rate (0.2 is AdamW's).
     """
     name: str = 'adamw'
     learning_rate: float = 1e-5
@@ -56,6 +61,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    muon_rms: float = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,7 @@ class TrainConfig:
       grad_accumulation: micro-batches per update.
       caption_dropout: share of stories trained on empty captions, for classifier-free guidance.
       conditional_probability: share of stories in which leading scenes are given (clean, timestep 0).
+      conditional_from_step: updates before this one give no scenes.
       ema_decay: limit of the decay min((1 + k) / (10 + k), ema_decay).
       keep_checkpoints: the newest ones that stay on disk.
     """
@@ -75,6 +82,7 @@ class TrainConfig:
     grad_accumulation: int = 1
     caption_dropout: float = 0.1
     conditional_probability: float = 0.0
+    conditional_from_step: int = 0
     ema_decay: float = 0.9999
     log_every_steps: int = 50
     checkpoint_every_steps: int = 1000
@@ -171,6 +179,14 @@ def _check(config: Config) -> None:
     for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
         if not 0 <= getattr(t, name) <= 1:
             raise ValueError(f'config.train.{name} must lie in 0...1, got {getattr(t, name)}.')
+    if config.eval.stories % config.eval.batch_size:
+        raise ValueError(f'config.eval.stories {config.eval.stories} is not a multiple of eval.batch_size '
+                         f'{config.eval.batch_size}.')
+    for layout in config.data.layouts:
+        bad = [f for f in layout if f < 1 or f % config.data.codec_patch_frames]
+        if bad or not layout:
+            raise ValueError(f'config.data.layouts has a scene of {bad[0] if bad else 0} frames: use positive '
+                             f'multiples of codec_patch_frames {config.data.codec_patch_frames}.')
     if not config.data.layouts:
         raise ValueError('config.data.layouts is empty: list at least one kind of story, e.g. ((4, 4, 4),).')
 

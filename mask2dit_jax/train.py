@@ -1,159 +1,196 @@
-"""Training: v-prediction over scenes, given scenes clean at timestep 0, on a mesh.
+"""The training run: data, state, loop, sample sheets, checkpoints, and the scores at the end."""
+import dataclasses
+import json
+import math
+import pathlib
+import time
 
-`init_state`, `train_step` and the shardings are built from the config alone, so that the trainer, the compiler's
-check and the benchmark run the same functions.
-"""
-import functools
-
-import chex
-import flax
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
+import tqdm
+from absl import logging
 
+from mask2dit_jax import checkpoint, data, generate, metric_writer, sharding, train_step, video
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import diffusion, scenes
-from mask2dit_jax.models import dit
+from mask2dit_jax.datasets import stories
+
+SCORE_COLUMNS = ('task', 'frames', 'action', 'identity', 'background', 'consistency', 'story', 'leak', 'color', 'shape',
+                 'residual')
 
 
-@flax.struct.dataclass
-class TrainState:
-    """Everything that training carries from step to step; randomness is not in it, being a function of `step`."""
-    step: jax.Array  # int32 [], updates done
-    params: chex.ArrayTree
-    ema: chex.ArrayTree
-    opt: optax.OptState
+def _initial_state(config: config_lib.Config, batches: data.Batches, mesh):
+    """State straight into its shardings; from the EMA of another run if the configuration says so."""
+    layout, batch = batches(0)
+    frames = _latent_frames(config, layout)
+    inputs = batch['latents'][0], batch['text'][0], frames
+    abstract = jax.eval_shape(lambda: train_step.init_state(config, inputs))
+    shardings = sharding.shardings(abstract, mesh)
+    state = jax.jit(lambda: train_step.init_state(config, inputs), out_shardings=shardings)()
+    if config.init_from:
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract.ema,
+                              shardings.ema)
+        path = checkpoint.latest(config.init_from)
+        logging.info('Starting from the EMA parameters of %s.', path)
+        params = checkpoint.restore_ema(path, target)
+        state = state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
+    return state, shardings
 
 
-def denoising_loss(model, params, schedule: diffusion.Schedule, batch, noise, t, given, frames):
-    """Squared error of the predicted v over the latents of scenes that are not given.
+def _latent_frames(config: config_lib.Config, layout: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(f // config.data.codec_patch_frames for f in layout)
 
-    Args:
-      model: DiT.
-      params: its parameters.
-      schedule: the noise schedule.
-      batch: 'latents' [B, T, H, W, C] and 'text' [B, S, M, E].
-      noise: like the latents, standard normal, float32.
-      t: int [B], one timestep for all scenes of a story that are not given.
-      given: bool [B, S]; given scenes enter clean, at timestep 0, and count nothing (Mask²DiT, section 3.3).
-      frames: static, latent frames per scene.
+
+def _run_meta(config: config_lib.Config, batches: data.Batches) -> dict:
+    """What must not change between a run and its continuation."""
+    return {'data': batches.fingerprint, 'seed': config.seed, 'init_from': config.init_from,
+            'model': dataclasses.asdict(config.model) | {'remat': '', 'attention_backend': ''},
+            'batch_size': config.train.batch_size, 'caption_style': config.data.caption_style}
+
+
+def _checked_mean(values, step: int) -> float:
+    """Mean of metrics fetched from the device.
+
+    Raises:
+      FloatingPointError: if it is not finite.
+    """
+    mean = float(np.mean(jax.device_get(values)))
+    if not math.isfinite(mean):
+        raise FloatingPointError(f'Loss or gradient became {mean} before step {step}: nothing was saved since the '
+                                 'last checkpoint; lower optimizer.learning_rate or clip_norm and start again.')
+    return mean
+
+
+def _score_task(config, params, coders, source, frames, given_scenes: int, desc: str) -> dict[str, float]:
+    """Generates held-out stories, with leading scenes given or from captions alone, and scores the rest."""
+    size, total = config.eval.batch_size, config.eval.stories
+    picked, videos, known = tuple(range(given_scenes, len(frames))), [], []
+    for first in tqdm.tqdm(range(0, total, size), desc=desc, unit='batch', disable=jax.process_index() != 0):
+        examples = [source[i % len(source)] for i in range(first, first + size)]
+        known += [e['story'] for e in examples]
+        captions = [stories.captions(s, config.data.caption_style) for s in known[-size:]]
+        given = np.stack([e['video'][:sum(frames[:given_scenes])] for e in examples]) if given_scenes else None
+        videos.append(generate.generate(config, params, coders, captions, frames, seed=config.seed, first_index=first,
+                                        given_videos=given))
+    scores = stories.score(np.concatenate(videos)[:total], known[:total], scenes=picked)
+    return stories.summarize(scores, scenes=picked)
+
+
+def score_stories(config: config_lib.Config, params, coders: data.Coders, workdir) -> list[dict]:
+    """Exact scores on held-out stories: generation and extension, for every layout of the configuration.
 
     Returns:
-      Sum of squared errors, float32, and the number of terms in it.
+      One row per task and layout, the keys of SCORE_COLUMNS and scores per scene.
     """
-    x = batch['latents']
-    layout = model.cfg.layout(frames, *x.shape[2:4])
-    counts = scenes.loss_mask(layout, given)[..., None, None, None]  # [B, T, 1, 1, 1]
-    noisy = jnp.where(counts, diffusion.add_noise(schedule, x, noise, t), x)
-    v = model.apply({'params': params}, noisy, batch['text'], jnp.where(given, 0, t[:, None]), frames=frames)
-    error = jnp.where(counts, v - diffusion.velocity(schedule, x, noise, t), 0.0)
-    return jnp.sum(error ** 2), jnp.sum(counts) * x[0, 0].size
+    rows = []
+    for frames in dict.fromkeys(config.data.layouts):
+        source = data.open_stories(config, workdir, frames, 'test')
+        name = '+'.join(map(str, frames))
+        tasks = {'generate': 0, f'extend {len(frames) - 1} given': len(frames) - 1}
+        for task, given in tasks.items() if len(frames) > 1 else [('generate', 0)]:
+            scores = _score_task(config, params, coders, source, frames, given, f'scoring {task} {name}')
+            rows.append({'task': task, 'frames': name} | scores)
+    return rows
 
 
-def stratified_timesteps(key, batch: int, num_timesteps: int):
-    """Integer timesteps [B], each uniform, together one in every B-th part of the range, in random order."""
-    offset_key, order_key = jax.random.split(key)
-    u = (jax.random.permutation(order_key, batch) + jax.random.uniform(offset_key, (batch,))) / batch
-    return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
+def write_sheets(config: config_lib.Config, params, coders: data.Coders, workdir, step: int) -> list[pathlib.Path]:
+    """Sample sheets of held-out stories: generated from captions, extended from given scenes, and the truth."""
+    frames, count = config.data.layouts[0], config.sample.sheet_stories
+    source = data.open_stories(config, workdir, frames, 'test')
+    examples = [source[i] for i in range(count)]
+    captions = [stories.captions(e['story'], config.data.caption_style) for e in examples]
+    truth = np.stack([e['video'] for e in examples])
+    sheets, paths = {'generated': (truth, 0)}, []
+    if len(frames) > 1:
+        sheets['extended'] = (truth, len(frames) - 1)
+    for name, (videos, given) in sheets.items():
+        start = videos[:, :sum(frames[:given])] if given else None
+        out = generate.generate(config, params, coders, captions, frames, seed=config.seed, given_videos=start)
+        marks = [[i < given for i in range(len(frames))]] * count
+        path = pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{name}.png'
+        if jax.process_index() == 0:
+            grid = [generate.split_scenes(v, frames) for v in out]
+            video.write_png(path, video.story_grid(grid, captions, given=marks))
+        paths.append(path)
+    return paths
 
 
-def random_given(key, batch: int, num_scenes: int, probability: float):
-    """Given scenes bool [B, S]: with this probability, per story, a random number of leading ones but never all."""
-    if num_scenes == 1 or not probability:
-        return jnp.zeros((batch, num_scenes), bool)
-    coin_key, count_key = jax.random.split(key)
-    count = jax.random.randint(count_key, (batch, 1), 1, num_scenes)
-    coin = jax.random.bernoulli(coin_key, probability, (batch, 1))
-    return coin & (jnp.arange(num_scenes) < count)
+def _write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> None:
+    if jax.process_index() != 0:
+        return
+    (workdir / 'scores.json').write_text(json.dumps(rows, indent=2) + '\n')
+    table = metric_writer.format_table([{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()}
+                                        for r in rows], SCORE_COLUMNS)
+    (workdir / 'scores.md').write_text(table + '\n')
+    print(f'\n{table}\n\nresidual: distance to the best rendering, lower is cleaner. Total time '
+          f'{metric_writer.format_eta(seconds)}.\nScores: {workdir}/scores.md and scores.json   '
+          f'Pictures: {workdir}/sheets   Curves: {workdir}/metrics.jsonl\n'
+          f'Next: python -m mask2dit_jax.sample --workdir={workdir} --prompt="red ring on gray moves left" '
+          f'--prompt="it grows" --prompt="it blinks"')
 
 
-def make_optimizer(cfg: config_lib.OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Muon under warm-up and cosine."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, cfg.warmup_steps, max(steps, cfg.warmup_steps + 1),
-                                              cfg.learning_rate * cfg.final_fraction)
-    if cfg.name == 'muon':
-        # One orthogonalisation per layer and matrix: the stacked layer axis is a batch axis.
-        def matrices(params):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, x: optax.contrib.MuonDimensionNumbers(-2, -1)
-                if path[0].key == 'blocks' and path[1].key in ('attn', 'ff_in', 'ff_out') and path[-1].key == 'kernel'
-                else None, params)
-        update = optax.contrib.muon(rate, adam_b1=cfg.b1, adam_b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
-                                    adam_weight_decay=cfg.weight_decay, muon_weight_dimension_numbers=matrices)
-    else:
-        update = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
-
-
-def init_state(config: config_lib.Config, inputs) -> TrainState:
-    """A fresh state.
+def train_and_evaluate(config: config_lib.Config, workdir) -> list[dict]:
+    """Trains to the end, resuming from the newest checkpoint of the workdir if there is one, and scores the result.
 
     Args:
-      config: the configuration.
-      inputs: one example's (latents, text, frames), for shapes.
-    """
-    latents, text, frames = inputs
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    t = jnp.zeros((1, len(frames)), jnp.int32)
-    params = dit.DiT(config.model).init(key, latents[None], text[None], t, frames)['params']
-    opt = make_optimizer(config.optimizer, config.train.steps).init(params)
-    # The EMA starts as a copy: the same buffer must not be donated twice.
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt)
-
-
-def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config, frames: tuple[int, ...]):
-    """One update.
-
-    Args:
-      state: the state, donated.
-      batch: 'latents' [B, T, H, W, C] and 'text' [B, S, M, E], global.
-      null_text: [M, E], the encoding of the empty caption.
-      config, frames: static.
+      config: the validated configuration.
+      workdir: folder for config.json, checkpoints, metrics.jsonl, sheets and scores.
 
     Returns:
-      The new state and the metrics loss, grad_norm and learning-free `given` share.
+      The rows of `score_stories`, by the EMA parameters.
+
+    Raises:
+      FloatingPointError: if training diverges.
+      ValueError: if the workdir holds another run.
     """
-    cfg, schedule = config.train, config.schedule
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
-    noise_key, time_key, drop_key, given_key = jax.random.split(key, 4)
-    x, (b, s) = batch['latents'], batch['text'].shape[:2]
-    noise = jax.random.normal(noise_key, x.shape, jnp.float32)
-    t = stratified_timesteps(time_key, b, schedule.num_train_timesteps)
-    given = random_given(given_key, b, s, cfg.conditional_probability)
-    drop = jax.random.bernoulli(drop_key, cfg.caption_dropout, (b, 1, 1, 1))
-    text = jnp.where(drop, null_text, batch['text'])
-    model = dit.DiT(config.model)
+    started = time.monotonic()
+    cfg, workdir = config.train, pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
 
-    def loss_fn(params, micro):
-        x, text, noise, t, given = micro
-        return denoising_loss(model, params, schedule, {'latents': x, 'text': text}, noise, t, given, frames)
+    # 1. Devices, data, state.
+    mesh = sharding.make_mesh(config.mesh)
+    coders = data.stories_coders(config, workdir)
+    batches = data.train_batches(config, workdir, coders)
+    null_text = coders.encode_text([''])[0]
+    state, shardings = _initial_state(config, batches, mesh)
+    logging.info('%d parameters on mesh %s.', sum(x.size for x in jax.tree.leaves(state.params)), dict(mesh.shape))
 
-    def accumulate(carry, micro):
-        (total, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
-        return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+    # 2. Resume.
+    checkpoints, meta = checkpoint.manager(workdir, cfg.keep_checkpoints), _run_meta(config, batches)
+    start = checkpoints.latest_step() or 0
+    if start:
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        state = checkpoint.restore(checkpoints, start, target, meta)
+        state = state.replace(step=jax.device_put(np.int32(start), shardings.step))
+    if jax.process_index() == 0:
+        config_lib.save(config, workdir / 'config.json')
+    if start >= cfg.steps:
+        logging.info('%s is finished at step %d; raise config.train.steps to train on.', workdir, start)
 
-    parts = cfg.grad_accumulation
-    # Interleaved split, so that each device's examples stay on it.
-    micros = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(b // parts, parts, *a.shape[1:]), 1, 0),
-                          (x, text, noise, t, given))
-    zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
-    if parts == 1:
-        (total, count, grads), _ = accumulate(zero, jax.tree.map(lambda a: a[0], micros))
-    else:
-        (total, count, grads), _ = jax.lax.scan(accumulate, zero, micros)
-    grads = jax.tree.map(lambda g: g / count, grads)
+    # 3. The loop. Metrics stay on the device until they are logged, so that no step waits for them.
+    writer = metric_writer.MetricWriter(workdir, cfg.steps, start)
+    steps = {f: train_step.jit_train_step(config, _latent_frames(config, f), shardings, sharding.batch_sharding(mesh))
+             for f in dict.fromkeys(config.data.layouts)}
+    pending = []
+    for step in range(start, cfg.steps):
+        layout, batch = batches(step)
+        state, metrics = steps[layout](state, sharding.global_batch(batch, mesh), null_text)
+        pending.append(metrics)
+        done = step + 1
+        last, due = done == cfg.steps, lambda every, done=done: done % every == 0
+        saves = last or due(cfg.checkpoint_every_steps)
+        if last or saves or due(cfg.log_every_steps):
+            means = {k: _checked_mean([m[k] for m in pending], done) for k in metrics}
+            writer.write(done, means)
+            pending = []
+        if saves:
+            checkpoint.save(checkpoints, done, state, meta)
+        if not last and due(cfg.sample_every_steps):
+            write_sheets(config, state.ema, coders, workdir, done)
+    writer.close()
+    checkpoints.close()  # waits for the last save
 
-    updates, opt = make_optimizer(config.optimizer, cfg.steps).update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum((1.0 + state.step) / (10.0 + state.step), cfg.ema_decay)
-    ema = jax.tree.map(lambda e, p: e - (1 - decay) * (e - p), state.ema, params)
-    metrics = {'loss': total / count, 'grad_norm': optax.global_norm(grads)}
-    return TrainState(state.step + 1, params, ema, opt), metrics
-
-
-def jit_train_step(config: config_lib.Config, frames: tuple[int, ...], state_shardings, batch_sharding):
-    """The compiled step for stories of these latent frames per scene."""
-    replicated = jax.sharding.NamedSharding(batch_sharding.mesh, jax.sharding.PartitionSpec())
-    step = functools.partial(train_step, config=config, frames=frames)
-    return jax.jit(step, in_shardings=(state_shardings, batch_sharding, replicated),
-                   out_shardings=(state_shardings, replicated), donate_argnums=0)
+    # 4. Sheets and scores of the EMA parameters.
+    write_sheets(config, state.ema, coders, workdir, cfg.steps)
+    rows = score_stories(config, state.ema, coders, workdir)
+    _write_scores(rows, workdir, time.monotonic() - started)
+    return rows

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mask2dit_jax import convert, diffusion, samplers, scenes, train
+from mask2dit_jax import convert, diffusion, samplers, scenes, train_step
 from mask2dit_jax.models import dit
 
 GOLDENS = pathlib.Path(os.environ.get('MASK2DIT_GOLDENS', pathlib.Path(__file__).parent / 'goldens'))
@@ -62,7 +62,7 @@ def test_loss_and_gradients(path):
              'text': case['encoder_hidden_states'].reshape(b, s, -1, model.cfg.text_embed_dim)}
 
     def loss_fn(params):
-        total, count = train.denoising_loss(model, params, diffusion.Schedule(), batch,
+        total, count = train_step.denoising_loss(model, params, diffusion.Schedule(), batch,
                                             channels_last(case['noise']), case['timesteps'], given, frames)
         return total / count
 

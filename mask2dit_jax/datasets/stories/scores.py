@@ -1,8 +1,11 @@
 """Exact scores of generated stories: what a scene shows is measured in its pixels and compared with the story.
 
-Nothing is learnt: background and colour are nearest palette entries, the action is read from the path and the area of
-the character and the frames in which it is shown, the shape is the one whose rendering fits best.
+Nothing is learnt: background and colour are nearest palette entries; shape and action are those of the rendering that
+fits best among all shapes, actions and starts.
 """
+import functools
+import itertools
+
 import numpy as np
 
 from mask2dit_jax.datasets.stories import world
@@ -10,11 +13,9 @@ from mask2dit_jax.datasets.stories import world
 BACKGROUND_RADIUS = 0.3  # largest RGB distance to the palette that still counts
 COLOR_RADIUS = 0.9
 LEAST_CONTRAST = 0.35  # RGB distance from the background below which there is no character
-ACTION_RADIUS = 0.6  # in units of the whole action; another action is at least 1 away
-SHOWN = 0.22  # a frame shows the character if its area exceeds this part of the scene's largest
-SCALES = np.linspace(0.5, 1.35, 12)  # tried for the shape, then refined
+LARGEST_ERROR = 0.7  # part of a scene's energy that its best rendering may leave over; more, and nothing is seen
+START_GRID = np.arange(-2.0, 2.1)  # tried middles of the path, from the centre, in 1/16 of the frame
 FAINTEST = 0.8  # a rendering may be this faint in the fit: else a mottled ball fits a ring, and fainter, a ring a ball
-CHUNK_FRAMES = 512  # bounds the memory of the rendered candidates
 BORDER_PX = 1
 
 
@@ -41,14 +42,13 @@ def measure(clips: np.ndarray) -> dict[str, np.ndarray]:
     found = contrast > LEAST_CONTRAST
     change = np.einsum('nfhwc,nc->nfhw', clips - ground[:, None, None, None], direction)
     alpha = np.clip(change / np.maximum(contrast, LEAST_CONTRAST)[:, None, None, None] ** 2, 0, 1)
-    area, center = _moments(alpha)
-    shown = (area > SHOWN * area.max(1, keepdims=True)) & found[:, None]  # [N, F]
-    shape, drawn = _best_rendering(alpha, center, shown)
+    shape, action, drawn = _recognise(alpha)
+    found &= np.sum((alpha - drawn) ** 2, axis=(1, 2, 3)) < LARGEST_ERROR * np.sum(alpha ** 2, axis=(1, 2, 3))
     out = {
         'background': _nearest(ground, world.BACKGROUND_RGB, BACKGROUND_RADIUS),
         'color': np.where(found, _nearest(paint, world.COLOR_RGB, COLOR_RADIUS), -1),
         'shape': np.where(found, shape, -1),
-        'action': _action(area, center / (clips.shape[2] / 16), shown),
+        'action': np.where(found, action, -1),
     }
     return out | {'residual': np.where(found, _residual(clips, drawn, ground, paint), 1.0)}
 
@@ -69,63 +69,42 @@ def _nearest(rgb, palette, radius):
     return np.where(distance.min(1) <= radius, distance.argmin(1), -1)
 
 
-def _moments(alpha):
-    """Area [N, F] in px² and centroid [N, F, 2] in px of the mask; weak pixels are left out as noise."""
-    mask = np.where(alpha > 0.4, alpha, 0)
-    area = mask.sum((2, 3))
-    place = np.arange(alpha.shape[-1], dtype=np.float32) + 0.5
-    total = np.stack([mask.sum(3) @ place, mask.sum(2) @ place], -1)
-    return area, total / np.maximum(area, 1e-6)[..., None]
+@functools.cache
+def _candidates(frames: int, size: int):
+    """Every shape doing every action from a grid of starts: what a scene is compared with.
+
+    Returns:
+        Shapes [K] and actions [K] as indices, masks [K, F, size, size], centres [K, F, 2] and scales [K, F].
+    """
+    offsets = np.stack(np.meshgrid(START_GRID, START_GRID, indexing='ij'), -1).reshape(-1, 2)
+    kinds = list(itertools.product(range(len(world.SHAPES)), range(len(world.ACTIONS))))
+    masks, centers, scales = [], [], []
+    for shape, action in kinds:
+        middle = np.array(world.MOTIONS[world.ACTIONS[action]][0]) / 2
+        mask, center, scale = world.scene_coverage(world.SHAPES[shape], world.ACTIONS[action], frames,
+                                                   (8 + offsets - middle) * size / 16, size)
+        masks.append(mask)
+        centers.append(center)
+        scales.append(np.broadcast_to(scale, center.shape[:-1]))
+    shape, action = np.repeat(kinds, len(offsets), axis=0).T
+    return shape, action, *(np.concatenate(x) for x in (masks, centers, scales))
 
 
-def _action(area, center, shown):
-    """[N] index of the action; `center` in 1/16 of the frame."""
-    frames = area.shape[1]
-    features = np.concatenate([center / world.TRAVEL, _log_area(area)[..., None]], -1)  # [N, F, 3]
-    time = np.linspace(-0.5, 0.5, frames)
-    change = np.einsum('f,nfk->nk', time / np.sum(time**2), features)  # slope: change from first to last frame
-    names = [name for name in world.ACTIONS if name != 'blinks']
-    targets = np.array([[*np.divide(travel, world.TRAVEL), np.log(last / first) / np.log(world.LARGE / world.SMALL)]
-                        for travel, (first, last) in map(world.MOTIONS.get, names)])
-    distance = np.linalg.norm(change[:, None] - targets, axis=-1)
-    index = np.array([world.ACTIONS.index(name) for name in names])[distance.argmin(1)]
-    index = np.where((distance.min(1) <= ACTION_RADIUS) & shown.all(1), index, -1)
-    blinks = (shown == world.visible_frames('blinks', frames)).all(1)
-    return np.where(blinks, world.ACTIONS.index('blinks'), index)
-
-
-def _log_area(area):
-    """Logarithm of the area, 1 apart between the smallest and the largest character."""
-    return np.log(np.maximum(area, 1e-6)) / (2 * np.log(world.LARGE / world.SMALL))
-
-
-def _best_rendering(alpha, center, shown):
-    """Shape [N] whose renderings fit best over the shown frames, and these renderings [N, F, H, W]."""
-    n, frames, size, _ = alpha.shape
-    alpha, center = alpha.reshape(-1, size, size), center.reshape(-1, 2)
-    error, scale = np.empty((2, len(world.SHAPES), n * frames), np.float32)
-    for start in range(0, n * frames, CHUNK_FRAMES):
-        part = slice(start, start + CHUNK_FRAMES)
-        for i, shape in enumerate(world.SHAPES):
-            error[i, part], scale[i, part] = _fit_scale(alpha[part], center[part], shape)
-    total = np.where(shown, error.reshape(-1, n, frames), 0).sum(2)  # [shapes, N]
-    best = total.argmin(0)
-    drawn = np.empty_like(alpha)
-    for i, shape in enumerate(world.SHAPES):
-        own = np.repeat(best == i, frames)
-        drawn[own] = _refine(alpha[own], center[own], scale[i, own], shape)
-    return best, drawn.reshape(n, frames, size, size) * shown[:, :, None, None]
-
-
-def _fit_scale(alpha, center, shape):
-    """Squared error and scale, [K] each, of the best of SCALES at the centroids of the masks [K, H, W]."""
-    scales = np.broadcast_to(SCALES, (len(alpha), len(SCALES)))
-    tried = world.coverage(shape, np.repeat(center[:, None], len(SCALES), 1), scales, alpha.shape[-1])  # [K, 12, H, W]
-    overlap, energy = np.sum(tried * alpha[:, None], axis=(2, 3)), np.sum(tried**2, axis=(2, 3))  # [K, 12]
+def _recognise(alpha):
+    """Shape and action [N] whose rendering is nearest to the masks [N, F, H, W], and that rendering, refined."""
+    shape, action, masks, centers, scales = _candidates(alpha.shape[1], alpha.shape[2])
+    flat, tried = alpha.reshape(len(alpha), -1), masks.reshape(len(masks), -1)
+    overlap, energy = flat @ tried.T, np.sum(tried ** 2, axis=1)  # [N, K], [K]
     strength = np.clip(overlap / energy, FAINTEST, 1)
-    error = np.sum(alpha**2, axis=(1, 2))[:, None] - 2 * strength * overlap + strength**2 * energy
-    best = error.argmin(1)
-    return np.take_along_axis(error, best[:, None], 1)[:, 0], SCALES[best]
+    best = np.argmin(strength ** 2 * energy - 2 * strength * overlap, axis=1)  # squared error, but for a constant
+    drawn = np.empty_like(alpha)
+    for i, name in enumerate(world.SHAPES):
+        own = shape[best] == i
+        frames = alpha[own].reshape(-1, *alpha.shape[2:])
+        drawn[own] = _refine(frames, centers[best[own]].reshape(-1, 2), scales[best[own]].reshape(-1),
+                             name).reshape(alpha[own].shape)
+    shown = masks[best].any((2, 3))
+    return shape[best], action[best], drawn * shown[:, :, None, None]
 
 
 def _refine(alpha, center, scale, shape, steps=4):

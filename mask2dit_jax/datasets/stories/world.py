@@ -27,6 +27,7 @@ BACKGROUNDS = tuple(BACKGROUND_RGB)
 # Total displacement (y, x) and scale at the first and the last frame; a scene of any length shows the whole action.
 TRAVEL = 5.0
 SMALL, LARGE = 0.75, 1.25
+JITTER = 0.6  # how far the middle of the path lies from the centre of the frame, at most; wider is learnt much later
 MOTIONS = {
     'moves left': ((0.0, -TRAVEL), (1.0, 1.0)), 'moves right': ((0.0, TRAVEL), (1.0, 1.0)),
     'moves up': ((-TRAVEL, 0.0), (1.0, 1.0)), 'moves down': ((TRAVEL, 0.0), (1.0, 1.0)),
@@ -108,7 +109,8 @@ def _sample_start(rng, shape, action, size_px):
     start = []
     for half, way, chance in zip(EXTENTS[shape], travel, rng.random(2)):
         reach = half * max(scales) + MARGIN
-        low, high = reach - min(way, 0), 16 - reach - max(way, 0)
+        middle = 8 + np.array((-JITTER, JITTER)) - way / 2
+        low, high = np.clip(middle, reach - min(way, 0), 16 - reach - max(way, 0))
         start.append(round(float(low + chance * (high - low)) * size_px / 16, 3))
     return tuple(start)
 
@@ -149,24 +151,35 @@ def visible_frames(action: str, frames: int) -> np.ndarray:
     return (np.arange(frames) // pair % 2 == 0) | (action != 'blinks')
 
 
-def _alpha(story):
-    """[F, size, size] float32 coverage of the character in every frame of the story."""
-    centers, scales, shown = [], [], []
-    for action, frames, start in zip(story.actions, story.frames, story.starts):
-        travel, (first, last) = MOTIONS[action]
-        time = np.linspace(0, 1, frames)
-        centers.append(np.array(start) + time[:, None] * np.array(travel) * story.size_px / 16)
-        scales.append(first + time * (last - first))
-        shown.append(visible_frames(action, frames))
-    alpha = coverage(story.shape, np.concatenate(centers).astype(np.float32), np.concatenate(scales), story.size_px)
-    return alpha * np.concatenate(shown)[:, None, None]
+def scene_coverage(shape: str, action: str, frames: int, start: np.ndarray, size_px: int):
+    """One scene's character without its colours.
+
+    Args:
+        shape: one of SHAPES.
+        action: one of ACTIONS.
+        frames: F.
+        start: [..., 2] start centres (y, x) in px.
+        size_px: height and width of the frame.
+
+    Returns:
+        Coverage [..., F, size, size], centres [..., F, 2] and scales [F], float32.
+    """
+    travel, (first, last) = MOTIONS[action]
+    time = np.linspace(0, 1, frames, dtype=np.float32)
+    path = time[:, None] * np.array(travel, np.float32) * size_px / 16
+    centers = np.asarray(start, np.float32)[..., None, :] + path
+    scales = (first + time * (last - first)).astype(np.float32)
+    alpha = coverage(shape, centers, scales, size_px) * visible_frames(action, frames)[:, None, None]
+    return alpha, centers, scales
 
 
 def render(story: Story) -> np.ndarray:
     """Draws the story: uint8 [F, size, size, 3], scenes one after the other."""
     background = np.array(BACKGROUND_RGB[story.background], np.float32) * 255
     change = np.array(COLOR_RGB[story.color], np.float32) * 255 - background
-    video = background + _alpha(story)[..., None] * change  # [F, H, W, 3]
+    alpha = np.concatenate([scene_coverage(story.shape, action, frames, start, story.size_px)[0]
+                            for action, frames, start in zip(story.actions, story.frames, story.starts)])
+    video = background + alpha[..., None] * change  # [F, H, W, 3]
     return (video + 0.5).astype(np.uint8)
 
 

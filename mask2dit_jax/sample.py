@@ -1,0 +1,133 @@
+"""Captions in, one multi-scene video out; given clips are extended.
+
+  python -m mask2dit_jax.sample --workdir=runs/tiny --prompt="red ring on gray moves left" --prompt="it grows"
+  python -m mask2dit_jax.sample --workdir=runs/tiny --story=story.json --num_videos=4
+  python -m mask2dit_jax.sample --workdir=runs/tiny --given=a.mp4 --given=b.mp4 --prompt=A --prompt=B --prompt=NEW
+
+A story file is {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption": "it grows"}]}.
+"""
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import tqdm
+from absl import app, flags, logging
+
+from mask2dit_jax import checkpoint, config, convert, data, generate, samplers, video
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest checkpoint is '
+                               'used.')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'One checkpoint instead, e.g. runs/tiny/checkpoints/2000.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Caption of a scene; repeat it, one for every scene, those of given '
+                                    'clips included.')
+_STORY = flags.DEFINE_string('story', None, 'JSON file with scenes of caption and frames, instead of --prompt.')
+_GIVEN = flags.DEFINE_multi_string('given', [], 'Video of a leading scene that is given; repeat it in story order.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the noise; the same seed gives the same video.')
+_STEPS = flags.DEFINE_integer('steps', None, 'Sampling steps; default: the configuration of the run.', lower_bound=1)
+_GUIDANCE = flags.DEFINE_list('guidance', None, 'Classifier-free guidance scale: one number, or one per scene separated '
+                              'by commas; default: the configuration of the run.')
+_SAMPLER = flags.DEFINE_enum('sampler', None, samplers.SAMPLERS, 'Default: the configuration of the run.')
+_NUM_VIDEOS = flags.DEFINE_integer('num_videos', 1, 'How many videos of this story, from different noise.',
+                                   lower_bound=1)
+_OUT = flags.DEFINE_string('out', 'samples', 'Folder for mp4, gif, contact sheet and story.json.')
+
+
+def read_story(path) -> tuple[list[str], list[int | None]]:
+    """Captions and frames (None where not said) of a story file.
+
+    Raises:
+      ValueError: naming the file and what is wrong in it.
+    """
+    form = '{"scenes": [{"caption": "...", "frames": 8}, ...]}'
+    try:
+        scenes = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))['scenes']
+        captions, frames = [s['caption'] for s in scenes], [s.get('frames') for s in scenes]
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read ({error.strerror}): check --story.') from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is no story file ({error!r}): write {form}.') from error
+    extra = sorted({k for s in scenes for k in s} - {'caption', 'frames'})
+    if not captions or extra or not all(isinstance(c, str) for c in captions) or not all(
+            f is None or isinstance(f, int) for f in frames):
+        raise ValueError(f'{path} needs a text caption and whole frames per scene and nothing else '
+                         f'{extra or ""}: write {form}.')
+    return captions, frames
+
+
+def plan_frames(frames: list[int | None], given: list[np.ndarray], default: int) -> tuple[int, ...]:
+    """Pixel frames per scene: a given clip's own, else the story's, else the default.
+
+    Raises:
+      ValueError: if there are as many given clips as scenes, or a clip contradicts the story.
+    """
+    if len(given) >= len(frames):
+        raise ValueError(f'{len(given)} given clips and {len(frames)} captions leave no scene to generate: give one '
+                         'caption per clip and at least one more.')
+    lengths = [len(clip) for clip in given] + [None] * (len(frames) - len(given))
+    for i, (asked, length) in enumerate(zip(frames, lengths)):
+        if asked and length and asked != length:
+            raise ValueError(f'Scene {i + 1} has {asked} frames in the story but its given clip has {length}.')
+    return tuple(length or asked or default for asked, length in zip(frames, lengths))
+
+
+def load_run(workdir: pathlib.Path, path: pathlib.Path):
+    """Configuration, coders and EMA parameters of a training run's checkpoint."""
+    cfg = config.load(workdir / 'config.json')
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
+        jax.devices()[0])), convert.abstract_params(cfg.model))
+    return cfg, data.stories_coders(cfg, workdir), checkpoint.restore_ema(path, target)
+
+
+def write_outputs(out: pathlib.Path, videos, captions, frames, num_given: int, fps: float, record: dict) -> None:
+    """Writes mp4, gif and contact sheet per video, and story.json with all it takes to make them again."""
+    scale = max(1, 256 // videos.shape[2])
+    for i, pixels in enumerate(videos):
+        video.write_mp4(out / f'video_{i}.mp4', pixels, fps, scale)
+        video.write_gif(out / f'video_{i}.gif', pixels, fps, scale)
+        scenes, marks = generate.split_scenes(pixels, frames), [s < num_given for s in range(len(frames))]
+        video.write_png(out / f'sheet_{i}.png', video.contact_sheet(scenes, captions, given=marks))
+    (out / 'story.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+
+
+def _inputs():
+    """Captions and asked frames from --prompt or --story."""
+    if bool(_PROMPT.value) == bool(_STORY.value):
+        raise app.UsageError('Give the captions either by --prompt, repeated, or by --story.')
+    return read_story(_STORY.value) if _STORY.value else (_PROMPT.value, [None] * len(_PROMPT.value))
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
+    if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):
+        raise app.UsageError('Give either --workdir or --checkpoint.')
+    captions, asked = _inputs()
+    path = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else checkpoint.latest(_WORKDIR.value)
+    cfg, coders, params = load_run(path.absolute().parent.parent, path)
+    size = cfg.data.size_px
+    given = [video.read_video(g, height_px=size, width_px=size)[0] for g in _GIVEN.value]
+    frames = plan_frames(asked, given, cfg.data.layouts[0][0])
+    guidance = [float(g) for g in _GUIDANCE.value or [cfg.sample.guidance]]
+    settings = {'seed': _SEED.value, 'sampler': _SAMPLER.value or cfg.sample.sampler,
+                'steps': _STEPS.value or cfg.sample.steps,
+                'guidance': guidance[0] if len(guidance) == 1 else guidance}
+    clips = np.concatenate(given)[None] if given else None
+    logging.info('Sampling %d video(s) of %s frames from %s.', _NUM_VIDEOS.value, '+'.join(map(str, frames)), path)
+    videos = np.concatenate([
+        generate.generate(cfg, params, coders, [captions], frames, first_index=i, given_videos=clips, **settings)
+        for i in tqdm.trange(_NUM_VIDEOS.value, desc='sampling', unit='video')])
+    record = {'scenes': [{'caption': c, 'frames': f} for c, f in zip(captions, frames)],
+              'checkpoint': str(path), 'given': [{'file': g, 'sha256': hashlib.sha256(
+                  pathlib.Path(g).read_bytes()).hexdigest()} for g in _GIVEN.value],
+              'num_videos': _NUM_VIDEOS.value, **settings, 'model': dataclasses.asdict(cfg.model),
+              'jax': jax.__version__}
+    out = pathlib.Path(_OUT.value)
+    write_outputs(out, videos, captions, frames, len(given), cfg.data.fps, record)
+    print(f'Wrote {_NUM_VIDEOS.value} video(s) to {out}: video_*.mp4, video_*.gif, sheet_*.png, story.json.')
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,88 @@
+"""Every backend equals the dense mask: forward and gradients of q, k and v, every pattern, unequal scenes."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mask2dit_jax import attention, scenes
+
+FRAMES = [(3,), (2, 4), (3, 1, 2), (1, 3, 2, 1, 2)]
+TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
+
+
+def qkv(layout, dtype, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shape = 2, layout.num_tokens, 2, 16
+    return [jax.random.normal(k, shape, jnp.float32).astype(dtype) for k in keys]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def forward_and_gradients(backend, q, k, v, do, layout, pattern):
+    out, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, layout, pattern, backend), q, k, v)
+    return (out, *vjp(do))
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('frames', FRAMES, ids=str)
+@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+def test_decomposed_equals_dense(monkeypatch, pattern, frames, dtype):
+    monkeypatch.setattr(attention, 'QUERY_BLOCK', 13)  # scenes of 3 frames: two blocks, the second partly filled
+    layout = scenes.SceneLayout(frames, 2, 3, 5)
+    args = qkv(layout, dtype)
+    results = [forward_and_gradients(b, *args, layout, pattern) for b in ('dense', 'decomposed')]
+    for name, ref, ours in zip(('out', 'dq', 'dk', 'dv'), *results):
+        assert ours.dtype == ref.dtype == dtype
+        ref, ours = (np.asarray(x, np.float32) for x in (ref, ours))
+        np.testing.assert_allclose(ours, ref, rtol=0, atol=TOLERANCE[dtype] * max(1, np.abs(ref).max()), err_msg=name)
+
+
+@pytest.mark.parametrize('backend', attention.BACKENDS)
+@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+def test_against_float64(backend, pattern):
+    layout = scenes.SceneLayout((2, 1), 2, 2, 3)
+    q, k, v, _ = (np.asarray(x, np.float64) for x in qkv(layout, 'float32'))
+    scores = np.einsum('bqnd,bknd->bnqk', q, k) / 4
+    weights = np.exp(scores) * scenes.dense_mask(layout, pattern)
+    expected = np.einsum('bnqk,bknd->bqnd', weights / weights.sum(-1, keepdims=True), v)
+    attend = jax.jit(attention.attend, static_argnums=(3, 4, 5))
+    ours = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), layout, pattern, backend)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_large_scores_stay_finite():
+    layout = scenes.SceneLayout((2, 1), 2, 2, 3)
+    q, k, v, do = qkv(layout, 'float32')
+    for x in forward_and_gradients('decomposed', 200 * q, 200 * k, v, do, layout, 'dual'):
+        assert jnp.isfinite(x).all()
+
+
+def arrays_of(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in eqn.outvars)
+        for param in eqn.params.values():
+            for sub in jax.tree.leaves(param, is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')):
+                if hasattr(sub, 'jaxpr'):
+                    yield from arrays_of(sub.jaxpr)
+                elif hasattr(sub, 'eqns'):
+                    yield from arrays_of(sub)
+
+
+def test_decomposed_forms_no_quadratic_array_and_repeats_no_video():
+    """No intermediate of forward or backward is L x L, or holds the video's keys once per scene."""
+    layout = scenes.SceneLayout((30, 30, 30, 30), 8, 8, 16)
+    q, k, v, do = qkv(layout, 'float32')
+    jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('decomposed', *a, layout, 'dual'))(q, k, v, do).jaxpr
+    largest = max(a.size for a in arrays_of(jaxpr))
+    block_scores = 2 * 2 * attention.QUERY_BLOCK * layout.num_tokens
+    assert largest <= block_scores < 2 * 2 * layout.num_tokens ** 2 / 4
+
+
+def test_errors_name_the_input():
+    layout = scenes.SceneLayout((2,), 2, 2, 3)
+    q, k, v, _ = qkv(layout, 'float32')
+    with pytest.raises(ValueError, match="'fast': use one of dense, decomposed"):
+        attention.attend(q, k, v, layout, 'dual', 'fast')
+    with pytest.raises(ValueError, match=r'needs q, k, v of shape \[B, 11, N, D\]'):
+        attention.attend(q[:, 1:], k[:, 1:], v[:, 1:], layout, 'dual', 'dense')

@@ -1,0 +1,78 @@
+"""Every configuration loads, validates and abstract-evaluates its training step; wrong ones are refused."""
+import dataclasses
+import importlib.util
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mask2dit_jax import config, train_step
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cases():
+    for path in CONFIGS:
+        for variant in load(path).VARIANTS:
+            yield pytest.param(path, variant, id=f'{path.stem}:{variant}')
+
+
+@pytest.mark.parametrize('path, variant', cases())
+def test_configuration_evaluates(path, variant):
+    cfg = config.parse(load(path).get_config(variant))
+    frames = tuple(f // cfg.data.codec_patch_frames for f in cfg.data.layouts[0])
+    side, b, m = cfg.data.size_px // 4, cfg.train.batch_size, cfg.model
+    shape = jax.ShapeDtypeStruct
+    latents = shape((b, sum(frames), side, side, m.in_channels), jnp.float32)
+    text = shape((b, len(frames), m.max_text_seq_length, m.text_embed_dim), jnp.float32)
+    state = jax.eval_shape(lambda x, y: train_step.init_state(cfg, (x[0], y[0], frames)), latents, text)
+    after, metrics = jax.eval_shape(
+        lambda s, x, y: train_step.train_step(s, {'latents': x, 'text': y}, y[0, 0], config=cfg, frames=frames),
+        state, latents, text)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics.keys() == {'loss', 'grad_norm'}
+
+
+def test_unknown_variant_is_refused():
+    for path in CONFIGS:
+        with pytest.raises(ValueError, match="'nonsense'"):
+            load(path).get_config('nonsense')
+
+
+def test_round_trip(tmp_path):
+    cfg = config.parse(config.default())
+    assert cfg == config.Config()
+    config.save(cfg, tmp_path / 'config.json')
+    assert config.load(tmp_path / 'config.json') == cfg
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'model': {'num_layrs': 2}}, 'config.model has unknown keys num_layrs'),
+    ({'colour': 1}, 'config has unknown keys colour'),
+    ({'model': {'pattern': 'both'}}, "model.pattern is 'both': use one of dual"),
+    ({'optimizer': {'name': 'sgd'}}, "optimizer.name is 'sgd'"),
+    ({'train': {'batch_size': 6, 'grad_accumulation': 4}}, 'batch_size 6 does not divide'),
+    ({'train': {'caption_dropout': 2.0}}, 'caption_dropout must lie in 0...1'),
+    ({'eval': {'stories': 10, 'batch_size': 4}}, 'eval.stories 10 is not a multiple'),
+    ({'data': {'layouts': ()}}, 'layouts is empty'),
+    ({'data': {'layouts': ((4, 6),)}}, '6 frames'),
+])
+def test_errors_name_the_key(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.parse(change)
+
+
+def test_every_field_is_documented():
+    for cls in (config.DataConfig, config.OptimizerConfig, config.TrainConfig, config.MeshConfig):
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in cls.__doc__]
+        assert set(missing) <= {'steps', 'b1', 'b2', 'eps', 'weight_decay', 'log_every_steps',
+                                'checkpoint_every_steps', 'sample_every_steps'}, (cls, missing)

@@ -1,0 +1,45 @@
+"""A lower layer never imports a higher one, and nothing imports what the package must not."""
+import ast
+import pathlib
+
+import mask2dit_jax
+
+PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
+LAYERS = (
+    ('scenes', 'diffusion', 'video', 'metric_writer', 'datasets'),
+    ('attention', 'samplers'),
+    ('models',),
+    ('config', 'convert'),
+    ('sharding', 'data'),
+    ('train_step', 'generate'),
+    ('checkpoint',),
+    ('train',),
+    ('main', 'sample', 'benchmark'),
+)
+FORBIDDEN = {'torch', 'tensorflow', 'clu', 'pickle', 'diffusers', 'transformers'}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def layer_of(name):
+    return next((i for i, layer in enumerate(LAYERS) if name in layer), None)
+
+
+def test_layers():
+    files = [p for p in PACKAGE.rglob('*.py') if p.name != '__init__.py']
+    assert len(files) > 15
+    for path in files:
+        top = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+        assert layer_of(top) is not None, f'{top} is in no layer: add it to LAYERS.'
+        for name in imports(path):
+            root, *rest = name.split('.')
+            assert root not in FORBIDDEN, f'{path} imports {name}'
+            if root == 'mask2dit_jax' and rest:
+                assert layer_of(rest[0]) <= layer_of(top), f'{path} imports {name} from a higher layer'

@@ -1,0 +1,149 @@
+"""Masks by brute force from the definition; positions; who influences whom."""
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mask2dit_jax import scenes
+from mask2dit_jax.models import dit
+
+LAYOUTS = [scenes.SceneLayout(f, 2, 3, 4) for f in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 3, 2))]
+
+
+def brute_force(layout, pattern):
+    """The masks spelled out token by token, as the paper's text has them."""
+    tokens = [('text', s) for s in range(layout.num_scenes) for _ in range(layout.text_tokens)]
+    tokens += [('video', s) for s, f in enumerate(layout.frames) for _ in range(f * layout.height * layout.width)]
+
+    def sees(q, k):
+        (q_kind, q_scene), (k_kind, k_scene) = q, k
+        if pattern == 'full' or q_scene == k_scene:
+            return True
+        if pattern == 'isolated' or 'text' in (q_kind, k_kind):
+            return False
+        return pattern == 'dual' or k_scene < q_scene
+
+    return np.array([[sees(q, k) for k in tokens] for q in tokens])
+
+
+@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: str(x.frames))
+@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+def test_masks_are_the_definition(layout, pattern):
+    mask = scenes.dense_mask(layout, pattern)
+    np.testing.assert_array_equal(mask, brute_force(layout, pattern))
+    assert mask.sum() == scenes.segment_pairs(layout, pattern)
+    assert mask.diagonal().all()
+    if pattern != 'causal':
+        np.testing.assert_array_equal(mask, mask.T)
+    ranges = np.zeros_like(mask)
+    for scene, is_text in itertools.product(range(layout.num_scenes), (True, False)):
+        a, b = layout.text_range(scene) if is_text else layout.video_range(scene)
+        for start, stop in scenes.key_ranges(layout, pattern, scene, is_text):
+            ranges[a:b, start:stop] = True
+    np.testing.assert_array_equal(ranges, mask)
+
+
+def test_published_setting_counts():
+    """Three scenes of 13 latent frames on a 30 x 45 grid with 226 text tokens (pairs as in the paper's setting)."""
+    layout = scenes.SceneLayout((13, 13, 13), 30, 45, 226)
+    assert layout.num_tokens == 53328
+    assert scenes.segment_pairs(layout, 'full') == 53328 ** 2
+    assert scenes.segment_pairs(layout, 'dual') == 3 * 226 * (226 + 17550) + 3 * 17550 * (226 + 52650)
+
+
+def tiny_model(pattern, layers):
+    cfg = dit.DiTConfig(num_layers=layers, num_attention_heads=2, attention_head_dim=16, in_channels=3, out_channels=3,
+                        text_embed_dim=5, time_embed_dim=8, max_text_seq_length=3, patch_size=1, sample_height=2,
+                        sample_width=2, sample_frames=5, dtype='float32', pattern=pattern)
+    frames, key = (1, 2, 1), jax.random.key(0)
+    x, text = jax.random.normal(key, (1, 4, 2, 2, 3)), jax.random.normal(key, (1, 3, 3, 5))
+    t = jnp.full((1, 3), 400)
+    model = dit.DiT(cfg)
+    params = jax.jit(lambda: model.init(key, x, text, t, frames))()['params']
+    # Zero-initialised modulation would hide every influence.
+    leaves, tree = jax.tree.flatten(params)
+    params = tree.unflatten([p + 0.2 * jax.random.normal(jax.random.fold_in(key, i), p.shape)
+                             for i, p in enumerate(leaves)])
+    return model, params, x, text, t, frames
+
+
+def influence(pattern, layers):
+    """|d scene i / d caption j| summed, [S, S]."""
+    model, params, x, text, t, frames = tiny_model(pattern, layers)
+    jacobian = jax.jit(jax.jacrev(lambda c: model.apply({'params': params}, x, c, t, frames)))(text)
+    size = np.abs(np.asarray(jacobian)).sum(axis=(0, 2, 3, 4, 5, 7, 8))  # [T, S]
+    which = scenes.frame_scenes(model.cfg.layout(frames, 2, 2))
+    return np.stack([size[which == s].sum(0) for s in range(3)])
+
+
+def test_captions_reach_other_scenes_only_through_video():
+    one, two = influence('dual', 1), influence('dual', 2)
+    off = ~np.eye(3, dtype=bool)
+    assert (one[off] == 0).all() and (one[~off] > 0).all()
+    assert (two > 0).all()
+
+
+def test_other_patterns_influence():
+    off = ~np.eye(3, dtype=bool)
+    assert (influence('full', 1) > 0).all()
+    assert (influence('isolated', 2)[off] == 0).all()
+    causal = influence('causal', 2)
+    assert (causal[np.triu_indices(3, 1)] == 0).all() and (causal[np.tril_indices(3)] > 0).all()
+
+
+def test_each_scene_follows_its_own_timestep():
+    """Changing the timestep of scene 1 changes scene 0 by nothing under `isolated`, and scene 1 by something."""
+    model, params, x, text, t, frames = tiny_model('isolated', 1)
+    run = jax.jit(lambda t: model.apply({'params': params}, x, text, t, frames))
+    change = np.abs(run(t) - run(t.at[0, 1].set(0))).max(axis=(0, 2, 3, 4))
+    assert change[0] == 0 and change[3] == 0 and (change[1:3] > 0).all()
+
+
+def test_rotary_timeline_runs_straight_through_scenes():
+    one = scenes.rope_table(scenes.SceneLayout((6,), 2, 3, 4), 32, 'linspace', (2, 3))
+    three = scenes.rope_table(scenes.SceneLayout((1, 3, 2), 2, 3, 4), 32, 'linspace', (2, 3))
+    np.testing.assert_array_equal(one[0], three[0])
+    np.testing.assert_array_equal(one[1], three[1])
+
+
+def test_sincos_rules_agree_on_one_trained_clip_and_only_the_reference_stretches():
+    base = (4, 2, 3)
+    clip = scenes.SceneLayout((4,), 2, 3, 5)
+    a, b = (scenes.sincos_positions(clip, 32, base, rule) for rule in ('reference', 'continuous'))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    story = scenes.SceneLayout((2, 4), 2, 3, 5)
+    straight = scenes.sincos_positions(story, 32, base, 'continuous')[story.num_text:]
+    np.testing.assert_allclose(straight[:24], a[5:], atol=1e-6)  # frames 0...3, whatever the scenes
+    assert np.abs(scenes.sincos_positions(story, 32, base, 'reference')[story.num_text:] - straight).max() > 0.1
+    with pytest.raises(ValueError, match='holds 4 latent frames per scene'):
+        scenes.sincos_positions(scenes.SceneLayout((5, 4), 2, 3, 5), 32, base, 'reference')
+
+
+def test_learned_positions_start_anew_in_every_scene():
+    layout = scenes.SceneLayout((2, 2, 4), 2, 3, 5)
+    text, time, _, _ = scenes.resample_positions(layout, (2, 2, 3), scenes_share=True)
+    np.testing.assert_array_equal(text, np.tile(np.eye(5), (3, 1)))
+    np.testing.assert_array_equal(time[:4], np.tile(np.eye(2), (2, 1)))
+    np.testing.assert_allclose(time.sum(1), 1)
+
+
+def test_loss_mask_counts_scenes_that_are_not_given():
+    mask = scenes.loss_mask(scenes.SceneLayout((1, 2), 1, 1, 1), np.array([[True, False], [False, False]]))
+    np.testing.assert_array_equal(mask, [[False, True, True], [True, True, True]])
+
+
+@pytest.mark.parametrize('frames', [(), (2, 0)])
+def test_layout_without_frames_is_refused(frames):
+    with pytest.raises(ValueError, match='at least one'):
+        scenes.SceneLayout(frames, 2, 2, 4)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'diagonal': use one of dual"):
+        scenes.dense_mask(LAYOUTS[0], 'diagonal')
+    with pytest.raises(ValueError, match='Unknown rotary rule'):
+        scenes.rope_table(LAYOUTS[0], 32, 'spiral', (2, 3))
+    with pytest.raises(ValueError, match='exceeds the trained 1x3'):
+        scenes.rope_table(LAYOUTS[0], 32, 'slice', (1, 3))

@@ -1,0 +1,206 @@
+"""Training properties, and a whole small run: learning, resuming bit for bit, sampling from it."""
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from mask2dit_jax import checkpoint, config, diffusion, sample, train, train_step, video
+from mask2dit_jax.models import dit
+
+
+def smoke_config(steps=6, **kwargs):
+    model = dit.DiTConfig(num_layers=1, num_attention_heads=1, attention_head_dim=32, in_channels=48, out_channels=48,
+                          text_embed_dim=16, time_embed_dim=16, max_text_seq_length=6, patch_size=1, sample_height=4,
+                          sample_width=4, sample_frames=4, dtype='float32', learned_positions=True,
+                          attention_backend='dense')
+    cfg = config.Config(
+        model=model, optimizer=config.OptimizerConfig('muon', 1e-2, warmup_steps=2, final_fraction=0.1),
+        data=config.DataConfig(layouts=((4, 4), (4, 8)), num_train=32, num_test=16),
+        train=config.TrainConfig(steps=steps, batch_size=8, conditional_probability=0.5, ema_decay=0.9,
+                                 log_every_steps=1, checkpoint_every_steps=3, sample_every_steps=100),
+        sample=config.SampleConfig(steps=2, guidance=1.5, sheet_stories=2),
+        eval=config.EvalConfig(stories=8, batch_size=8), mesh=config.MeshConfig(data=8, cpu_devices=8))
+    return dataclasses.replace(cfg, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A finished run of a few steps on two layouts, and its rows of scores."""
+    workdir = tmp_path_factory.mktemp('runs') / 'smoke'
+    return workdir, train.train_and_evaluate(smoke_config(), workdir)
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, rows = finished
+    assert [(r['task'], r['frames']) for r in rows] == [('generate', '4+4'), ('extend 1 given', '4+4'),
+                                                         ('generate', '4+8'), ('extend 1 given', '4+8')]
+    assert json.loads((workdir / 'scores.json').read_text()) == rows
+    assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert len(list((workdir / 'sheets').glob('*.png'))) == 2
+    assert config.load(workdir / 'config.json') == smoke_config()
+
+
+def test_resume_is_bit_equal(finished, tmp_path):
+    workdir, rows = finished
+    other = tmp_path / 'smoke'
+    shutil.copytree(workdir, other)
+    shutil.copytree(workdir.parent / 'data', tmp_path / 'data')
+    shutil.rmtree(other / 'checkpoints' / '6')  # as if killed after the checkpoint of step 3
+    assert train.train_and_evaluate(smoke_config(), other) == rows
+
+    def untimed(path):
+        return [{k: v for k, v in r.items() if k != 'steps_per_second'} for r in records(path)]
+
+    assert untimed(other) == untimed(workdir)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
+        jax.devices()[0])), sample.convert.abstract_params(smoke_config().model))
+    a, b = (checkpoint.restore_ema(w / 'checkpoints/6', target) for w in (workdir, other))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_resuming_another_run_is_refused(finished):
+    with pytest.raises(ValueError, match='trained with another seed'):
+        train.train_and_evaluate(smoke_config(seed=1), finished[0])
+
+
+def test_divergence_stops_and_saves_nothing(tmp_path):
+    cfg = smoke_config(optimizer=config.OptimizerConfig('adamw', 1e30, warmup_steps=1))
+    with pytest.raises(FloatingPointError, match=r'before step [1-6]: nothing was saved'):
+        train.train_and_evaluate(cfg, tmp_path / 'run')
+    assert not [p for p in (tmp_path / 'run/checkpoints').glob('*') if p.name.isdigit() and int(p.name) > 3]
+
+
+def test_fine_tuning_starts_from_the_ema(finished, tmp_path):
+    cfg = smoke_config(steps=1, init_from=str(finished[0]))
+    batches = train.data.train_batches(cfg, finished[0], train.data.stories_coders(cfg, finished[0]))
+    state, _ = train._initial_state(cfg, batches, train.sharding.make_mesh(cfg.mesh))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.ema)
+    ema = checkpoint.restore_ema(finished[0] / 'checkpoints/6', target)
+    jax.tree.map(np.testing.assert_array_equal, state.params, ema)
+    assert int(state.step) == 0
+
+
+def sample_run(tmp_path, workdir, **flags):
+    with flagsaver.flagsaver(**({'workdir': str(workdir), 'out': str(tmp_path / 'out')} | flags)):
+        sample.main(['sample'])
+    return tmp_path / 'out'
+
+
+def test_sample_writes_reproducible_videos(finished, tmp_path):
+    prompts = ['red ring on gray moves left', 'it grows', 'it blinks']
+    out = sample_run(tmp_path, finished[0], prompt=prompts, num_videos=2)
+    first, fps = video.read_video(out / 'video_0.mp4')
+    assert first.shape == (12, 256, 256, 3) and fps == 4
+    assert {p.name for p in out.iterdir()} == {f'{n}_{i}.{e}' for i in (0, 1) for n, e in (
+        ('video', 'mp4'), ('video', 'gif'), ('sheet', 'png'))} | {'story.json'}
+    again = sample_run(tmp_path / 'again', finished[0], story=str(out / 'story.json'))
+    np.testing.assert_array_equal(video.read_video(again / 'video_0.mp4')[0], first)
+
+
+def test_sample_extends_given_clips_and_takes_unequal_scenes(finished, tmp_path):
+    clip = np.full((8, 16, 16, 3), 0.5, np.float32)
+    clip[:, 4:12, 4:12] = (1, 0, 0)
+    video.write_mp4(tmp_path / 'given.mp4', clip, 4, scale=16)
+    story = tmp_path / 'story.json'
+    story.write_text(json.dumps({'scenes': [{'caption': 'red ball on gray stays'}, {'caption': 'it grows', 'frames': 4},
+                                            {'caption': 'it moves up', 'frames': 12}]}))
+    out = sample_run(tmp_path, finished[0], story=str(story), given=[str(tmp_path / 'given.mp4')], guidance=['1', '2', '1'])
+    made = video.read_video(out / 'video_0.mp4', height_px=16, width_px=16)[0]
+    assert len(made) == 8 + 4 + 12
+    assert np.abs(made[:8] / 255 - clip).mean() < 0.06  # the given scene, through the codec
+    assert json.loads((out / 'story.json').read_text())['scenes'][2] == {'caption': 'it moves up', 'frames': 12}
+
+
+@pytest.mark.parametrize('flags, message', [
+    ({'prompt': ['red ring on gray moves left', 'it dances']}, "unknown word 'dances'"),
+    ({'prompt': ['it grows'], 'given': ['missing.mp4']}, 'missing.mp4 is not a file'),
+    ({'story': 'missing.json'}, 'missing.json cannot be read'),
+    ({'prompt': ['it grows', 'it blinks'], 'guidance': ['1', '2', '3']}, r'one per scene \(2\)'),
+])
+def test_sample_errors_name_the_input(finished, tmp_path, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        sample_run(tmp_path, finished[0], **flags)
+
+
+def test_story_files_and_frames(tmp_path):
+    path = tmp_path / 'story.json'
+    for text in ('[]', '{"scenes": [{"frames": 4}]}', '{"scenes": []}', '{"scenes": [{"caption": "a", "fames": 4}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r'story.json (is no story file|needs a text caption)'):
+            sample.read_story(path)
+    assert sample.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
+    with pytest.raises(ValueError, match='Scene 1 has 4 frames in the story but its given clip has 12'):
+        sample.plan_frames([4, 8], [np.zeros((12, 1, 1, 3))], 4)
+    with pytest.raises(ValueError, match='leave no scene to generate'):
+        sample.plan_frames([4], [np.zeros((12, 1, 1, 3))], 4)
+
+
+def test_missing_workdirs_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no checkpoint'):
+        checkpoint.latest(tmp_path)
+    with pytest.raises(FileNotFoundError, match='must be a folder that mask2dit_jax.main has written'):
+        config.load(tmp_path / 'config.json')
+
+
+def test_stratified_timesteps():
+    t = np.stack([train_step.stratified_timesteps(jax.random.key(i), 8, 1000) for i in range(200)])
+    np.testing.assert_array_equal(np.sort(t // 125, axis=1), np.tile(np.arange(8), (200, 1)))
+    assert np.abs(t.mean(0) - 499.5).max() < 80  # every example of the batch sees every timestep
+    assert t.min() >= 0 and t.max() <= 999
+
+
+def test_random_given():
+    given = np.asarray(train_step.random_given(jax.random.key(0), 4000, 4, 0.5))
+    count = given.sum(1)
+    assert abs((count > 0).mean() - 0.5) < 0.05
+    assert set(count) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(given, np.arange(4) < count[:, None])  # leading scenes
+    assert not train_step.random_given(jax.random.key(0), 8, 1, 1.0).any()
+
+
+def test_given_scenes_are_clean_and_count_nothing():
+    """Loss and gradient depend on the given scene's latents but neither on its noise nor on its error."""
+    cfg = smoke_config().model
+    model, frames, key = dit.DiT(cfg), (1, 2), jax.random.key(1)
+    x = jax.random.normal(key, (2, 3, 4, 4, 48))
+    batch = {'latents': x, 'text': jax.random.normal(key, (2, 2, 6, 16))}
+    t = jnp.array([500, 20])
+    params = model.init(key, x, batch['text'], jnp.zeros((2, 2), int), frames)['params']
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape), params)
+    given = jnp.array([[True, False], [False, False]])
+
+    @jax.jit
+    def loss(noise, x):
+        total, count = train_step.denoising_loss(model, params, diffusion.Schedule(), {**batch, 'latents': x}, noise, t,
+                                                 given, frames)
+        return total, count
+
+    noise = jax.random.normal(jax.random.key(2), x.shape)
+    (total, count), by_noise = jax.value_and_grad(loss, has_aux=True)(noise, x)
+    assert count == (2 + 3) * 4 * 4 * 48 and total > 0
+    assert (by_noise[0, 0] == 0).all() and (by_noise[0, 1:] != 0).any() and (by_noise[1] != 0).any()
+    by_latents = jax.grad(lambda x: loss(noise, x)[0])(x)
+    assert (by_latents[0, 0] != 0).any()
+
+
+def test_caption_dropout_replaces_the_whole_story():
+    cfg = smoke_config()
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, caption_dropout=1.0))
+    frames, rng = (1, 1), np.random.default_rng(0)
+    batch = {'latents': rng.standard_normal((8, 2, 4, 4, 48), np.float32),
+             'text': rng.standard_normal((8, 2, 6, 16), np.float32)}
+    state = train_step.init_state(cfg, (batch['latents'][0], batch['text'][0], frames))
+    state = state.replace(params=jax.tree.map(lambda p: p + 0.1, state.params))
+    step = jax.jit(lambda b, null: train_step.train_step(state, b, null, config=cfg, frames=frames)[1]['loss'])
+    null = np.zeros((6, 16), np.float32)
+    assert step(batch, null) == step({**batch, 'text': batch['text'] + 1}, null)
+    assert step(batch, null) != step(batch, null + 1)
