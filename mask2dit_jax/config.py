@@ -123,8 +123,8 @@ class Config:
     """Everything `main` needs; init_from names a workdir whose EMA parameters are the starting point."""
     seed: int = 0
     init_from: str = ''
-    model: dit.DiTConfig = dit.DiTConfig()
-    schedule: diffusion.Schedule = diffusion.Schedule()
+    model: dit.DiTConfig = dit.DiTConfig()  # noqa: RUF009 (frozen)
+    schedule: diffusion.Schedule = diffusion.Schedule()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -203,5 +203,5 @@ def load(path: pathlib.Path) -> Config:
       FileNotFoundError: if there is none, which means that path's folder is no workdir.
     """
     if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main has written.')
+        raise FileNotFoundError(f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main wrote.')
     return parse(json.loads(path.read_text()))

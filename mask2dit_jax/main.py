@@ -1,10 +1,10 @@
 """Trains, samples and scores: python -m mask2dit_jax.main --config=configs/tiny.py --workdir=runs/tiny"""
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import train
+from mask2dit_jax import metric_writer, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Single values are '
@@ -18,7 +18,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     config = config_lib.parse(_CONFIG.value)
-    logging.set_verbosity(logging.INFO)
+    metric_writer.quiet_libraries()
     jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
     train.train_and_evaluate(config, _WORKDIR.value)
 

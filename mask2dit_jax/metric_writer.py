@@ -1,6 +1,7 @@
 """Training metrics: one log line with speed and ETA, one JSON object per line in metrics.jsonl, score tables."""
 import collections
 import json
+import logging as python_logging
 import math
 import numbers
 import os
@@ -12,6 +13,18 @@ import jax
 from absl import logging
 
 _WINDOW_WRITES = 10  # writes over which the speed is averaged
+
+
+def quiet_libraries() -> None:
+    """Logs this package's lines from INFO on, other libraries' from WARNING on (TFDS: ERROR)."""
+    def keep(record) -> bool:
+        if str(pathlib.Path(__file__).parent) in record.pathname:
+            return True
+        return record.levelno >= (python_logging.ERROR if 'tensorflow_datasets' in record.pathname
+                                  else python_logging.WARNING)
+
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(keep)
 
 
 def format_eta(seconds: float) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from mask2dit_jax import checkpoint, config, convert, data, generate, samplers, video
+from mask2dit_jax import checkpoint, config, convert, data, generate, metric_writer, samplers, video
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest checkpoint is '
                                'used.')
@@ -27,8 +27,8 @@ _STORY = flags.DEFINE_string('story', None, 'JSON file with scenes of caption an
 _GIVEN = flags.DEFINE_multi_string('given', [], 'Video of a leading scene that is given; repeat it in story order.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the noise; the same seed gives the same video.')
 _STEPS = flags.DEFINE_integer('steps', None, 'Sampling steps; default: the configuration of the run.', lower_bound=1)
-_GUIDANCE = flags.DEFINE_list('guidance', None, 'Classifier-free guidance scale: one number, or one per scene separated '
-                              'by commas; default: the configuration of the run.')
+_GUIDANCE = flags.DEFINE_list('guidance', None, 'Classifier-free guidance scale: one number, or one per scene, '
+                              'separated by commas; default: the configuration of the run.')
 _SAMPLER = flags.DEFINE_enum('sampler', None, samplers.SAMPLERS, 'Default: the configuration of the run.')
 _NUM_VIDEOS = flags.DEFINE_integer('num_videos', 1, 'How many videos of this story, from different noise.',
                                    lower_bound=1)
@@ -104,6 +104,7 @@ def main(argv):
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):
         raise app.UsageError('Give either --workdir or --checkpoint.')
+    metric_writer.quiet_libraries()
     captions, asked = _inputs()
     path = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else checkpoint.latest(_WORKDIR.value)
     cfg, coders, params = load_run(path.absolute().parent.parent, path)

@@ -51,10 +51,8 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
     Raises:
       ValueError: if no rule matches, or a sharded axis does not divide.
     """
-    for pattern, tail in RULES:
-        if re.search(pattern, name):
-            break
-    else:
+    tail = next((tail for pattern, tail in RULES if re.search(pattern, name)), None)
+    if tail is None:
         raise ValueError(f'No sharding rule matches {name} {shape}: add one to sharding.RULES.')
     if len(shape) < len(tail):
         return P()  # an optimizer's placeholder for a parameter that another part of it serves

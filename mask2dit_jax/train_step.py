@@ -69,8 +69,8 @@ def random_given(key, batch: int, num_scenes: int, probability: float):
 
 def make_optimizer(cfg: config_lib.OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW or Muon under warm-up and cosine."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, cfg.warmup_steps, max(steps, cfg.warmup_steps + 1),
-                                              cfg.learning_rate * cfg.final_fraction)
+    rate = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, cfg.warmup_steps,
+                                              max(steps, cfg.warmup_steps + 1), cfg.learning_rate * cfg.final_fraction)
     if cfg.name == 'muon':
         # One orthogonalisation per layer and matrix: the stacked layer axis is a batch axis.
         def matrices(params):

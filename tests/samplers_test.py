@@ -57,9 +57,10 @@ def test_given_scenes_stay_and_run_at_timestep_zero(sampler):
     def velocity(x, t):
         seen.append(t.shape)
         # What the model sees of the given scene, and its timestep, leak into the other scene if they are wrong.
-        return gaussian_velocity(x, t) + jnp.sum(t[:, 0]) + jnp.abs(x[:, :1] - jnp.concatenate([given] * 2)[:, :1]).sum()
+        return gaussian_velocity(x, t) + jnp.sum(t[:, 0]) + jnp.abs(x[:, :1] - np.concatenate([given] * 2)[:, :1]).sum()
 
-    out = samplers.sample(velocity, noise(), LAYOUT, times, table, 1.0, given=given, given_scenes=np.array([True, False]))
+    out = samplers.sample(velocity, noise(), LAYOUT, times, table, 1.0, given=given,
+                          given_scenes=np.array([True, False]))
     np.testing.assert_array_equal(out[:, :1], given[:, :1])
     np.testing.assert_allclose(out[:, 1:], run(sampler, 6)[:, 1:], atol=1e-5)
     assert seen == [(8, 2)]

@@ -113,7 +113,8 @@ def test_sample_extends_given_clips_and_takes_unequal_scenes(finished, tmp_path)
     story = tmp_path / 'story.json'
     story.write_text(json.dumps({'scenes': [{'caption': 'red ball on gray stays'}, {'caption': 'it grows', 'frames': 4},
                                             {'caption': 'it moves up', 'frames': 12}]}))
-    out = sample_run(tmp_path, finished[0], story=str(story), given=[str(tmp_path / 'given.mp4')], guidance=['1', '2', '1'])
+    given = [str(tmp_path / 'given.mp4')]
+    out = sample_run(tmp_path, finished[0], story=str(story), given=given, guidance=['1', '2', '1'])
     made = video.read_video(out / 'video_0.mp4', height_px=16, width_px=16)[0]
     assert len(made) == 8 + 4 + 12
     assert np.abs(made[:8] / 255 - clip).mean() < 0.06  # the given scene, through the codec
@@ -147,7 +148,7 @@ def test_story_files_and_frames(tmp_path):
 def test_missing_workdirs_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no checkpoint'):
         checkpoint.latest(tmp_path)
-    with pytest.raises(FileNotFoundError, match='must be a folder that mask2dit_jax.main has written'):
+    with pytest.raises(FileNotFoundError, match=r'must be a folder that mask2dit_jax\.main wrote'):
         config.load(tmp_path / 'config.json')
 
 
