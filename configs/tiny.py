@@ -36,7 +36,8 @@ def get_config(variant='dual'):
         c.train.steps = 6000
     if variant == 'smoke':
         c.data.update(num_train=64, num_test=16)
-        c.train.update(steps=12, conditional_from_step=6, checkpoint_every_steps=6, sample_every_steps=6, log_every_steps=3)
+        c.train.update(steps=12, conditional_from_step=6, checkpoint_every_steps=6, sample_every_steps=6,
+                       log_every_steps=3)
         c.sample.update(steps=2, sheet_stories=2)
         c.eval.update(stories=16, batch_size=16)
     return c

@@ -6,7 +6,6 @@ infers scenes from shapes. The joint sequence is [all text tokens, all video tok
 """
 import dataclasses
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -279,9 +278,3 @@ def segment_pairs(layout: SceneLayout, pattern: str) -> int:
     segments = list(itertools.product(range(layout.num_scenes), (True, False)))
     size = {(s, text): np.diff(layout.text_range(s) if text else layout.video_range(s)).item() for s, text in segments}
     return sum(size[q] * size[k] for q in segments for k in segments if visible(pattern, *q, *k))
-
-
-def parse_frames(frames: Sequence[int] | str) -> tuple[int, ...]:
-    """Frames per scene from '4,8,4' or a sequence."""
-    parts = frames.split(',') if isinstance(frames, str) else frames
-    return tuple(int(p) for p in parts)

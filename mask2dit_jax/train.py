@@ -18,11 +18,10 @@ SCORE_COLUMNS = ('task', 'frames', 'action', 'identity', 'background', 'consiste
                  'residual')
 
 
-def _initial_state(config: config_lib.Config, batches: data.Batches, mesh):
+def _initial_state(config: config_lib.Config, batches: data.Batches, coders: data.Coders, mesh):
     """State straight into its shardings; from the EMA of another run if the configuration says so."""
     layout, batch = batches(0)
-    frames = _latent_frames(config, layout)
-    inputs = batch['latents'][0], batch['text'][0], frames
+    inputs = batch['latents'][0], batch['text'][0], coders.latent_frames(layout)
     abstract = jax.eval_shape(lambda: train_step.init_state(config, inputs))
     shardings = sharding.shardings(abstract, mesh)
     state = jax.jit(lambda: train_step.init_state(config, inputs), out_shardings=shardings)()
@@ -34,10 +33,6 @@ def _initial_state(config: config_lib.Config, batches: data.Batches, mesh):
         params = checkpoint.restore_ema(path, target)
         state = state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
     return state, shardings
-
-
-def _latent_frames(config: config_lib.Config, layout: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(f // config.data.codec_patch_frames for f in layout)
 
 
 def _run_meta(config: config_lib.Config, batches: data.Batches) -> dict:
@@ -93,24 +88,21 @@ def score_stories(config: config_lib.Config, params, coders: data.Coders, workdi
 
 
 def write_sheets(config: config_lib.Config, params, coders: data.Coders, workdir, step: int) -> list[pathlib.Path]:
-    """Sample sheets of held-out stories: generated from captions, extended from given scenes, and the truth."""
+    """Sample sheets of held-out stories: generated from captions, and extended from all scenes but the last."""
     frames, count = config.data.layouts[0], config.sample.sheet_stories
     source = data.open_stories(config, workdir, frames, 'test')
     examples = [source[i] for i in range(count)]
     captions = [stories.captions(e['story'], config.data.caption_style) for e in examples]
     truth = np.stack([e['video'] for e in examples])
-    sheets, paths = {'generated': (truth, 0)}, []
-    if len(frames) > 1:
-        sheets['extended'] = (truth, len(frames) - 1)
-    for name, (videos, given) in sheets.items():
-        start = videos[:, :sum(frames[:given])] if given else None
+    paths = []
+    for name, given in {'generated': 0, 'extended': len(frames) - 1}.items() if len(frames) > 1 else [('generated', 0)]:
+        start = truth[:, :sum(frames[:given])] if given else None
         out = generate.generate(config, params, coders, captions, frames, seed=config.seed, given_videos=start)
-        marks = [[i < given for i in range(len(frames))]] * count
-        path = pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{name}.png'
+        paths.append(pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{name}.png')
         if jax.process_index() == 0:
             grid = [generate.split_scenes(v, frames) for v in out]
-            video.write_png(path, video.story_grid(grid, captions, given=marks))
-        paths.append(path)
+            marks = [[i < given for i in range(len(frames))]] * count
+            video.write_png(paths[-1], video.story_grid(grid, captions, given=marks))
     return paths
 
 
@@ -151,7 +143,7 @@ def train_and_evaluate(config: config_lib.Config, workdir) -> list[dict]:
     coders = data.stories_coders(config, workdir)
     batches = data.train_batches(config, workdir, coders)
     null_text = coders.encode_text([''])[0]
-    state, shardings = _initial_state(config, batches, mesh)
+    state, shardings = _initial_state(config, batches, coders, mesh)
     logging.info('%d parameters on mesh %s.', sum(x.size for x in jax.tree.leaves(state.params)), dict(mesh.shape))
 
     # 2. Resume.
@@ -168,7 +160,7 @@ def train_and_evaluate(config: config_lib.Config, workdir) -> list[dict]:
 
     # 3. The loop. Metrics stay on the device until they are logged, so that no step waits for them.
     writer = metric_writer.MetricWriter(workdir, cfg.steps, start)
-    steps = {f: train_step.jit_train_step(config, _latent_frames(config, f), shardings, sharding.batch_sharding(mesh))
+    steps = {f: train_step.jit_train_step(config, coders.latent_frames(f), shardings, sharding.batch_sharding(mesh))
              for f in dict.fromkeys(config.data.layouts)}
     pending = []
     for step in range(start, cfg.steps):
