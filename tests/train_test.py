@@ -1,15 +1,14 @@
-"""Training properties, and a whole small run: learning, resuming bit for bit, sampling from it."""
+"""A whole small run: what it leaves, resuming bit for bit, fine-tuning and sampling from it."""
 import dataclasses
 import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import checkpoint, config, diffusion, sample, train, train_step, video
+from mask2dit_jax import checkpoint, config, sample, train, video
 from mask2dit_jax.models import dit
 
 
@@ -33,12 +32,6 @@ def finished(tmp_path_factory):
     """A finished run of a few steps on two layouts, and its rows of scores."""
     workdir = tmp_path_factory.mktemp('runs') / 'smoke'
     return workdir, train.train_and_evaluate(smoke_config(), workdir)
-
-
-def random_params(model, *inputs):
-    """All random: with the zeros of initialisation the output would depend on nothing."""
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))['params']
-    return jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes)
 
 
 def records(workdir):
@@ -111,6 +104,7 @@ def test_sample_writes_reproducible_videos(finished, tmp_path):
     assert first.shape == (12, 256, 256, 3) and fps == 4
     assert {p.name for p in out.iterdir()} == {f'{n}_{i}.{e}' for i in (0, 1) for n, e in (
         ('video', 'mp4'), ('video', 'gif'), ('sheet', 'png'))} | {'story.json'}
+    assert (video.read_video(out / 'video_1.mp4')[0] != first).any()  # its own noise
     again = sample_run(tmp_path / 'again', finished[0], story=str(out / 'story.json'))
     np.testing.assert_array_equal(video.read_video(again / 'video_0.mp4')[0], first)
 
@@ -159,56 +153,3 @@ def test_missing_workdirs_are_named(tmp_path):
         checkpoint.latest(tmp_path)
     with pytest.raises(FileNotFoundError, match=r'must be a folder that mask2dit_jax\.main wrote'):
         config.load(tmp_path / 'config.json')
-
-
-def test_stratified_timesteps():
-    t = np.stack([train_step.stratified_timesteps(jax.random.key(i), 8, 1000) for i in range(200)])
-    np.testing.assert_array_equal(np.sort(t // 125, axis=1), np.tile(np.arange(8), (200, 1)))
-    assert np.abs(t.mean(0) - 499.5).max() < 80  # every example of the batch sees every timestep
-    assert t.min() >= 0 and t.max() <= 999
-
-
-def test_random_given():
-    given = np.asarray(train_step.random_given(jax.random.key(0), 4000, 4, 0.5))
-    count = given.sum(1)
-    assert abs((count > 0).mean() - 0.5) < 0.05
-    assert set(count) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(given, np.arange(4) < count[:, None])  # leading scenes
-    assert not train_step.random_given(jax.random.key(0), 8, 1, 1.0).any()
-
-
-def test_given_scenes_are_clean_and_count_nothing():
-    """Loss and gradient depend on the given scene's latents but neither on its noise nor on its error."""
-    cfg = smoke_config().model
-    model, frames, key = dit.DiT(cfg), (1, 2), jax.random.key(1)
-    x = jax.random.normal(key, (2, 3, 4, 4, 48))
-    batch = {'latents': x, 'text': jax.random.normal(key, (2, 2, 6, 16))}
-    t = jnp.array([500, 20])
-    params = random_params(model, x, batch['text'], jnp.zeros((2, 2), int), frames)
-    given = jnp.array([[True, False], [False, False]])
-
-    def loss(noise, x):
-        total, count = train_step.denoising_loss(model, params, diffusion.Schedule(), {**batch, 'latents': x}, noise, t,
-                                                 given, frames)
-        return total, count
-
-    noise = jax.random.normal(jax.random.key(2), x.shape)
-    (total, count), (by_noise, by_latents) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(noise, x)
-    assert count == (2 + 3) * 4 * 4 * 48 and total > 0
-    assert (by_noise[0, 0] == 0).all() and (by_noise[0, 1:] != 0).any() and (by_noise[1] != 0).any()
-    assert (by_latents[0, 0] != 0).any()
-
-
-def test_caption_dropout_replaces_the_whole_story():
-    cfg = smoke_config()
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, caption_dropout=1.0))
-    frames, rng = (1, 1), np.random.default_rng(0)
-    batch = {'latents': rng.standard_normal((8, 2, 4, 4, 48), np.float32),
-             'text': rng.standard_normal((8, 2, 6, 16), np.float32)}
-    state = jax.jit(lambda: train_step.init_state(cfg, (batch['latents'][0], batch['text'][0], frames)))()
-    t = jnp.zeros((8, 2), int)
-    state = state.replace(params=random_params(dit.DiT(cfg.model), batch['latents'], batch['text'], t, frames))
-    step = jax.jit(lambda b, null: train_step.train_step(state, b, null, config=cfg, frames=frames)[1]['loss'])
-    null = np.zeros((6, 16), np.float32)
-    assert step(batch, null) == step({**batch, 'text': batch['text'] + 1}, null)
-    assert step(batch, null) != step(batch, null + 1)

@@ -1,0 +1,163 @@
+"""Properties of one update: timesteps, given scenes, caption dropout, randomness per step, optimizers, EMA."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mask2dit_jax import config, diffusion, train_step
+from mask2dit_jax.models import dit
+
+MODEL = dit.DiTConfig(num_layers=1, num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4,
+                      text_embed_dim=5, time_embed_dim=8, max_text_seq_length=3, patch_size=1, sample_height=2,
+                      sample_width=2, sample_frames=5, dtype='float32', attention_backend='dense')
+FRAMES = 1, 2
+RNG = np.random.default_rng(0)
+BATCH = {'latents': RNG.standard_normal((8, 3, 2, 2, 4), np.float32),
+         'text': RNG.standard_normal((8, 2, 3, 5), np.float32)}
+NULL = np.zeros((3, 5), np.float32)
+
+
+def step_config(optimizer=config.OptimizerConfig(), **train):  # noqa: B008 (frozen)
+    return config.Config(model=MODEL, optimizer=optimizer,
+                         train=config.TrainConfig(**({'batch_size': 8, 'caption_dropout': 0.0} | train)))
+
+
+def random_state(cfg):
+    """All parameters random: with the zeros of initialisation the output would depend on nothing."""
+    shapes = jax.eval_shape(lambda: train_step.init_state(cfg, (BATCH['latents'][0], BATCH['text'][0], FRAMES)))
+    rng = np.random.default_rng(0)
+    params, ema = (jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes.params)
+                   for _ in range(2))
+    opt = train_step.make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
+    return train_step.TrainState(np.int32(0), params, ema, opt)
+
+
+def loss_fn(cfg):
+    """Jitted loss of an update as a function of step, captions and empty caption."""
+    state = random_state(cfg)
+    return jax.jit(lambda step, text=BATCH['text'], null=NULL: train_step.train_step(
+        state.replace(step=step), BATCH | {'text': text}, null, config=cfg, frames=FRAMES)[1]['loss'])
+
+
+def test_stratified_timesteps():
+    t = np.stack([train_step.stratified_timesteps(jax.random.key(i), 8, 1000) for i in range(200)])
+    np.testing.assert_array_equal(np.sort(t // 125, axis=1), np.tile(np.arange(8), (200, 1)))
+    assert np.abs(t.mean(0) - 499.5).max() < 80  # every example of the batch sees every timestep
+    assert t.min() >= 0 and t.max() <= 999
+
+
+def test_random_given():
+    given = np.asarray(train_step.random_given(jax.random.key(0), 4000, 4, 0.5))
+    count = given.sum(1)
+    assert abs((count > 0).mean() - 0.5) < 0.05
+    assert set(count) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(given, np.arange(4) < count[:, None])  # leading scenes
+    assert not train_step.random_given(jax.random.key(0), 8, 1, 1.0).any()
+
+
+def test_given_scenes_are_clean_and_count_nothing():
+    """Loss and gradient depend on the given scene's latents but neither on its noise nor on its error."""
+    params, t = random_state(step_config()).params, jnp.array([500, 20])
+    given = jnp.array([[True, False], [False, False]])
+
+    def loss(noise, x):
+        return train_step.denoising_loss(dit.DiT(MODEL), params, diffusion.Schedule(),
+                                         {'latents': x, 'text': BATCH['text'][:2]}, noise, t, given, FRAMES)
+
+    x, noise = BATCH['latents'][:2], BATCH['latents'][2:4]
+    (total, count), (by_noise, by_latents) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(noise, x)
+    assert count == (2 + 3) * 2 * 2 * 4 and total > 0
+    assert (by_noise[0, 0] == 0).all() and (by_noise[0, 1:] != 0).all() and (by_noise[1] != 0).all()
+    assert (by_latents[0, 0] != 0).all()
+
+
+def test_given_scenes_run_at_timestep_zero():
+    """The given scene's timestep is 0 whatever the others' is: its model is the only thing that could tell."""
+    state, given = random_state(step_config()), np.array([[True, False]])
+    seen = []
+
+    class Recorder:
+        cfg = MODEL
+
+        def apply(self, variables, latents, text, t, frames):
+            seen.append(np.asarray(t))
+            return latents
+
+    train_step.denoising_loss(Recorder(), state.params, diffusion.Schedule(), {k: v[:1] for k, v in BATCH.items()},
+                              BATCH['latents'][1:2], np.array([700]), given, FRAMES)
+    np.testing.assert_array_equal(seen, [[[0, 700]]])
+
+
+def test_caption_dropout_replaces_the_whole_story():
+    loss = loss_fn(step_config(caption_dropout=1.0))
+    assert loss(0) == loss(0, text=BATCH['text'] + 1)
+    assert loss(0) != loss(0, null=NULL + 1)
+
+
+def test_steps_differ_and_repeat():
+    loss = loss_fn(step_config())
+    assert loss(3) == loss(3)
+    assert len({float(loss(i)) for i in range(4)}) == 4
+
+
+def test_scenes_are_given_from_the_step_asked_for():
+    never, late = (loss_fn(step_config(conditional_probability=p, conditional_from_step=5)) for p in (0.0, 1.0))
+    np.testing.assert_allclose(late(4), never(4), rtol=1e-5)
+    assert abs(late(5) - never(5)) > 1e-3 * never(5)
+
+
+@pytest.mark.parametrize('step, decay', [(0, 0.1), (8, 0.5), (1000, 0.9)])
+def test_ema_follows_the_new_parameters(step, decay):
+    cfg = step_config(config.OptimizerConfig(learning_rate=0.1, warmup_steps=0), ema_decay=0.9)
+    state = random_state(cfg).replace(step=np.int32(step))
+    after, _ = jax.jit(lambda: train_step.train_step(state, BATCH, NULL, config=cfg, frames=FRAMES))()
+    assert after.step == step + 1
+    for p, new, e, ema in zip(*map(jax.tree.leaves, (state.params, after.params, state.ema, after.ema))):
+        assert np.abs(new - p).max() > 0.05
+        np.testing.assert_allclose(ema, decay * e + (1 - decay) * new, atol=1e-6)
+
+
+def updates(optimizer, grads, steps):
+    """Updates of `steps` steps with constant gradients, from parameters of zero."""
+    tx = train_step.make_optimizer(optimizer, steps)
+    params, update = jax.tree.map(jnp.zeros_like, grads), jax.jit(tx.update)
+    state, out = tx.init(params), []
+    for _ in range(steps):
+        delta, state = update(grads, state, params)
+        out.append(delta)
+    return out
+
+
+def test_learning_rate_warms_up_and_decays():
+    """With a constant gradient Adam moves by exactly the learning rate."""
+    cfg = config.OptimizerConfig(learning_rate=0.5, warmup_steps=4, final_fraction=0.2)
+    rates = [-float(u['w']) for u in updates(cfg, {'w': jnp.array(0.3)}, 41)]
+    np.testing.assert_allclose(rates[:5], [0, 0.125, 0.25, 0.375, 0.5], rtol=1e-4)
+    assert (np.diff(rates[4:]) < 0).all()
+    np.testing.assert_allclose(rates[-1], 0.1, rtol=0.02)  # one step before the end of the cosine
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    cfg = config.OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0)  # such an eps sees the gradient's size
+    small, large, clipped = (updates(cfg, {'a': jnp.array(3.0 * s), 'b': jnp.array(4.0 * s)}, 1)[0]
+                             for s in (0.1, 10, 0.2))
+    np.testing.assert_allclose(small['a'], -0.3 / 1.3, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), large, clipped)
+
+
+def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((2, 8, 24)).astype(np.float32)
+    grads = {'blocks': {'ff_in': {'kernel': kernel, 'bias': kernel[:, 0]}, 'norm1': {'linear': {'kernel': kernel}}},
+             'patch': {'kernel': kernel[0]}}
+    cfg = config.OptimizerConfig('muon', 0.1, warmup_steps=0, muon_rms=0.5)
+    update = updates(cfg, grads, 1)[0]
+    matrix = np.asarray(update['blocks']['ff_in'].pop('kernel'))
+    singular = np.linalg.svd(matrix, compute_uv=False)  # [layers, 8]
+    assert (singular.min(1) > 0.6 * singular.max(1)).all()
+    np.testing.assert_allclose(np.sqrt((matrix ** 2).mean((1, 2))), 0.1 * 0.5, rtol=0.2)
+    for leaf in jax.tree.leaves(update):  # the first step of Adam with Nesterov momentum: 1 + b1·(1 - b1)/(1 - b1²)
+        np.testing.assert_allclose(np.abs(leaf), 0.1 * (1 + 0.09 / 0.19), rtol=1e-3)
+    grads['blocks']['ff_in']['kernel'] = kernel * np.array([1, 3])[:, None, None]
+    other = updates(cfg, grads, 1)[0]['blocks']['ff_in']['kernel']
+    np.testing.assert_allclose(other, matrix, atol=1e-3)  # a layer's update does not depend on another's scale
