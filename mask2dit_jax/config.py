@@ -43,7 +43,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the blocks' matrices with AdamW for the rest.
+    """AdamW, or Muon for the blocks' attention and MLP matrices with Nesterov AdamW for the rest (as optax has it).
 
     Attributes:
       name: 'adamw' or 'muon'.

@@ -51,6 +51,17 @@ def test_against_float64(backend, pattern):
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize('backend', attention.BACKENDS)
+def test_bfloat16_has_float32_scores(backend):
+    """Scores of up to about 30: in bfloat16 their rounding alone would be several per cent of the weights."""
+    layout = scenes.SceneLayout((2, 1), 2, 2, 3)
+    q, k, v, _ = qkv(layout, 'bfloat16')
+    attend = jax.jit(attention.attend, static_argnums=(3, 4, 5))
+    ours = attend(8 * q, k, v, layout, 'dual', backend)
+    exact = attend(*(x.astype(jnp.float32) for x in (8 * q, k, v)), layout, 'dual', backend)
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2 ** -8, atol=2 ** -7)  # rounds result and weights
+
+
 def test_large_scores_stay_finite():
     layout = scenes.SceneLayout((2, 1), 2, 2, 3)
     q, k, v, do = qkv(layout, 'float32')

@@ -5,10 +5,11 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import checkpoint, config, sample, train, video
+from mask2dit_jax import checkpoint, config, convert, data, sample, sharding, train, video
 from mask2dit_jax.models import dit
 
 
@@ -34,6 +35,17 @@ def finished(tmp_path_factory):
     return workdir, train.train_and_evaluate(smoke_config(), workdir)
 
 
+@pytest.fixture(scope='module')
+def weights(finished):
+    """'params' and 'ema' of the finished run, read from its last checkpoint without the package's own functions."""
+    cfg = smoke_config()
+    shapes = convert.abstract_params(cfg.model)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                          sharding.shardings({'params': shapes}, sharding.make_mesh(cfg.mesh))['params'])
+    with ocp.StandardCheckpointer() as reader:
+        return {k: reader.restore((finished[0] / 'checkpoints/6' / k).absolute(), target) for k in ('params', 'ema')}
+
+
 def records(workdir):
     return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
@@ -46,6 +58,15 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5, 6]
     assert len(list((workdir / 'sheets').glob('*.png'))) == 2
     assert config.load(workdir / 'config.json') == smoke_config()
+
+
+def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
+    coders = data.stories_coders(smoke_config(), finished[0])
+    by_ema, by_params = ([path.read_bytes() for path in train.write_sheets(smoke_config(), w, coders, tmp_path / k, 6)]
+                         for k, w in sorted(weights.items()))
+    sheets = [path.read_bytes() for path in (finished[0] / 'sheets').iterdir()]
+    assert sorted(sheets) == sorted(by_ema)
+    assert not set(sheets) & set(by_params)
 
 
 def test_resume_is_bit_equal(finished, tmp_path):
@@ -61,7 +82,7 @@ def test_resume_is_bit_equal(finished, tmp_path):
 
     assert untimed(other) == untimed(workdir)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
-        jax.devices()[0])), sample.convert.abstract_params(smoke_config().model))
+        jax.devices()[0])), convert.abstract_params(smoke_config().model))
     a, b = (checkpoint.restore_ema(w / 'checkpoints/6', target) for w in (workdir, other))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -80,14 +101,13 @@ def test_divergence_stops_and_saves_nothing(tmp_path):
     assert not [p for p in (tmp_path / 'run/checkpoints').glob('*') if p.name.isdigit()]
 
 
-def test_fine_tuning_starts_from_the_ema(finished, tmp_path):
+def test_fine_tuning_starts_from_the_ema(finished, weights):
     cfg = smoke_config(steps=1, init_from=str(finished[0]))
-    coders = train.data.stories_coders(cfg, finished[0])
-    batches = train.data.train_batches(cfg, finished[0], coders)
-    state, _ = train._initial_state(cfg, batches, coders, train.sharding.make_mesh(cfg.mesh))
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.ema)
-    ema = checkpoint.restore_ema(finished[0] / 'checkpoints/6', target)
-    jax.tree.map(np.testing.assert_array_equal, state.params, ema)
+    coders = data.stories_coders(cfg, finished[0])
+    batches = data.train_batches(cfg, finished[0], coders)
+    state, _ = train._initial_state(cfg, batches, coders, sharding.make_mesh(cfg.mesh))
+    for ours in state.params, state.ema:
+        jax.tree.map(np.testing.assert_array_equal, ours, weights['ema'])
     assert int(state.step) == 0
 
 
