@@ -1,4 +1,4 @@
-"""Numbers of the reference implementation, within float32 rounding: transformers, schedule, loss, sampling loops.
+"""Numbers of the reference implementation, within float32 rounding: the three networks, schedule, loss, whole loops.
 
 Cases lie in tests/goldens; set MASK2DIT_GOLDENS to run another folder of the same shape.
 """
@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mask2dit_jax import convert, diffusion, samplers, scenes, train_step
-from mask2dit_jax.models import dit
+from mask2dit_jax.models import dit, t5, vae
 
 GOLDENS = pathlib.Path(os.environ.get('MASK2DIT_GOLDENS', pathlib.Path(__file__).parent / 'goldens'))
 FORWARD = sorted(p for p in GOLDENS.glob('transformer_*/*.npz')
                  if p.stem not in ('pos_embedding_buffer',) and 'bf16' not in p.stem and 'train' not in p.stem)
 TRAIN = sorted(GOLDENS.glob('transformer_*/*train*.npz'))
 PIPELINES = sorted(GOLDENS.glob('pipeline/*.npz'))
+T5 = sorted(GOLDENS.glob('t5/*.npz'))
 
 
 @functools.cache
@@ -30,8 +32,23 @@ def channels_last(x):
     return np.moveaxis(x, 2, -1)
 
 
+@functools.cache
+def vae_of(folder):
+    model, params = convert.load_vae(folder)
+    return model.cfg, params
+
+
+def video(x):
+    """(B, C, F, H, W) to [B, F, H, W, C]."""
+    return np.moveaxis(x, 1, -1)
+
+
 def assert_close(ours, ref, tolerance):
     np.testing.assert_allclose(ours, ref, rtol=0, atol=tolerance * max(1.0, np.abs(ref).max()))
+
+
+def exported(kind, cfg, params):
+    return {n: np.asarray(t) for n, t in convert.export_params(kind, cfg, params).items()}
 
 
 def scene_times(case, batch, num_scenes):
@@ -68,7 +85,7 @@ def test_loss_and_gradients(path):
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
     np.testing.assert_allclose(loss, case['loss'], rtol=5e-5)
-    grads = convert.export_transformer(model.cfg, grads)
+    grads = exported('transformer', model.cfg, grads)
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
     np.testing.assert_allclose(norm, case['global_grad_norm'], rtol=5e-5)
     named = [k.removeprefix('grad:') for k in case if k.startswith('grad:')]
@@ -160,16 +177,16 @@ def test_rotary_tables():
         assert scenes.fit_grid((int(h), int(w)), (30, 45)) == (top, left, bottom - top, right - left)
 
 
-@pytest.mark.parametrize('path', PIPELINES, ids=lambda p: p.stem)
-def test_sampling_loops(path):
+@functools.cache
+def run_pipeline(path):
+    """Final latents and those of every step."""
     case = dict(np.load(path))
     model, params = model_of(path.parent / 'transformer')
     schedule = convert.load_schedule(path.parent / 'scheduler/scheduler_config.json')
     s, (b, f) = int(case['num_scenes']), case['init_latents'].shape[:2]
     frames = (f // s,) * s
     layout = model.cfg.layout(frames, *case['init_latents'].shape[-2:])
-    num_steps = len(case['timesteps'])
-    times, table = samplers.sampler_table('ddim', schedule, num_steps, reference_prev=True)
+    times, table = samplers.sampler_table('ddim', schedule, len(case['timesteps']), reference_prev=True)
     np.testing.assert_array_equal(times, case['timesteps'])
     text = np.concatenate([case[k].reshape(b, s, -1, model.cfg.text_embed_dim)
                            for k in ('negative_prompt_embeds', 'prompt_embeds')])
@@ -183,8 +200,14 @@ def test_sampling_loops(path):
             return model.apply({'params': params}, x, text, t, frames=frames)
         return samplers.sample(v, noise, layout, times, table, guidance, trace=True, **given)
 
-    final, steps = run(params, noise)
-    for i in range(num_steps):
+    return run(params, noise)
+
+
+@pytest.mark.parametrize('path', PIPELINES, ids=lambda p: p.stem)
+def test_sampling_loops(path):
+    case = dict(np.load(path))
+    final, steps = run_pipeline(path)
+    for i in range(len(case['timesteps'])):
         assert_close(steps[i], channels_last(case['latents_per_step'][i]), 5e-5)
     assert_close(final, channels_last(case['final_latents']), 5e-5)
 
@@ -202,26 +225,90 @@ def test_dynamic_guidance():
     assert samplers.reference_dynamic_guidance(6.0, 50 - 50 * 0.5 ** 0.2, 50) == pytest.approx(1 + 6 / 2)
 
 
-def test_round_trip_is_bit_equal():
-    from safetensors.numpy import load_file
-    for folder in GOLDENS.glob('transformer_*'):
-        model, params = model_of(folder)
-        tensors = load_file(folder / 'weights.safetensors')
-        exported = convert.export_transformer(model.cfg, params)
-        assert exported.keys() == tensors.keys()
-        for name, value in tensors.items():
-            np.testing.assert_array_equal(exported[name], value, err_msg=name)
+@pytest.mark.parametrize('path', T5, ids=lambda p: p.stem)
+def test_t5(path):
+    case = dict(np.load(path))
+    model, params = convert.load_t5(path.parent)
+    mask = case['attention_mask'].astype(bool) if 'attention_mask' in case else None
+    out = jax.jit(model.apply)({'params': params}, case['input_ids'], mask)
+    assert_close(out, case['last_hidden_state'], 1e-5)
 
 
-def test_loader_names_what_does_not_fit():
-    folder = GOLDENS / 'transformer_rope'
-    model, _ = model_of(folder)
-    from safetensors.numpy import load_file
+def test_t5_buckets():
+    case = np.load(GOLDENS / 't5/forward_226.npz')
+    rel = case['relative_positions_key_minus_query']
+    table = t5.relative_buckets(2 * int(np.abs(rel).max()) + 1, 32, 128)
+    np.testing.assert_array_equal(table[np.abs(rel).max(), np.abs(rel).max() + rel], case['buckets'])
+
+
+@pytest.mark.parametrize('path', sorted(GOLDENS.glob('vae/encode_*.npz')), ids=lambda p: p.stem)
+def test_vae_encode(path):
+    case = dict(np.load(path))
+    mean, logvar = vae.encode(*vae_of(path.parent), video(case['video']))
+    assert_close(mean, video(case['mean']), 1e-5)
+    assert_close(logvar, video(case['logvar']), 1e-5)
+    sample = mean + np.exp(0.5 * logvar) * video(case['posterior_noise'])
+    assert_close(sample, video(case['posterior_sample']), 1e-5)
+
+
+@pytest.mark.parametrize('path', sorted(GOLDENS.glob('vae/decode_*.npz')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('rule, key', [('reference', 'video'), ('diffusers', 'video_auto_split')])
+def test_vae_decode(path, rule, key):
+    case = dict(np.load(path))
+    assert_close(vae.decode(*vae_of(path.parent), video(case['latents']), rule=rule), video(case[key]), 1e-5)
+
+
+def test_vae_codes_scenes_apart():
+    case = {k: video(v) for k, v in np.load(GOLDENS / 'vae/per_scene_2x9frames_batch2.npz').items()}
+    cfg, params = vae_of(GOLDENS / 'vae')
+    latents = np.concatenate([vae.encode(cfg, params, x)[0] for x in np.split(case['video'], 2, axis=1)], axis=1)
+    assert_close(latents, case['latents_mode'], 1e-5)
+    assert_close(latents * cfg.scaling_factor, case['latents_mode_times_scaling'], 1e-5)
+    assert_close(vae.encode(cfg, params, case['video'])[0], case['joint_latents_mode'], 1e-5)
+    decoded = [vae.decode(cfg, params, z[:1]) for z in np.split(case['latents_mode'], 2, axis=1)]
+    assert_close(np.concatenate(decoded, axis=1), case['decoded_item0'], 1e-5)
+
+
+@pytest.mark.parametrize('path', PIPELINES, ids=lambda p: p.stem)
+def test_pipelines_to_video(path):
+    """From captions' embeddings and given clips to pixels; the random VAE amplifies, hence the tolerance."""
+    case = dict(np.load(path))
+    cfg, params = vae_of(path.parent / 'vae')
+    s = int(case['num_scenes'])
+    if 'video_conds' in case:
+        coded = [vae.encode(cfg, params, channels_last(c[None])) for c in case['video_conds']]
+        mean, std = (np.concatenate(x, axis=1) for x in zip(*[(m, np.exp(0.5 * v)) for m, v in coded]))
+        assert_close(mean, channels_last(case['posterior_mean']), 1e-5)
+        latents = (mean + std * channels_last(case['posterior_noise_recovered'])) * cfg.scaling_factor
+        assert_close(latents, channels_last(case['cond_latents_clean']), 1e-5)
+    final, _ = run_pipeline(path)
+    pixels = np.concatenate([vae.decode(cfg, params, z) for z in np.split(final / cfg.scaling_factor, s, axis=1)], axis=1)
+    assert_close(np.clip(pixels / 2 + 0.5, 0, 1), video(case['video_0_1']), 5e-4)
+
+
+NETWORKS = [('transformer', f) for f in sorted(GOLDENS.glob('transformer_*'))] + [
+    ('vae', GOLDENS / 'vae'), ('text_encoder', GOLDENS / 't5')]
+
+
+@pytest.mark.parametrize('kind, folder', NETWORKS, ids=lambda x: getattr(x, 'name', x))
+def test_round_trip_is_bit_equal(kind, folder):
     tensors = load_file(folder / 'weights.safetensors')
-    tensors['stray'] = tensors.pop('proj_out.bias')
-    tensors['norm_final.weight'] = tensors['norm_final.weight'][:-1]
-    problems = r'norm_final.weight has shape \(47,\).*missing proj_out.bias.*unexpected stray'
-    with pytest.raises(ValueError, match=problems):
-        convert.import_transformer(model.cfg, tensors)
-    with pytest.raises(ValueError, match='keys that the transformer does not know: frobnicate'):
-        convert.transformer_config({'frobnicate': 1})
+    tensors.pop('encoder.embed_tokens.weight', None)  # the same as shared.weight
+    model, params = {'transformer': convert.load_transformer, 'vae': convert.load_vae,
+                     'text_encoder': convert.load_t5}[kind](folder)
+    back = exported(kind, model.cfg, params)
+    assert back.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize('kind, folder', NETWORKS[-3:], ids=lambda x: getattr(x, 'name', x))
+def test_loading_names_what_does_not_fit(kind, folder):
+    cfg = convert.read_config(kind, folder)
+    target = convert.on_one_device(convert.abstract_params(cfg, kind))
+    tensors = load_file(folder / 'weights.safetensors')
+    first, second = sorted(tensors)[:2]
+    tensors['stray'] = tensors.pop(first)
+    tensors[second] = tensors[second][:-1]
+    with pytest.raises(ValueError, match=f'missing {first}.*{second} has shape.*expected.*unexpected stray'):
+        convert.import_params(kind, cfg, tensors, target)

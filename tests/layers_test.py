@@ -6,11 +6,12 @@ import mask2dit_jax
 
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 LAYERS = (
-    ('scenes', 'diffusion', 'video', 'metric_writer', 'datasets'),
+    ('scenes', 'diffusion', 'video', 'metric_writer', 'weights', 'datasets'),
     ('attention', 'samplers'),
     ('models',),
-    ('config', 'convert'),
-    ('sharding', 'data'),
+    ('config',),
+    ('convert', 'sharding'),
+    ('data',),
     ('train_step', 'generate'),
     ('checkpoint',),
     ('train',),

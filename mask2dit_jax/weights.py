@@ -1,0 +1,181 @@
+"""Tensors in files, one at a time: safetensors folders and Orbax checkpoints larger than the host's memory."""
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+import tensorstore as ts
+
+SHARD_BYTES = 1 << 30  # of an exported file; what is written is in memory twice
+_DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: shape and dtype known, values read by np.asarray."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.read(), dtype)
+
+
+def open_safetensors(folder) -> dict[str, Tensor]:
+    """All tensors of a folder's .safetensors files by name; nothing but headers is read.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence that names the file: none there, only pickled weights, a file that
+        is damaged, cut off or lacks a part that the index lists, a tensor twice, or one that holds no floats.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder} is no folder.')
+    files = sorted(folder.glob('*.safetensors'))
+    pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in ('.bin', '.pt', '.pth', '.ckpt')]
+    if not files and pickled:
+        raise ValueError(f'{folder} has only pickled weights ({", ".join(pickled)}), which run code when opened: load '
+                         'them in PyTorch and save them again with save_pretrained(..., safe_serialization=True).')
+    listed = _indexed(folder)
+    missing = sorted(set(listed.values()) - {p.name for p in files})
+    if missing or not files:
+        raise FileNotFoundError(f'{folder} lacks {", ".join(missing) or "a .safetensors file"}: download or copy it '
+                                'again.')
+    tensors = {}
+    for path in files:
+        for name, tensor in _open_file(path).items():
+            if name in tensors:
+                raise ValueError(f'{folder} has {name} in two files, one of them {path.name}: remove one set of files.')
+            tensors[name] = tensor
+    lost = sorted(set(listed) - set(tensors))
+    if lost:
+        raise ValueError(f'{folder} lacks tensors that its index lists: {", ".join(lost[:5])}: download it again.')
+    return tensors
+
+
+def _indexed(folder: pathlib.Path) -> dict[str, str]:
+    """Tensor name to file name, from the index of sharded files; empty if there is none."""
+    listed = {}
+    for path in folder.glob('*.safetensors.index.json'):
+        try:
+            listed |= json.loads(path.read_text(encoding='utf-8'))['weight_map']
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path} is no index of safetensors files ({error!r}).') from error
+    return listed
+
+
+def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        file = safetensors.safe_open(path, 'np')
+        slices = {name: file.get_slice(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f'{path} is damaged or no safetensors file ({error}): copy it again.') from error
+    tensors = {}
+    for name, part in slices.items():
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(f'{path} holds {name} as {part.get_dtype()}: only {", ".join(_DTYPES)} can be read.')
+        tensors[name] = Tensor(tuple(part.get_shape()), np.dtype(_DTYPES[part.get_dtype()]),
+                               functools.partial(file.get_tensor, name))
+    return tensors
+
+
+def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes tensors as STEM.safetensors, or as numbered files with an index if they exceed shard_bytes."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {n: int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for n, t in tensors.items()}
+    shards, filled = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = [f'{stem}.safetensors']
+    if len(shards) > 1:
+        files = [f'{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
+        index = {'metadata': {'total_size': sum(sizes.values())},
+                 'weight_map': {n: f for f, names in zip(files, shards) for n in names}}
+        (folder / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+    for file, names in zip(files, shards):
+        safetensors.numpy.save_file({n: np.ascontiguousarray(tensors[n]) for n in names}, folder / file,
+                                    metadata={'format': 'pt'})
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array to be written part by part: whole, or stacked along its first axis."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: tuple[Callable[[], np.ndarray], ...]
+    stacked: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements; Orbax refuses empty arrays by it."""
+        return int(np.prod(self.shape))
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Lets Orbax write a Leaf as it writes a numpy array, but one part after the other, and one chunk a part."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def _open_and_write(self, value, tspec, ts_context):
+        if value.stacked:
+            tspec['metadata']['chunks'] = (1, *value.shape[1:])
+        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        for i, part in enumerate(value.parts):
+            await (array[i] if value.stacked else array).write(part())
+
+
+def write_orbax(path, tree) -> None:
+    """Writes a nested dict of Leafs as an Orbax checkpoint that StandardCheckpointer restores; replaces what is there."""
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler())))
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree), force=True)
+
+
+def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
+    """The arrays of an Orbax checkpoint item by path in the tree; slices are read on demand by `.read().result()`.
+
+    Raises:
+      ValueError: if it is none, or damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+        flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
+        names = [tuple(k.key for k in keys) for keys, _ in flat]
+        base = f'file://{path}/'
+        return {n: ts.open({'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': '.'.join(n) + '/'}}
+                           ).result() for n in names}
+    except (ValueError, AttributeError, OSError) as error:
+        raise ValueError(f'{path} is no complete Orbax checkpoint ({str(error)[:200]}).') from error
+
+
+def restore_orbax(path, target):
+    """An Orbax checkpoint item, cast and laid out like `target` (ShapeDtypeStructs with shardings).
+
+    Raises:
+      ValueError: naming arrays that are missing, unexpected or of another shape.
+    """
+    have = {'/'.join(n): t.shape for n, t in open_orbax(path).items()}
+    want = {'/'.join(k.key for k in keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(target)}
+    problems = [f'missing {n}' for n in want if n not in have] + [f'unexpected {n}' for n in have if n not in want]
+    problems += [f'{n} has shape {have[n]}, expected {want[n]}' for n in want if n in have and have[n] != want[n]]
+    if problems:
+        raise ValueError(f'{path} does not fit the configuration: {"; ".join(problems)}.')
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(pathlib.Path(path).absolute(), target)
+
