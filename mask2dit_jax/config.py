@@ -120,7 +120,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything `main` needs; init_from names a workdir whose EMA parameters are the starting point."""
+    """Everything `main` needs.
+
+    Attributes:
+      init_from: where training starts: a workdir, for its EMA parameters, or a model folder, released or converted,
+        whose VAE and text encoder are then used, too (set by `main --checkpoint`). Empty for random parameters.
+    """
     seed: int = 0
     init_from: str = ''
     model: dit.DiTConfig = dit.DiTConfig()  # noqa: RUF009 (frozen)
@@ -183,10 +188,8 @@ def _check(config: Config) -> None:
         raise ValueError(f'config.eval.stories {config.eval.stories} is not a multiple of eval.batch_size '
                          f'{config.eval.batch_size}.')
     for layout in config.data.layouts:
-        bad = [f for f in layout if f < 1 or f % config.data.codec_patch_frames]
-        if bad or not layout:
-            raise ValueError(f'config.data.layouts has a scene of {bad[0] if bad else 0} frames: use positive '
-                             f'multiples of codec_patch_frames {config.data.codec_patch_frames}.')
+        if not layout or min(layout) < 1:
+            raise ValueError(f'config.data.layouts has {layout}: a story needs scenes, and a scene frames.')
     if not config.data.layouts:
         raise ValueError('config.data.layouts is empty: list at least one kind of story, e.g. ((4, 4, 4),).')
 

@@ -455,7 +455,10 @@ def load_schedule(file) -> diffusion.Schedule:
     Raises:
       ValueError: for settings other than scaled-linear betas and v-prediction.
     """
-    config = json.loads(pathlib.Path(file).read_text())
+    try:
+        config = dict(json.loads(pathlib.Path(file).read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f'{file} is no scheduler configuration ({error}).') from error
     for key, value in _SCHEDULE_FIXED.items():
         if config.get(key, value) != value:
             raise ValueError(f'{file} sets {key} to {config[key]!r}: only {value!r} is implemented.')
@@ -466,6 +469,16 @@ def load_schedule(file) -> diffusion.Schedule:
 def schedule_json(schedule: diffusion.Schedule) -> dict:
     """The scheduler_config.json of an exported model."""
     return {'_class_name': 'CogVideoXDDIMScheduler'} | dataclasses.asdict(schedule) | _SCHEDULE_FIXED
+
+
+def adopt(config: config_lib.Config, folder) -> config_lib.Config:
+    """`config` with init_from, transformer and schedule of a model folder; how to compute (dtype, remat, attention)
+    stays."""
+    folder, own = pathlib.Path(folder), config.model
+    model = read_config('transformer', folder / 'transformer', dtype=own.dtype, remat=own.remat,
+                        attention_backend=own.attention_backend)
+    schedule = load_schedule(folder / 'scheduler/scheduler_config.json')
+    return dataclasses.replace(config, init_from=str(folder), model=model, schedule=schedule)
 
 
 def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax import convert
 from mask2dit_jax.datasets import stories
+from mask2dit_jax.models import dit, t5, vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,29 +21,50 @@ class Coders:
     """What stands between files and the transformer.
 
     Attributes:
-      encode_text: captions of one story, list of S strings, to float32 [S, M, E]; '' is the unconditional caption.
-      encode_video: pixels in [0, 1] or uint8 [..., F, H, W, 3] to latents float32 [..., T, h, w, C].
-      decode_video: latents to pixels float32 in [0, 1].
+      encode_text: list of N captions to float32 [N, M, E]; '' is the unconditional caption.
+      encode_video: videos in [0, 1] or uint8 [B, F, H, W, 3] and the frames of their scenes to latents float32
+        [B, T, h, w, C].
+      decode_video: latents and the latent frames of their scenes to pixels float32 in [0, 1].
+      scene_latents: pixel frames of one scene to latent frames; raises ValueError for a number that it cannot code.
       latent_shape: (h, w, C).
-      patch_frames: pixel frames per latent frame.
+      size_px: (H, W).
     """
     encode_text: Callable
     encode_video: Callable
     decode_video: Callable
+    scene_latents: Callable[[int], int]
     latent_shape: tuple[int, int, int]
-    patch_frames: int
+    size_px: tuple[int, int]
 
     def latent_frames(self, frames: tuple[int, ...]) -> tuple[int, ...]:
         """Latent frames per scene.
 
         Raises:
-          ValueError: if a scene's frames are not a positive multiple of patch_frames.
+          ValueError: if a scene cannot be coded.
         """
-        bad = [f for f in frames if f < 1 or f % self.patch_frames]
-        if bad:
-            raise ValueError(f'A scene of {bad[0]} frames cannot be coded: use a positive multiple of '
-                             f'{self.patch_frames}.')
-        return tuple(f // self.patch_frames for f in frames)
+        return tuple(self.scene_latents(f) for f in frames)
+
+
+def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
+    """The released (or converted) folder that a run descends from through init_from, or None for one from scratch.
+
+    Raises:
+      FileNotFoundError: if init_from is neither such a folder nor a workdir.
+    """
+    while config.init_from:
+        folder = pathlib.Path(config.init_from)
+        if (folder / 'transformer').is_dir():
+            return folder
+        config = config_lib.load(folder / 'config.json')
+    return None
+
+
+def coders(config: config_lib.Config, workdir) -> Coders:
+    """VAE and T5 for a run that descends from a released folder, else those of the stories."""
+    folder = pretrained_folder(config)
+    if folder is None:
+        return stories_coders(config, workdir)
+    return pretrained_coders(folder, config.model, (config.data.size_px, config.data.size_px))
 
 
 def stories_coders(config: config_lib.Config, workdir) -> Coders:
@@ -56,21 +79,109 @@ def stories_coders(config: config_lib.Config, workdir) -> Coders:
     side, channels = data.size_px // codec.patch_px, codec.basis.shape[1]
     if (config.model.in_channels, config.model.out_channels) != (channels, channels):
         raise ValueError(f'config.model.in_channels and out_channels must be {channels}, the channels of the codec.')
-    text = functools.partial(stories.embed_captions, tokens=config.model.max_text_seq_length,
-                             dim=config.model.text_embed_dim)
-    return Coders(text, functools.partial(stories.encode, codec), functools.partial(stories.decode, codec),
-                  (side, side, channels), codec.patch_frames)
+
+    def scene_latents(frames):
+        if frames < 1 or frames % codec.patch_frames:
+            raise ValueError(f'A scene of {frames} frames cannot be coded: use a positive multiple of '
+                             f'{codec.patch_frames}.')
+        return frames // codec.patch_frames
+
+    return Coders(
+        encode_text=functools.partial(stories.embed_captions, tokens=config.model.max_text_seq_length,
+                                      dim=config.model.text_embed_dim),
+        # Patches of frames do not cross scenes, so that scenes are coded apart anyway.
+        encode_video=lambda videos, frames: stories.encode(codec, videos),
+        decode_video=lambda latents, latent_frames: stories.decode(codec, latents),
+        scene_latents=scene_latents, latent_shape=(side, side, channels), size_px=(data.size_px, data.size_px))
+
+
+def _to_float(video):
+    """Pixels float32 in [0, 1]."""
+    return video.astype(np.float32) / 255 if video.dtype == np.uint8 else np.asarray(video, np.float32)
+
+
+def pretrained_coders(folder, model: dit.DiTConfig, size_px: tuple[int, int], *, tiling: bool = False,
+                      decode_rule: str = 'reference', mask_padding: bool = False) -> Coders:
+    """T5 and VAE of a model folder, released or converted.
+
+    Each network is loaded when it is called and let go when it returns, so that at most one is in memory; captions
+    once encoded are kept. Videos are coded scene by scene; latents are posterior means times the scaling factor.
+
+    Args:
+      folder: holds text_encoder/, tokenizer/ and vae/.
+      model: the transformer that they serve; its dtype is also theirs for T5, while the VAE computes in float32.
+      size_px: height and width of the videos.
+      tiling, decode_rule: see vae.decode.
+      mask_padding: hide padding tokens from T5's attention; the reference does not.
+
+    Raises:
+      FileNotFoundError, ValueError: naming what is missing or does not fit the transformer.
+    """
+    folder = pathlib.Path(folder)
+    tokenize = t5.load_tokenizer(folder / 'tokenizer')
+    vae_cfg, t5_cfg = (convert.read_config(kind, folder / kind) for kind in ('vae', 'text_encoder'))
+    factor = vae_cfg.spatial_factor
+    if tiling:
+        vae.check_tiling(vae_cfg)
+    if (vae_cfg.latent_channels, t5_cfg.d_model) != (model.in_channels, model.text_embed_dim):
+        raise ValueError(f'{folder}: a VAE of {vae_cfg.latent_channels} channels and a text encoder of width '
+                         f'{t5_cfg.d_model} do not fit a transformer of {model.in_channels} and '
+                         f'{model.text_embed_dim}.')
+    if size_px[0] % (factor * model.patch_size) or size_px[1] % (factor * model.patch_size):
+        raise ValueError(f'Videos of {size_px[0]}x{size_px[1]} pixels do not divide into tokens: use multiples of '
+                         f'{factor * model.patch_size}.')
+    known = {}
+
+    def encode_text(captions):
+        new = [c for c in dict.fromkeys(captions) if c not in known]
+        if new:
+            network, params = convert.load_t5(folder / 'text_encoder', param_dtype=model.dtype, dtype=model.dtype)
+            apply, ids = jax.jit(network.apply), tokenize(new, model.max_text_seq_length)
+            for caption, row in zip(new, ids):
+                mask = row[None] != t5.PAD if mask_padding else None
+                known[caption] = np.asarray(apply({'params': params}, row[None], mask), np.float32)[0]
+        return np.stack([known[c] for c in captions])
+
+    def encode_video(videos, frames):
+        _, params = convert.load_vae(folder / 'vae')
+        means = []
+        for video in videos:
+            x = _to_float(video)[None] * 2 - 1
+            scenes = np.split(x, np.cumsum(frames)[:-1], axis=1)
+            means.append(np.concatenate([vae.encode(vae_cfg, params, s, tiling)[0] for s in scenes], axis=1))
+        return np.concatenate(means) * np.float32(vae_cfg.scaling_factor)
+
+    def decode_video(latents, latent_frames):
+        _, params = convert.load_vae(folder / 'vae')
+        videos = []
+        for story in np.split(np.asarray(latents, np.float32) / np.float32(vae_cfg.scaling_factor), len(latents)):
+            scenes = np.split(story, np.cumsum(latent_frames)[:-1], axis=1)
+            pixels = [vae.decode(vae_cfg, params, s, tiling, decode_rule) for s in scenes]
+            videos.append(np.clip(np.concatenate(pixels, axis=1) / 2 + 0.5, 0, 1))
+        return np.concatenate(videos)
+
+    def scene_latents(frames):
+        ratio = vae_cfg.temporal_compression_ratio
+        if frames < 1 or (frames - 1) % ratio:
+            raise ValueError(f'A scene of {frames} frames cannot be coded: the VAE needs one more than a multiple of '
+                             f'{ratio}, e.g. {max(frames - 1, 0) // ratio * ratio + 1}.')
+        return (frames - 1) // ratio + 1
+
+    return Coders(encode_text, encode_video, decode_video, scene_latents,
+                  (size_px[0] // factor, size_px[1] // factor, vae_cfg.latent_channels), size_px)
 
 
 class EncodedStories:
     """Random access to the latents and text of a split, encoded once and held in memory."""
 
-    def __init__(self, source: stories.StorySource, coders: Coders, caption_style: str):
+    def __init__(self, source: stories.StorySource, coders: Coders, frames: tuple[int, ...], caption_style: str):
         examples = [source[i] for i in range(len(source))]
-        self._latents = coders.encode_video(np.stack([e['video'] for e in examples]))
+        self._latents = coders.encode_video(np.stack([e['video'] for e in examples]), frames)
         # Captions repeat: each distinct one is encoded once.
-        encode = functools.cache(lambda caption: coders.encode_text([caption])[0])
-        self._text = [[encode(c) for c in stories.captions(e['story'], caption_style)] for e in examples]
+        captions = [stories.captions(e['story'], caption_style) for e in examples]
+        distinct = sorted({c for story in captions for c in story})
+        text = dict(zip(distinct, coders.encode_text(distinct)))
+        self._text = [[text[c] for c in story] for story in captions]
 
     def __len__(self):
         return len(self._latents)
@@ -123,7 +234,7 @@ def open_stories(config: config_lib.Config, workdir, frames: tuple[int, ...], sp
 def train_batches(config: config_lib.Config, workdir, coders: Coders) -> Batches:
     """Training batches of the stories of every layout in the configuration."""
     sources = {f: open_stories(config, workdir, f, 'train') for f in dict.fromkeys(config.data.layouts)}
-    datasets = {f: grain.MapDataset.source(EncodedStories(s, coders, config.data.caption_style))
+    datasets = {f: grain.MapDataset.source(EncodedStories(s, coders, f, config.data.caption_style))
                 .seed(config.seed).shuffle().repeat() for f, s in sources.items()}
     digest = hashlib.sha256(repr([(f, s.fingerprint) for f, s in sources.items()]).encode()).hexdigest()
     return Batches(config.data.layouts, datasets, config.train.batch_size, digest)

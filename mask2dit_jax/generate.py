@@ -1,4 +1,5 @@
 """Captions (and given scenes) to videos: the functions behind training's sheets, the scores and `sample`."""
+import dataclasses
 import functools
 
 import jax
@@ -33,6 +34,69 @@ def story_noise(seed: int, index: int, shape: tuple[int, ...]):
     return jax.random.normal(key, shape, jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the transformer gets for a batch of stories of one layout, besides noise.
+
+    Attributes:
+      latent_frames: per scene.
+      text: [B, S, M, E].
+      null_text: [M, E], the negative caption.
+      given: latents [B, T, h, w, C], zero where nothing is given.
+      given_scenes: bool [B, S].
+    """
+    latent_frames: tuple[int, ...]
+    text: np.ndarray
+    null_text: np.ndarray
+    given: np.ndarray
+    given_scenes: np.ndarray
+
+
+def encode_inputs(coders: data.Coders, captions, frames: tuple[int, ...], given_videos=None,
+                  negative_caption: str = '') -> Inputs:
+    """Encodes captions and given scenes.
+
+    Args:
+      coders: text and video coders.
+      captions: per story a list of S strings, those of given scenes included.
+      frames: pixel frames per scene.
+      given_videos: None, or pixels [B, F', H, W, 3] of the leading scenes, which are given.
+      negative_caption: what classifier-free guidance leads away from, in every scene.
+
+    Raises:
+      ValueError: if captions, frames and given scenes do not fit each other.
+    """
+    num_scenes, batch = len(frames), len(captions)
+    if any(len(c) != num_scenes for c in captions):
+        raise ValueError(f'Every story needs one caption for each of its {num_scenes} scenes, got {captions[0]}.')
+    latent_frames = coders.latent_frames(frames)
+    given = np.zeros((batch, sum(latent_frames), *coders.latent_shape), np.float32)
+    given_scenes = np.zeros((batch, num_scenes), bool)
+    count = 0 if given_videos is None else _given_count(frames, given_videos.shape[1])
+    # One call: the text encoder may be loaded for it.
+    *text, null_text = coders.encode_text([c for story in captions for c in story] + [negative_caption])
+    if count:
+        latents = coders.encode_video(given_videos, frames[:count])
+        given[:, :latents.shape[1]] = latents
+        given_scenes[:, :count] = True
+    return Inputs(latent_frames, np.reshape(text, (batch, num_scenes, *null_text.shape)), null_text, given, given_scenes)
+
+
+def sample_latents(config: config_lib.Config, params, inputs: Inputs, *, seed: int, first_index: int = 0,
+                   sampler: str | None = None, steps: int | None = None, guidance=None) -> np.ndarray:
+    """Denoises the stories of `inputs`; arguments as in `generate`. Returns latents float32 [B, T, h, w, C]."""
+    num_scenes = len(inputs.latent_frames)
+    guidance = config.sample.guidance if guidance is None else guidance
+    if np.size(guidance) not in (1, num_scenes):
+        raise ValueError(f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.')
+    noise = jnp.stack([story_noise(seed, first_index + i, x.shape) for i, x in enumerate(inputs.given)])
+    timesteps, table = samplers.sampler_table(sampler or config.sample.sampler, config.schedule,
+                                              steps or config.sample.steps)
+    scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
+    return np.asarray(_sampling_fn(config, inputs.latent_frames)(
+        params, noise, inputs.text, inputs.null_text, inputs.given, inputs.given_scenes, timesteps, table, scale))
+
+
 def generate(config: config_lib.Config, params, coders: data.Coders, captions, frames: tuple[int, ...], *, seed: int,
              first_index: int = 0, given_videos=None, sampler: str | None = None, steps: int | None = None,
              guidance=None) -> np.ndarray:
@@ -41,42 +105,21 @@ def generate(config: config_lib.Config, params, coders: data.Coders, captions, f
     Args:
       config: the model's configuration, which also holds the default sampler settings.
       params: parameters.
-      coders: text and video coders.
-      captions: per story a list of S strings, those of given scenes included.
-      frames: pixel frames per scene.
+      coders, captions, frames, given_videos: as in `encode_inputs`.
       seed: story i gets the noise of (seed, first_index + i).
       first_index: see above.
-      given_videos: None, or pixels [B, F', H, W, 3] of the leading scenes, which are given.
       sampler, steps, guidance: overrides of config.sample; guidance may be one number per scene.
 
     Returns:
       Pixels float32 in [0, 1], [B, F, H, W, 3]; given scenes come back as their codec sees them.
 
     Raises:
-      ValueError: if captions, frames and given scenes do not fit each other.
+      ValueError: if captions, frames, guidance and given scenes do not fit each other.
     """
-    num_scenes = len(frames)
-    if any(len(c) != num_scenes for c in captions):
-        raise ValueError(f'Every story needs one caption for each of its {num_scenes} scenes, got {captions[0]}.')
-    guidance = config.sample.guidance if guidance is None else guidance
-    if np.size(guidance) not in (1, num_scenes):
-        raise ValueError(f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.')
-    latent_frames = coders.latent_frames(frames)
-    shape = sum(latent_frames), *coders.latent_shape
-    noise = jnp.stack([story_noise(seed, first_index + i, shape) for i in range(len(captions))])
-    text = np.stack([coders.encode_text(c) for c in captions])
-    given, given_scenes = np.zeros(noise.shape, np.float32), np.zeros((len(captions), num_scenes), bool)
-    if given_videos is not None:
-        count = _given_count(frames, given_videos.shape[1])
-        latents = coders.encode_video(given_videos)
-        given[:, :latents.shape[1]] = latents
-        given_scenes[:, :count] = True
-    timesteps, table = samplers.sampler_table(sampler or config.sample.sampler, config.schedule,
-                                              steps or config.sample.steps)
-    scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    latents = _sampling_fn(config, latent_frames)(params, noise, text, coders.encode_text([''])[0], given,
-                                                  given_scenes, timesteps, table, scale)
-    return coders.decode_video(np.asarray(latents))
+    inputs = encode_inputs(coders, captions, frames, given_videos)
+    latents = sample_latents(config, params, inputs, seed=seed, first_index=first_index, sampler=sampler, steps=steps,
+                             guidance=guidance)
+    return coders.decode_video(latents, inputs.latent_frames)
 
 
 def _given_count(frames: tuple[int, ...], given_frames: int) -> int:

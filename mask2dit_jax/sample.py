@@ -3,6 +3,7 @@
   python -m mask2dit_jax.sample --workdir=runs/tiny --prompt="red ring on gray moves left" --prompt="it grows"
   python -m mask2dit_jax.sample --workdir=runs/tiny --story=story.json --num_videos=4
   python -m mask2dit_jax.sample --workdir=runs/tiny --given=a.mp4 --given=b.mp4 --prompt=A --prompt=B --prompt=NEW
+  python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b --prompt=A --prompt=B --height=480 --width=720 --frames=49
 
 A story file is {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption": "it grows"}]}.
 """
@@ -17,10 +18,13 @@ import tqdm
 from absl import app, flags, logging
 
 from mask2dit_jax import checkpoint, config, convert, data, generate, metric_writer, samplers, video
+from mask2dit_jax.models import dit, vae
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest checkpoint is '
                                'used.')
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'One checkpoint instead, e.g. runs/tiny/checkpoints/2000.')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Instead: one checkpoint of a workdir, e.g. '
+                                  'runs/tiny/checkpoints/2000, or a model folder, released (transformer/, vae/, '
+                                  'text_encoder/, tokenizer/, scheduler/) or converted to Orbax.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Caption of a scene; repeat it, one for every scene, those of given '
                                     'clips included.')
 _STORY = flags.DEFINE_string('story', None, 'JSON file with scenes of caption and frames, instead of --prompt.')
@@ -30,6 +34,19 @@ _STEPS = flags.DEFINE_integer('steps', None, 'Sampling steps; default: the confi
 _GUIDANCE = flags.DEFINE_list('guidance', None, 'Classifier-free guidance scale: one number, or one per scene, '
                               'separated by commas; default: the configuration of the run.')
 _SAMPLER = flags.DEFINE_enum('sampler', None, samplers.SAMPLERS, 'Default: the configuration of the run.')
+_NEGATIVE = flags.DEFINE_string('negative_prompt', '', 'What guidance leads away from, in every scene.')
+_FRAMES = flags.DEFINE_integer('frames', None, 'Frames of a scene for which no story file or given clip says it; '
+                               'default: those the model was trained with.', lower_bound=1)
+_HEIGHT = flags.DEFINE_integer('height', None, 'Pixels; model folders only, default: the size they were trained with.')
+_WIDTH = flags.DEFINE_integer('width', None, 'As --height.')
+_DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ('bfloat16', 'float32'), 'Computing and holding parameters of model '
+                           'folders; the VAE always computes in float32.')
+_TILING = flags.DEFINE_bool('tiling', False, 'Run the VAE of a model folder in overlapping tiles, for less memory.')
+_DECODE_RULE = flags.DEFINE_enum('decode_rule', 'reference', vae.DECODE_RULES, 'How the VAE of a model folder batches '
+                                 'frames: as Mask²DiT does, or as stock diffusers.')
+_MASK_PADDING = flags.DEFINE_bool('mask_padding', False, "Hide padding from the text encoder of a model folder; the "
+                                  'reference does not.')
+_FOLDER_FLAGS = 'height', 'width', 'dtype', 'tiling', 'decode_rule', 'mask_padding'
 _NUM_VIDEOS = flags.DEFINE_integer('num_videos', 1, 'How many videos of this story, from different noise.',
                                    lower_bound=1)
 _OUT = flags.DEFINE_string('out', 'samples', 'Folder for mp4, gif, contact sheet and story.json.')
@@ -73,12 +90,25 @@ def plan_frames(frames: list[int | None], given: list[np.ndarray], default: int)
     return tuple(length or asked or default for asked, length in zip(frames, lengths))
 
 
-def load_run(workdir: pathlib.Path, path: pathlib.Path):
-    """Configuration, coders and EMA parameters of a training run's checkpoint."""
+def load_run(path: pathlib.Path):
+    """Configuration, coders and a function that loads the EMA parameters, of a training run's checkpoint."""
+    workdir = path.absolute().parent.parent
     cfg = config.load(workdir / 'config.json')
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
-        jax.devices()[0])), convert.abstract_params(cfg.model))
-    return cfg, data.stories_coders(cfg, workdir), checkpoint.restore_ema(path, target)
+    target = convert.on_one_device(convert.abstract_params(cfg.model))
+    return cfg, data.coders(cfg, workdir), lambda: checkpoint.restore_ema(path, target)
+
+
+def load_folder(folder: pathlib.Path):
+    """Configuration, coders and a function that loads the transformer, of a model folder."""
+    base = config.Config(data=config.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=_DTYPE.value))
+    cfg = convert.adopt(base, folder)
+    frames, factor = cfg.model.sample_frames, convert.read_config('vae', folder / 'vae').spatial_factor
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, layouts=((frames,),)))
+    size = _HEIGHT.value or cfg.model.sample_height * factor, _WIDTH.value or cfg.model.sample_width * factor
+    coders = data.pretrained_coders(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
+                                    mask_padding=_MASK_PADDING.value)
+    target = convert.on_one_device(convert.abstract_params(cfg.model), cfg.model.dtype)
+    return cfg, coders, lambda: convert.read_params('transformer', folder / 'transformer', cfg.model, target)
 
 
 def write_outputs(out: pathlib.Path, videos, captions, frames, num_given: int, fps: float, record: dict) -> None:
@@ -107,24 +137,33 @@ def main(argv):
     metric_writer.quiet_libraries()
     captions, asked = _inputs()
     path = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else checkpoint.latest(_WORKDIR.value)
-    cfg, coders, params = load_run(path.absolute().parent.parent, path)
-    size = cfg.data.size_px
-    given = [video.read_video(g, height_px=size, width_px=size)[0] for g in _GIVEN.value]
-    frames = plan_frames(asked, given, cfg.data.layouts[0][0])
+    is_folder, chosen = (path / 'transformer').is_dir(), {n: flags.FLAGS[n] for n in _FOLDER_FLAGS}
+    if not is_folder and (useless := [f'--{n}' for n, flag in chosen.items() if flag.present]):
+        raise app.UsageError(f'{", ".join(useless)} are for model folders, and {path} is none.')
+    cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
+    height, width = coders.size_px
+    given = [video.read_video(g, height_px=height, width_px=width)[0] for g in _GIVEN.value]
+    frames = plan_frames(asked, given, _FRAMES.value or cfg.data.layouts[0][0])
     guidance = [float(g) for g in _GUIDANCE.value or [cfg.sample.guidance]]
     settings = {'seed': _SEED.value, 'sampler': _SAMPLER.value or cfg.sample.sampler,
                 'steps': _STEPS.value or cfg.sample.steps,
                 'guidance': guidance[0] if len(guidance) == 1 else guidance}
     clips = np.concatenate(given)[None] if given else None
     logging.info('Sampling %d video(s) of %s frames from %s.', _NUM_VIDEOS.value, '+'.join(map(str, frames)), path)
-    videos = np.concatenate([
-        generate.generate(cfg, params, coders, [captions], frames, first_index=i, given_videos=clips, **settings)
-        for i in tqdm.trange(_NUM_VIDEOS.value, desc='sampling', unit='video')])
+    # One network in memory at a time: text encoder and VAE in here, the transformer, then the VAE again.
+    inputs = generate.encode_inputs(coders, [captions], frames, clips, _NEGATIVE.value)
+    params = load_params()
+    latents = np.concatenate([generate.sample_latents(cfg, params, inputs, first_index=i, **settings)
+                              for i in tqdm.trange(_NUM_VIDEOS.value, desc='sampling', unit='video')])
+    del params
+    videos = coders.decode_video(latents, inputs.latent_frames)
     record = {'scenes': [{'caption': c, 'frames': f} for c, f in zip(captions, frames)],
               'checkpoint': str(path), 'given': [{'file': g, 'sha256': hashlib.sha256(
                   pathlib.Path(g).read_bytes()).hexdigest()} for g in _GIVEN.value],
-              'num_videos': _NUM_VIDEOS.value, **settings, 'model': dataclasses.asdict(cfg.model),
+              'num_videos': _NUM_VIDEOS.value, 'negative_prompt': _NEGATIVE.value, **settings, 'model': dataclasses.asdict(cfg.model),
               'jax': jax.__version__}
+    if is_folder:
+        record |= {n: flag.value for n, flag in chosen.items()} | {'height': height, 'width': width}
     out = pathlib.Path(_OUT.value)
     write_outputs(out, videos, captions, frames, len(given), cfg.data.fps, record)
     print(f'Wrote {_NUM_VIDEOS.value} video(s) to {out}: video_*.mp4, video_*.gif, sheet_*.png, story.json.')

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from mask2dit_jax import checkpoint, data, generate, metric_writer, sharding, train_step, video
+from mask2dit_jax import checkpoint, convert, data, generate, metric_writer, sharding, train_step, video
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.datasets import stories
 
@@ -28,9 +28,14 @@ def _initial_state(config: config_lib.Config, batches: data.Batches, coders: dat
     if config.init_from:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract.ema,
                               shardings.ema)
-        path = checkpoint.latest(config.init_from)
-        logging.info('Starting from the EMA parameters of %s.', path)
-        params = checkpoint.restore_ema(path, target)
+        folder = pathlib.Path(config.init_from)
+        if (folder / 'transformer').is_dir():
+            logging.info('Starting from %s.', folder / 'transformer')
+            params = convert.read_params('transformer', folder / 'transformer', config.model, target)
+        else:
+            path = checkpoint.latest(folder)
+            logging.info('Starting from the EMA parameters of %s.', path)
+            params = checkpoint.restore_ema(path, target)
         state = state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
     return state, shardings
 
@@ -140,7 +145,9 @@ def train_and_evaluate(config: config_lib.Config, workdir) -> list[dict]:
 
     # 1. Devices, data, state.
     mesh = sharding.make_mesh(config.mesh)
-    coders = data.stories_coders(config, workdir)
+    coders = data.coders(config, workdir)
+    for layout in config.data.layouts:
+        coders.latent_frames(layout)  # a scene that cannot be coded is an error now, not after encoding
     batches = data.train_batches(config, workdir, coders)
     null_text = coders.encode_text([''])[0]
     state, shardings = _initial_state(config, batches, coders, mesh)

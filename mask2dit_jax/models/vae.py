@@ -263,6 +263,7 @@ def encode(cfg: VAEConfig, params, pixels, tiling: bool = False) -> tuple[np.nda
       cfg, params: the network.
       pixels: [B, F, H, W, 3] in -1...1, H and W multiples of cfg.spatial_factor.
       tiling: code overlapping tiles of half the trained size and cross-fade them, for less memory; changes results.
+        Exactly the reference's rule, sizes included: see check_tiling.
 
     Returns:
       Mean and log-variance, float32 numpy [B, T, h, w, C], neither scaled by cfg.scaling_factor. T is
@@ -304,6 +305,19 @@ def decode(cfg: VAEConfig, params, latents, tiling: bool = False, rule: str = 'r
 def _tile_size(cfg: VAEConfig) -> tuple[int, int]:
     """Height and width of a tile in pixels."""
     return cfg.sample_height // 2, cfg.sample_width // 2
+
+
+def check_tiling(cfg: VAEConfig) -> None:
+    """Makes sure that tiles lead to frames of the right size; the reference's rule loses rows or columns otherwise.
+
+    Raises:
+      ValueError: if the overlaps are no whole latents.
+    """
+    for name, tile, share in zip(('height', 'width'), _tile_size(cfg), _TILE_OVERLAP):
+        latents = tile // cfg.spatial_factor
+        if int(latents * (1 - share)) * cfg.spatial_factor != tile - int(tile * share):
+            raise ValueError(f'The VAE cannot run in tiles: half of its sample_{name}, {tile} pixels, does not overlap '
+                             f'by {share:.3f} in whole latents.')
 
 
 def _check_size(cfg: VAEConfig, shape) -> None:
