@@ -1,7 +1,7 @@
 """The three networks of a released folder: reference names, shapes and configs <-> Flax parameters.
 
-A model folder in diffusers' layout has transformer/, vae/, text_encoder/ (each config.json and .safetensors), tokenizer/
-and scheduler/. Loading is strict: a missing, unexpected or wrongly shaped tensor is an error that names it.
+A model folder in diffusers' layout has transformer/, vae/, text_encoder/ (each config.json and .safetensors),
+tokenizer/ and scheduler/. Loading is strict: a missing, unexpected or wrongly shaped tensor is an error that names it.
 
     model, params = load_transformer('folder/transformer')
     v = model.apply({'params': params}, latents, text, t, frames=(13, 13, 13))

@@ -79,7 +79,8 @@ def encode_inputs(coders: data.Coders, captions, frames: tuple[int, ...], given_
         latents = coders.encode_video(given_videos, frames[:count])
         given[:, :latents.shape[1]] = latents
         given_scenes[:, :count] = True
-    return Inputs(latent_frames, np.reshape(text, (batch, num_scenes, *null_text.shape)), null_text, given, given_scenes)
+    text = np.reshape(text, (batch, num_scenes, *null_text.shape))
+    return Inputs(latent_frames, text, null_text, given, given_scenes)
 
 
 def sample_latents(config: config_lib.Config, params, inputs: Inputs, *, seed: int, first_index: int = 0,

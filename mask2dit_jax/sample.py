@@ -160,7 +160,8 @@ def main(argv):
     record = {'scenes': [{'caption': c, 'frames': f} for c, f in zip(captions, frames)],
               'checkpoint': str(path), 'given': [{'file': g, 'sha256': hashlib.sha256(
                   pathlib.Path(g).read_bytes()).hexdigest()} for g in _GIVEN.value],
-              'num_videos': _NUM_VIDEOS.value, 'negative_prompt': _NEGATIVE.value, **settings, 'model': dataclasses.asdict(cfg.model),
+              'num_videos': _NUM_VIDEOS.value, 'negative_prompt': _NEGATIVE.value, **settings,
+              'model': dataclasses.asdict(cfg.model),
               'jax': jax.__version__}
     if is_folder:
         record |= {n: flag.value for n, flag in chosen.items()} | {'height': height, 'width': width}

@@ -74,7 +74,7 @@ def _indexed(folder: pathlib.Path) -> dict[str, str]:
 def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
     try:
         file = safetensors.safe_open(path, 'np')
-        slices = {name: file.get_slice(name) for name in file.keys()}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f'{path} is damaged or no safetensors file ({error}): copy it again.') from error
     tensors = {}
@@ -138,7 +138,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_orbax(path, tree) -> None:
-    """Writes a nested dict of Leafs as an Orbax checkpoint that StandardCheckpointer restores; replaces what is there."""
+    """Writes a nested dict of Leafs as an Orbax checkpoint that StandardCheckpointer restores, in place of an old one."""
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler())))
     with ocp.Checkpointer(handler) as checkpointer:

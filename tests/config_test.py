@@ -1,6 +1,7 @@
 """Every configuration loads, validates and abstract-evaluates its training step; wrong ones are refused."""
 import dataclasses
 import importlib.util
+import math
 import pathlib
 import re
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mask2dit_jax import config, train_step
+from mask2dit_jax import config, convert, train_step
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
 
@@ -29,8 +30,11 @@ def cases():
 @pytest.mark.parametrize('path, variant', cases())
 def test_configuration_evaluates(path, variant):
     cfg = config.parse(load(path).get_config(variant))
-    frames = tuple(f // cfg.data.codec_patch_frames for f in cfg.data.layouts[0])
-    side, b, m = cfg.data.size_px // 4, cfg.train.batch_size, cfg.model
+    b, m = cfg.train.batch_size, cfg.model
+    if m.in_channels == 16:  # behind the released VAE
+        frames, side = tuple((f + 3) // 4 for f in cfg.data.layouts[0]), cfg.data.size_px // 8
+    else:
+        frames, side = tuple(f // cfg.data.codec_patch_frames for f in cfg.data.layouts[0]), cfg.data.size_px // 4
     shape = jax.ShapeDtypeStruct
     latents = shape((b, sum(frames), side, side, m.in_channels), jnp.float32)
     text = shape((b, len(frames), m.max_text_seq_length, m.text_embed_dim), jnp.float32)
@@ -40,6 +44,17 @@ def test_configuration_evaluates(path, variant):
         state, latents, text)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics.keys() == {'loss', 'grad_norm'}
+
+
+@pytest.mark.parametrize('variant, parameters, tensors', [
+    ('5b', 5_570_283_072, 1024), ('2b', 1_693_783_872, 736), ('1.5-5b', None, 1024)])
+def test_released_sizes(variant, parameters, tensors):
+    """Counts of the released checkpoints; the description of 1.5 has none."""
+    model = config.parse(load(CONFIGS[0].with_name('cogvideox.py')).get_config(variant)).model
+    exported = convert.export_params('transformer', model, convert.abstract_params(model))
+    assert len(exported) == tensors
+    assert parameters in (None, sum(math.prod(t.shape) for t in exported.values()))
+    assert convert.transformer_config(convert.transformer_json(model), remat='full') == model
 
 
 def test_unknown_variant_is_refused():

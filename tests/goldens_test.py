@@ -282,8 +282,8 @@ def test_pipelines_to_video(path):
         latents = (mean + std * channels_last(case['posterior_noise_recovered'])) * cfg.scaling_factor
         assert_close(latents, channels_last(case['cond_latents_clean']), 1e-5)
     final, _ = run_pipeline(path)
-    pixels = np.concatenate([vae.decode(cfg, params, z) for z in np.split(final / cfg.scaling_factor, s, axis=1)], axis=1)
-    assert_close(np.clip(pixels / 2 + 0.5, 0, 1), video(case['video_0_1']), 5e-4)
+    pixels = [vae.decode(cfg, params, z) for z in np.split(final / cfg.scaling_factor, s, axis=1)]
+    assert_close(np.clip(np.concatenate(pixels, axis=1) / 2 + 0.5, 0, 1), video(case['video_0_1']), 5e-4)
 
 
 NETWORKS = [('transformer', f) for f in sorted(GOLDENS.glob('transformer_*'))] + [

@@ -45,8 +45,8 @@ def write_tokenizer(folder):
         np.random.default_rng(i), (4, 4), split='train'), 'every')]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions), model_writer=model, vocab_size=90, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        minloglevel=2)
+        sentence_iterator=iter(captions), model_writer=model, vocab_size=90, hard_vocab_limit=False, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2)
     folder.mkdir()
     (folder / 'spiece.model').write_bytes(model.getvalue())
 
@@ -74,8 +74,8 @@ def converted(folder):
 
 
 def run_sample(out, source, **chosen):
-    chosen = {'checkpoint': str(source), 'out': str(out), 'prompt': list(CAPTIONS), 'dtype': 'float32', 'steps': 2} | chosen
-    with flagsaver.flagsaver(**chosen):
+    usual = {'checkpoint': str(source), 'out': str(out), 'prompt': list(CAPTIONS), 'dtype': 'float32', 'steps': 2}
+    with flagsaver.flagsaver(**(usual | chosen)):
         sample.main(['sample'])
     return video.read_video(out / 'video_0.mp4')[0]
 

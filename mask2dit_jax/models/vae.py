@@ -6,6 +6,7 @@ that the chunk borders are part of the function. Scenes know nothing of each oth
 """
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -232,7 +233,7 @@ def _run_chunk(cfg: VAEConfig, method: str, params, cache, x, first: bool):
 def _run_scene(cfg: VAEConfig, method: str, params, x, borders) -> np.ndarray:
     """All chunks of a scene or tile in turn; only one chunk is on the device at a time."""
     cache, out = {}, []
-    for start, stop in zip(borders, borders[1:]):
+    for start, stop in itertools.pairwise(borders):
         y, cache = _run_chunk(cfg, method, params, cache, x[:, start:stop], start == 0)
         out.append(np.asarray(y))
     return np.concatenate(out, axis=1)

@@ -1,0 +1,197 @@
+"""Random tiny models of diffusers' and transformers' own classes: the same numbers, in both directions.
+
+Needs the `oracle` extra; skipped without it. Stock diffusers knows no dual mask: the transformer is compared under full
+attention, and under the mask by the goldens.
+"""
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mask2dit_jax import convert, scenes, weights
+from mask2dit_jax.models import t5, vae
+
+torch = pytest.importorskip('torch')
+diffusers = pytest.importorskip('diffusers')
+transformers = pytest.importorskip('transformers')
+
+BASE = {'attention_head_dim': 16, 'in_channels': 4, 'text_embed_dim': 20, 'time_embed_dim': 24, 'sample_width': 12,
+        'sample_height': 8, 'sample_frames': 9, 'max_text_seq_length': 7}
+
+
+def random_transformer(seed):
+    """A configuration drawn from everything that the class takes, and its model."""
+    rng = np.random.default_rng(seed)
+    kind = ('sincos', 'rotary', 'learned', 'patch_t')[seed % 4]
+    config = BASE | {
+        'num_attention_heads': int(rng.integers(1, 4)), 'num_layers': int(rng.integers(1, 4)),
+        'out_channels': int(rng.choice([4, 8])), 'flip_sin_to_cos': bool(rng.integers(2)),
+        'freq_shift': int(rng.integers(2)), 'attention_bias': bool(rng.integers(2)),
+        'norm_elementwise_affine': bool(rng.integers(2)), 'norm_eps': float(rng.choice([1e-5, 1e-3])),
+        'patch_bias': bool(rng.integers(2)), 'use_rotary_positional_embeddings': kind != 'sincos',
+        'use_learned_positional_embeddings': kind == 'learned', 'patch_size_t': 2 if kind == 'patch_t' else None,
+        'spatial_interpolation_scale': float(rng.choice([1.0, 1.875]))}
+    if kind == 'patch_t':
+        config['sample_frames'] = 13
+    torch.manual_seed(seed)
+    return config, randomised(diffusers.CogVideoXTransformer3DModel(**config))
+
+
+def randomised(model):
+    """All parameters random, so that no zero hides an error."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.2)
+    return model.eval()
+
+
+def forward(model, config, x, text, t):
+    frames = x.shape[1] // (config['patch_size_t'] or 1)
+    rotary = None
+    if config['use_rotary_positional_embeddings']:
+        rows, cols = config['sample_height'] // 2, config['sample_width'] // 2
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+        rotary = get_3d_rotary_pos_embed(
+            config['attention_head_dim'], ((0, 0), (rows, cols)), (rows, cols), frames,
+            **({'grid_type': 'slice', 'max_size': (rows, cols)} if config['patch_size_t'] else {}))
+    with torch.no_grad():
+        return model(torch.tensor(x), torch.tensor(text), torch.tensor([t]), image_rotary_emb=rotary).sample.numpy()
+
+
+def close(ours, theirs, tolerance):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1, np.abs(theirs).max()))
+
+
+def save_ours(kind, folder, cfg, params, config_json):
+    weights.write_safetensors(folder, convert.NETWORKS[kind].stem, convert.export_params(kind, cfg, params),
+                              shard_bytes=100_000)
+    (folder / 'config.json').write_text(json.dumps(config_json))
+
+
+def other_params(params, seed):
+    """Random values in the shapes of params."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), params)
+
+
+def load_theirs(cls, folder):
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs')), info
+    return model.eval()
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_transformer(seed, tmp_path):
+    config, theirs = random_transformer(seed)
+    theirs.save_pretrained(tmp_path / 'theirs', max_shard_size='50KB')
+    model, params = convert.load_transformer(tmp_path / 'theirs', pattern='full')
+    rng = np.random.default_rng(seed)
+    frames = (config['sample_frames'] - 1) // 4 + 1
+    x = rng.normal(size=(1, frames, 4, 8, 12)).astype(np.float32)
+    text = rng.normal(size=(1, 7, 20)).astype(np.float32)
+
+    def ours(params):
+        out = jax.jit(model.apply, static_argnames='frames')(
+            {'params': params}, np.moveaxis(x, 2, -1), text[:, None], np.full((1, 1), 437), frames=(frames,))
+        return np.moveaxis(out, -1, 2)
+
+    close(ours(params), forward(theirs, config, x, text, 437), 5e-6)
+    params = other_params(params, seed)
+    save_ours('transformer', tmp_path / 'ours', model.cfg, params, convert.transformer_json(model.cfg))
+    close(ours(params), forward(load_theirs(diffusers.CogVideoXTransformer3DModel, tmp_path / 'ours'), config, x, text,
+                                437), 5e-6)
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_vae(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    config = {'block_out_channels': ((4, 8, 8, 12), (6, 6, 12, 12))[seed], 'latent_channels': (4, 3)[seed],
+              'layers_per_block': (1, 2)[seed], 'norm_num_groups': 2, 'sample_height': 96, 'sample_width': 80}
+    torch.manual_seed(seed)
+    theirs = randomised(diffusers.AutoencoderKLCogVideoX(**config))
+    theirs.save_pretrained(tmp_path / 'theirs')
+    model, params = convert.load_vae(tmp_path / 'theirs')
+
+    def compare(theirs, params, frames, height, width):
+        x = rng.uniform(-1, 1, (1, 3, frames, height, width)).astype(np.float32)
+        z = rng.normal(size=(1, config['latent_channels'], (frames + 3) // 4, height // 8, width // 8))
+        z = z.astype(np.float32)
+        with torch.no_grad():
+            posterior, video = theirs.encode(torch.tensor(x)).latent_dist, theirs.decode(torch.tensor(z)).sample
+        tiling = theirs.use_tiling
+        mean, logvar = vae.encode(model.cfg, params, np.moveaxis(x, 1, -1), tiling)
+        close(np.moveaxis(mean, -1, 1), posterior.mean.numpy(), 1e-5)
+        close(np.moveaxis(logvar, -1, 1), posterior.logvar.numpy(), 1e-5)
+        decoded = vae.decode(model.cfg, params, np.moveaxis(z, 1, -1), tiling, rule='diffusers')
+        close(np.moveaxis(decoded, -1, 1), video.numpy(), 1e-5)
+
+    compare(theirs, params, 9, 16, 24)
+    params = other_params(params, seed)
+    save_ours('vae', tmp_path / 'ours', model.cfg, params, json.loads((tmp_path / 'theirs/config.json').read_text()))
+    theirs = load_theirs(diffusers.AutoencoderKLCogVideoX, tmp_path / 'ours')
+    compare(theirs, params, 9, 16, 24)
+    if seed == 0:
+        vae.check_tiling(model.cfg)
+        theirs.enable_tiling()
+        compare(theirs, params, 1, 56, 48)
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_t5(seed, tmp_path):
+    config = transformers.T5Config(
+        vocab_size=50, d_model=24, d_kv=(6, 8)[seed], d_ff=40, num_layers=2, num_heads=3,
+        feed_forward_proj='gated-gelu', tie_word_embeddings=False)
+    torch.manual_seed(seed)
+    theirs = randomised(transformers.T5EncoderModel(config))
+    theirs.save_pretrained(tmp_path / 'theirs')
+    model, params = convert.load_t5(tmp_path / 'theirs')
+    ids = np.random.default_rng(seed).integers(2, 50, (2, 226)).astype(np.int32)
+    ids[:, 150:] = t5.PAD
+    mask = ids != t5.PAD
+
+    def compare(theirs, params):
+        for m in (None, mask):
+            with torch.no_grad():
+                out = theirs(torch.tensor(ids), attention_mask=torch.tensor(np.ones_like(ids) if m is None else m * 1))
+            close(jax.jit(model.apply)({'params': params}, ids, m), out.last_hidden_state.numpy(), 1e-5)
+
+    compare(theirs, params)
+    params = other_params(params, seed)
+    save_ours('text_encoder', tmp_path / 'ours', model.cfg, params, config.to_dict())
+    compare(load_theirs(transformers.T5EncoderModel, tmp_path / 'ours'), params)
+
+
+def test_tokenizer(tmp_path):
+    import sentencepiece
+    text = 'the quick brown fox jumps over a lazy dog; Straße, naïve café — 12,345 & "quoted" ﬁne'
+    words = text.split()
+    rng = np.random.default_rng(0)
+    sentences = [' '.join(rng.choice(words, 12)) for _ in range(300)]
+    (tmp_path / 'text').write_text('\n'.join(sentences), encoding='utf-8')
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'spiece'), vocab_size=120, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    slow = transformers.T5Tokenizer(str(tmp_path / 'spiece.model'), extra_ids=0, legacy=True)
+    texts = [*sentences[:20], '', '  spaced   out ', 'unseen Ω symbols \n and lines', 'x' * 400]
+    theirs = slow(texts, padding='max_length', max_length=40, truncation=True, return_tensors='np')
+    np.testing.assert_array_equal(t5.load_tokenizer(tmp_path)(texts, 40), theirs.input_ids)
+
+
+def test_rotary_tables_of_other_sizes():
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+    for rows, cols in ((4, 6), (3, 6), (4, 5), (2, 3)):
+        region = get_resize_crop_region_for_grid((rows, cols), 6, 4)
+        cos, sin = get_3d_rotary_pos_embed(16, region, (rows, cols), 3)
+        ours = scenes.rope_table(scenes.SceneLayout((3,), rows, cols, 1), 16, 'linspace', (4, 6))
+        close(ours[0], cos.numpy(), 5e-6)
+        close(ours[1], sin.numpy(), 5e-6)
+
+
+def test_the_package_never_imports_the_oracle():
+    import subprocess
+    code = ('import sys, mask2dit_jax.train, mask2dit_jax.sample; '
+            'sys.exit(bool({"torch", "diffusers", "transformers", "tensorflow"} & set(sys.modules)))')
+    assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
