@@ -73,17 +73,22 @@ def _indexed(folder: pathlib.Path) -> dict[str, str]:
 
 def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
     try:
-        file = safetensors.safe_open(path, 'np')
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        with safetensors.safe_open(path, 'np') as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f'{path} is damaged or no safetensors file ({error}): copy it again.') from error
-    tensors = {}
-    for name, part in slices.items():
-        if part.get_dtype() not in _DTYPES:
-            raise ValueError(f'{path} holds {name} as {part.get_dtype()}: only {", ".join(_DTYPES)} can be read.')
-        tensors[name] = Tensor(tuple(part.get_shape()), np.dtype(_DTYPES[part.get_dtype()]),
-                               functools.partial(file.get_tensor, name))
-    return tensors
+    strange = [f'{name} as {dtype}' for name, (_, dtype) in described.items() if dtype not in _DTYPES]
+    if strange:
+        raise ValueError(f'{path} holds {", ".join(strange)}: only {", ".join(_DTYPES)} can be read.')
+    return {name: Tensor(shape, np.dtype(_DTYPES[dtype]), functools.partial(_read, path, name))
+            for name, (shape, dtype) in described.items()}
+
+
+def _read(path: pathlib.Path, name: str) -> np.ndarray:
+    """One tensor; the file is opened for it alone, since an open one keeps all pages that were read in memory."""
+    with safetensors.safe_open(path, 'np') as file:
+        return file.get_tensor(name)
 
 
 def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
@@ -138,11 +143,12 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_orbax(path, tree) -> None:
-    """Writes a nested dict of Leafs as an Orbax checkpoint that StandardCheckpointer restores, in place of an old one."""
+    """Writes a nested dict of Leafs as an Orbax checkpoint like StandardCheckpointer's, in place of an old one."""
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler())))
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree), force=True)
+        checkpointer.save(pathlib.Path(path).absolute(), force=True,
+                          args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=SHARD_BYTES // 4))
 
 
 def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:

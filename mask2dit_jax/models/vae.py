@@ -52,6 +52,28 @@ class VAEConfig:
         return self.temporal_compression_ratio.bit_length() - 1
 
 
+class _Conv3x3x3(nn.Module):
+    """Convolution of [B, T + 2, H, W, C], not padded in time, to [B, T, H, W, features].
+
+    A sum of one 2D convolution per tap in time: XLA's CPU backend runs them three times as fast as the 3D one.
+    """
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        b, t, h, w, c = x.shape
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), (3, 3, 3, c, self.features), jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        out = bias
+        for tap in range(3):
+            frames = x[:, tap:tap + t - 2].reshape(-1, h, w, c)
+            out += jax.lax.conv_general_dilated(frames, kernel[tap], (1, 1), [(1, 1), (1, 1)],
+                                                dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        return out.reshape(b, t - 2, h, w, self.features)
+
+
 class _CausalConv(nn.Module):
     """3x3x3 convolution over this frame and the two before it, those of the previous chunk included."""
     features: int
@@ -63,7 +85,7 @@ class _CausalConv(nn.Module):
         past = jnp.repeat(x[:, :1], 2, axis=1) if first else self.get_variable('cache', 'frames')
         x = jnp.concatenate([past, x], axis=1)
         self.put_variable('cache', 'frames', x[:, -2:])
-        return nn.Conv(self.features, (3, 3, 3), padding=((0, 0), (1, 1), (1, 1)), dtype=self.dtype, name='conv')(x)
+        return _Conv3x3x3(self.features, self.dtype, name='conv')(x)
 
 
 class _PointConv(nn.Module):
@@ -147,13 +169,14 @@ class _Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        if self.time:
-            keep = x.shape[1] % 2 if self.first else 0
-            x = jnp.concatenate([x[:, :keep], jnp.repeat(x[:, keep:], 2, axis=1)], axis=1)
         b, t, h, w, c = x.shape
         x = jnp.repeat(jnp.repeat(x.reshape(b * t, h, w, c), 2, axis=1), 2, axis=2)
-        x = nn.Conv(c, (3, 3), padding=1, dtype=self.cfg.dtype, name='conv')(x)
-        return x.reshape(b, t, *x.shape[1:])
+        x = nn.Conv(c, (3, 3), padding=1, dtype=self.cfg.dtype, name='conv')(x).reshape(b, t, 2 * h, 2 * w, c)
+        if not self.time:
+            return x
+        # The convolution is per frame, so frames are repeated after it.
+        keep = t % 2 if self.first else 0
+        return jnp.concatenate([x[:, :keep], jnp.repeat(x[:, keep:], 2, axis=1)], axis=1)
 
 
 class _Stage(nn.Module):
