@@ -89,6 +89,7 @@ def test_released_vae_at_480x720(task, tiling):
             out, _ = vae.encode(cfg, params, rng.uniform(-1, 1, (1, 49, 480, 720, 3)).astype('f'), tiling={tiling})
         assert np.isfinite(out).all()
         print('SHAPE', out.shape)''')
-    print(f'\nVAE {task}, 49 frames of 480x720, {"in tiles" if tiling else "whole"}: {seconds:.0f} s, peak {peak:.2f} GiB')
+    how = 'in tiles' if tiling else 'whole'
+    print(f'\nVAE {task}, 49 frames of 480x720, {how}: {seconds:.0f} s, peak {peak:.2f} GiB')
     expected = '(1, 49, 480, 720, 3)' if task == 'decode' else '(1, 13, 60, 90, 16)'
     assert out.split('SHAPE')[1].split('PEAK')[0].strip() == expected
