@@ -36,7 +36,7 @@ import tqdm
 from absl import app, flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import diffusion, weights
+from mask2dit_jax import diffusion, metric_writer, weights
 from mask2dit_jax.models import dit, t5, vae
 
 # config.json keys that DiTConfig takes over under the same name.
@@ -577,6 +577,7 @@ def convert_folder(source, target) -> dict[str, int]:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
+    metric_writer.quiet_libraries()
     started = time.monotonic()
     counts = convert_folder(_FROM.value, _TO.value)
     listed = ', '.join(f'{kind} {count:,}' for kind, count in counts.items())

@@ -139,7 +139,7 @@ def main(argv):
     path = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else checkpoint.latest(_WORKDIR.value)
     is_folder, chosen = (path / 'transformer').is_dir(), {n: flags.FLAGS[n] for n in _FOLDER_FLAGS}
     if not is_folder and (useless := [f'--{n}' for n, flag in chosen.items() if flag.present]):
-        raise app.UsageError(f'{", ".join(useless)} are for model folders, and {path} is none.')
+        raise app.UsageError(f'Only for model folders, and {path} is none: {", ".join(useless)}.')
     cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
     height, width = coders.size_px
     given = [video.read_video(g, height_px=height, width_px=width)[0] for g in _GIVEN.value]
