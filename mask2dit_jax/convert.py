@@ -11,7 +11,7 @@ timestep per scene t [B, S], and frames, the latent frames of each scene. Where 
 the timestep in column i and 0 elsewhere. attn_msk_version becomes `model.cfg.pattern`.
 
     model, params = load_vae('folder/vae')             # vae.encode(model.cfg, params, pixels), vae.decode(...)
-    model, params = load_t5('folder/text_encoder')     # model.apply({'params': params}, ids)
+    model, params = load_t5('folder/text_encoder')     # t5.encode(model.cfg, params, ids)
 
 As a command it converts a whole model folder to Orbax, which loads faster, and back:
 
@@ -225,8 +225,9 @@ NETWORKS = {
 _COPIED = ('tokenizer', 'scheduler', 'model_index.json')
 
 
+@functools.cache
 def abstract_params(cfg, kind: str = 'transformer'):
-    """Shapes and dtypes of a network's parameters, nothing allocated."""
+    """Shapes and dtypes of a network's parameters, nothing allocated; tracing is slow, so results are kept."""
     network = NETWORKS[kind]
     model = network.module(cfg)
 
@@ -441,7 +442,7 @@ def load_vae(folder, param_dtype: str = 'float32', **overrides):
 
 
 def load_t5(folder, param_dtype: str = 'float32', **overrides):
-    """As load_transformer; `model.apply({'params': params}, ids)` gives the last hidden state."""
+    """As load_transformer; `t5.encode(model.cfg, params, ids)` gives the last hidden state."""
     return _load('text_encoder', folder, param_dtype, overrides)
 
 

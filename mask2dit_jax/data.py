@@ -136,10 +136,9 @@ def pretrained_coders(folder, model: dit.DiTConfig, size_px: tuple[int, int], *,
         new = [c for c in dict.fromkeys(captions) if c not in known]
         if new:
             network, params = convert.load_t5(folder / 'text_encoder', param_dtype=model.dtype, dtype=model.dtype)
-            apply, ids = jax.jit(network.apply), tokenize(new, model.max_text_seq_length)
-            for caption, row in zip(new, ids):
-                mask = row[None] != t5.PAD if mask_padding else None
-                known[caption] = np.asarray(apply({'params': params}, row[None], mask), np.float32)[0]
+            for caption, ids in zip(new, tokenize(new, model.max_text_seq_length)[:, None]):
+                mask = ids != t5.PAD if mask_padding else None
+                known[caption] = np.asarray(t5.encode(network.cfg, params, ids, mask), np.float32)[0]
         return np.stack([known[c] for c in captions])
 
     def encode_video(videos, frames):

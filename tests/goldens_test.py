@@ -230,7 +230,7 @@ def test_t5(path):
     case = dict(np.load(path))
     model, params = convert.load_t5(path.parent)
     mask = case['attention_mask'].astype(bool) if 'attention_mask' in case else None
-    out = jax.jit(model.apply)({'params': params}, case['input_ids'], mask)
+    out = t5.encode(model.cfg, params, case['input_ids'], mask)
     assert_close(out, case['last_hidden_state'], 1e-5)
 
 

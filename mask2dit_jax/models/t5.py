@@ -97,6 +97,12 @@ class T5Encoder(nn.Module):
         return _RMSNorm(cfg, name='final_norm')(x)
 
 
+@functools.partial(jax.jit, static_argnames='cfg')
+def encode(cfg: T5Config, params, ids, mask=None):
+    """The encoder, jitted: ids int32 [B, M] and mask as in T5Encoder to its last hidden state [B, M, d_model]."""
+    return T5Encoder(cfg).apply({'params': params}, ids, mask)
+
+
 def load_tokenizer(folder) -> Callable[[list[str], int], np.ndarray]:
     """Tokenizer of a released folder: spiece.model, or tokenizer.json if that is all there is.
 
