@@ -140,6 +140,9 @@ def main(argv):
     is_folder, chosen = (path / 'transformer').is_dir(), {n: flags.FLAGS[n] for n in _FOLDER_FLAGS}
     if not is_folder and (useless := [f'--{n}' for n, flag in chosen.items() if flag.present]):
         raise app.UsageError(f'Only for model folders, and {path} is none: {", ".join(useless)}.')
+    if not is_folder and not (path / 'ema').is_dir():
+        raise FileNotFoundError(f'{path} is neither a checkpoint of a workdir (with ema/) nor a model folder (with '
+                                'transformer/): check --checkpoint.')
     cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
     height, width = coders.size_px
     given = [video.read_video(g, height_px=height, width_px=width)[0] for g in _GIVEN.value]

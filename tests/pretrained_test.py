@@ -1,9 +1,7 @@
 """A model folder in the released layout, tiny and random: sampled, extended, converted, fine-tuned, handed back."""
-import contextlib
 import dataclasses
 import io
 import json
-import pathlib
 
 import jax
 import ml_dtypes
@@ -234,5 +232,5 @@ def test_networks_that_do_not_fit_together(folder):
 def test_command_lines_are_checked(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match='holds neither transformer/, vae/, text_encoder/ nor checkpoints'):
         convert.convert_folder(tmp_path, tmp_path / 'out')
-    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(FileNotFoundError):
-        sample.load_run(pathlib.Path(tmp_path / 'checkpoints/1'))
+    with pytest.raises(FileNotFoundError, match=r'neither a checkpoint of a workdir .* nor a model folder'):
+        run_sample(tmp_path, tmp_path / 'nothing')
