@@ -20,8 +20,8 @@ setuptools.setup(
         'tokenizers>=0.20', 'av>=14,<19', 'matplotlib>=3.8', 'pillow>=10', 'tqdm>=4.66',
     ],
     extras_require={
-        'tpu': ['jax[tpu]>=0.10'],
-        'test': ['pytest>=8', 'ruff>=0.14', 'hypothesis>=6.100'],
+        'tpu': ['jax[tpu]>=0.10', 'tokamax>=0.0.12'],
+        'test': ['pytest>=8', 'ruff>=0.14', 'hypothesis>=6.100', 'tokamax>=0.0.12'],
         'oracle': ['torch==2.13.0', 'diffusers==0.35.2', 'transformers>=4.46.2,<5'],
     },
 )

@@ -7,7 +7,7 @@ import mask2dit_jax
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 LAYERS = (
     ('scenes', 'diffusion', 'video', 'metric_writer', 'weights', 'datasets'),
-    ('attention', 'samplers'),
+    ('attention', 'samplers', 'splash'),
     ('models',),
     ('config',),
     ('convert', 'sharding'),

@@ -1,0 +1,79 @@
+"""Splash kernels: the mask by brute force, and attention and its gradients as the dense reference has them."""
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from mask2dit_jax import attention, scenes, splash
+
+LAYOUTS = [(3,), (2, 3), (1, 2, 3), (2, 1, 3, 2, 1)]
+
+
+def layout_of(frames):
+    return scenes.SceneLayout(frames, 6, 8, 7)
+
+
+def padded_mask(layout, pattern, length):
+    """The dense mask in the kernels' order: video, text, padding."""
+    order = np.concatenate([np.arange(layout.num_text, layout.num_tokens), np.arange(layout.num_text)])
+    mask = np.zeros((length, length), bool)
+    mask[:layout.num_tokens, :layout.num_tokens] = scenes.dense_mask(layout, pattern)[order][:, order]
+    mask[layout.num_tokens:, :layout.num_tokens] = True  # rows of padding must see something
+    return mask
+
+
+@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+@pytest.mark.parametrize('frames', LAYOUTS, ids=str)
+def test_mask_by_brute_force(frames, pattern):
+    layout = layout_of(frames)
+    for block in (128, 384):
+        mask = splash.SceneMask(splash._Segments(layout, block), pattern)
+        truth = padded_mask(layout, pattern, mask.shape[0])
+        for i, j in itertools.product(range(0, len(truth), block), repeat=2):
+            window = slice(i, i + block), slice(j, j + block)
+            np.testing.assert_array_equal(np.broadcast_to(mask[window], (block, block)), truth[window])
+        computed = mask.mask_function(mask.q_sequence[:, None], np.arange(len(truth))[None])
+        np.testing.assert_array_equal(computed, truth)
+
+
+def test_uniform_blocks_are_not_evaluated():
+    """24 scenes of the published size: 417 x 417 blocks, answered from scenes."""
+    layout = scenes.SceneLayout((13,) * 24, 30, 45, 226)
+    mask = splash.SceneMask(splash._Segments(layout, 1024), 'dual')
+    n, sizes = mask.shape[0] // 1024, []
+    for i, j in itertools.product(range(0, n, 7), range(0, n, 7)):
+        sizes.append(mask[i * 1024:(i + 1) * 1024, j * 1024:(j + 1) * 1024].size)
+    assert np.mean(np.array(sizes) == 1) > 0.95
+
+
+def loss_and_gradients(fn, q, k, v, weights):
+    return jax.value_and_grad(lambda *x: jnp.sum(fn(*x).astype(jnp.float32) * weights), argnums=(0, 1, 2))(q, k, v)
+
+
+def assert_equals_dense(frames, pattern, kernel, interpret, dtype=jnp.float32, tolerance=3e-6):
+    layout = layout_of(frames)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(x, (1, layout.num_tokens, 2, 64), dtype) for x in keys[:3])
+    weights = jax.random.normal(keys[3], q.shape)
+    ours = functools.partial(splash.attend, layout=layout, pattern=pattern, block=128, kernel=kernel,
+                             interpret=interpret)
+    dense = functools.partial(attention.dense, layout=layout, pattern=pattern)
+    np.testing.assert_allclose(ours(q, k, v), dense(q, k, v), atol=tolerance)
+    for mine, theirs in zip(loss_and_gradients(ours, q, k, v, weights)[1],
+                            loss_and_gradients(dense, q, k, v, weights)[1]):
+        np.testing.assert_allclose(mine.astype(np.float32), theirs.astype(np.float32), atol=tolerance)
+
+
+@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+@pytest.mark.parametrize('kernel', splash.KERNELS)
+def test_attention_and_gradients(kernel, pattern):
+    assert_equals_dense((1, 2, 3), pattern, kernel, True)
+
+
+def test_summing_dq_in_slots_over_many_blocks():
+    """Without the model of the chip's memory this option is wrong from the fourth block of keys on."""
+    assert_equals_dense((2, 1, 3, 2, 1), 'dual', 'tokamax', pltpu.InterpretParams())
