@@ -54,6 +54,10 @@ _VAE_FIXED = {'act_fn': 'silu', 'shift_factor': None, 'latents_mean': None, 'lat
               'use_quant_conv': False, 'use_post_quant_conv': False, 'invert_scale_latents': False}
 _VAE_UNUSED = {'force_upcast'}
 _T5_FIXED = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu'}
+# What the reference's classes take for a key that config.json leaves out, where our own default differs.
+_DIT_OMITTED = {'num_attention_heads': 30, 'num_layers': 30, 'use_rotary_positional_embeddings': False}
+_VAE_OMITTED = {'scaling_factor': 1.15258426}
+_T5_OMITTED = {'d_model': 512, 'd_ff': 2048, 'num_layers': 6, 'num_heads': 8, 'feed_forward_proj': 'relu'}
 
 
 def _refuse_other(config: dict, fixed: dict, what: str) -> None:
@@ -70,8 +74,8 @@ def _refuse_unknown(config: dict, unused: set, what: str) -> None:
         raise ValueError(f'{what} config.json has keys that are not known here: {", ".join(unknown)}.')
 
 
-def _public(config: dict) -> dict:
-    return {k: v for k, v in config.items() if not k.startswith('_')}
+def _public(config: dict, omitted: dict) -> dict:
+    return omitted | {k: v for k, v in config.items() if not k.startswith('_')}
 
 
 def transformer_config(config: dict, **overrides) -> dit.DiTConfig:
@@ -82,7 +86,7 @@ def transformer_config(config: dict, **overrides) -> dit.DiTConfig:
     Raises:
       ValueError: for a key that is not known here, or a value this transformer does not implement.
     """
-    config = _public(config)
+    config = _public(config, _DIT_OMITTED)
     fields = {k: config.pop(k) for k in _SAME if k in config}
     fields |= {ours: config.pop(theirs) for theirs, ours in _RENAMED.items() if theirs in config}
     version = config.pop('attn_msk_version', 2)
@@ -118,7 +122,7 @@ def vae_config(config: dict, **overrides) -> vae.VAEConfig:
     Raises:
       ValueError: for a key that is not known here, or a value this VAE does not implement.
     """
-    config = _public(config)
+    config = _public(config, _VAE_OMITTED)
     fields = {f.name: config.pop(f.name) for f in dataclasses.fields(vae.VAEConfig) if f.name in config}
     if 'block_out_channels' in fields:
         fields['block_out_channels'] = tuple(fields['block_out_channels'])
@@ -138,7 +142,7 @@ def t5_config(config: dict, **overrides) -> t5.T5Config:
     Raises:
       ValueError: if it is not a T5 v1.1.
     """
-    config = _public(config)
+    config = _public(config, _T5_OMITTED)
     _refuse_other(config, _T5_FIXED, 'Text encoder')
     fields = {f.name: config[f.name] for f in dataclasses.fields(t5.T5Config) if f.name in config}
     return t5.T5Config(**(fields | overrides))

@@ -87,8 +87,11 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
 
 def _read(path: pathlib.Path, name: str) -> np.ndarray:
     """One tensor; the file is opened for it alone, since an open one keeps all pages that were read in memory."""
-    with safetensors.safe_open(path, 'np') as file:
-        return file.get_tensor(name)
+    try:
+        with safetensors.safe_open(path, 'np') as file:
+            return file.get_tensor(name)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f'{path} changed while it was read ({error}): copy it again.') from error
 
 
 def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:

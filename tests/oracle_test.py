@@ -3,6 +3,8 @@
 Needs the `oracle` extra; skipped without it. Stock diffusers knows no dual mask: the transformer is compared under full
 attention, and under the mask by the goldens.
 """
+import dataclasses
+import inspect
 import json
 import sys
 
@@ -195,3 +197,18 @@ def test_the_package_never_imports_the_oracle():
     code = ('import sys, mask2dit_jax.train, mask2dit_jax.sample; '
             'sys.exit(bool({"torch", "diffusers", "transformers", "tensorflow"} & set(sys.modules)))')
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize('kind, cls', [('transformer', 'diffusers.CogVideoXTransformer3DModel'),
+                                       ('vae', 'diffusers.AutoencoderKLCogVideoX'),
+                                       ('text_encoder', 'transformers.T5Config')])
+def test_a_key_that_config_json_leaves_out_means_the_default_of_the_oracle(kind, cls):
+    package, name = cls.split('.')
+    parameters = inspect.signature(getattr(pytest.importorskip(package), name).__init__).parameters
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    given = {'feed_forward_proj': 'gated-gelu'} if kind == 'text_encoder' else {}
+    ours = dataclasses.asdict(convert.NETWORKS[kind].parse(given))
+    theirs = dataclasses.asdict(convert.NETWORKS[kind].parse(
+        given | {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()
+                 if k != 'feed_forward_proj' and (kind != 'text_encoder' or k in ours)}))
+    assert ours == theirs

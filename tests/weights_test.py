@@ -172,3 +172,11 @@ def test_damaged_orbax_is_named(tmp_path):
     (tmp_path / 'params/_METADATA').unlink()
     with pytest.raises(ValueError, match='params is no complete Orbax checkpoint'):
         weights.open_orbax(tmp_path / 'params')
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path):
+    path = written(tmp_path)
+    tensors = weights.open_safetensors(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match='model.safetensors changed while it was read'):
+        np.asarray(tensors['a.weight'])
