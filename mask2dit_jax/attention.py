@@ -2,11 +2,14 @@
 
 One signature, `attend`; backends differ in how they compute, never in what. `dense` builds the mask and is the
 definition; `decomposed` is plain XLA that never forms an L x L array and never repeats video keys or values.
+
+What the backward pass needs of the result is named 'attention', so that rematerialization can keep or offload it.
 """
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from mask2dit_jax import scenes
+from mask2dit_jax import context_parallel, scenes, splash
 
 # Queries per block of the decomposed backend: large enough for matmul efficiency, small enough that one block's
 # scores (256 x L, float32, per head) stay far below the size of the activations.
@@ -18,7 +21,8 @@ def dense(q, k, v, layout: scenes.SceneLayout, pattern: str):
     mask = scenes.dense_mask(layout, pattern)
     scores = jnp.einsum('bqnd,bknd->bnqk', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    return jnp.einsum('bnqk,bknd->bqnd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(q.dtype)
+    out = jnp.einsum('bnqk,bknd->bqnd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return checkpoint_name(out.astype(q.dtype), 'attention')
 
 
 def _block(q, pieces):
@@ -56,14 +60,37 @@ def decomposed(q, k, v, layout: scenes.SceneLayout, pattern: str):
             start, stop = layout.text_range(scene) if is_text else layout.video_range(scene)
             ranges = scenes.key_ranges(layout, pattern, scene, is_text)
             outputs.append(_segment(q[:, start:stop], [(k[:, a:b], v[:, a:b]) for a, b in ranges]))
+    return checkpoint_name(jnp.concatenate(outputs, axis=1), 'attention')
+
+
+def flash_pieces(q, k, v, layout: scenes.SceneLayout, pattern: str, implementation: str = 'cudnn'):
+    """Full flash attention of each caption's and each scene's queries over the keys they may see, put side by side.
+
+    No statistics are merged, so that gradients are those of jax.nn.dot_product_attention, whatever implementation.
+    """
+    outputs = []
+    for is_text in (True, False):
+        for scene in range(layout.num_scenes):
+            start, stop = layout.text_range(scene) if is_text else layout.video_range(scene)
+            ranges = scenes.key_ranges(layout, pattern, scene, is_text)
+            keys, values = (jnp.concatenate([x[:, a:b] for a, b in ranges], axis=1) for x in (k, v))
+            outputs.append(jax.nn.dot_product_attention(q[:, start:stop], keys, values, implementation=implementation))
     return jnp.concatenate(outputs, axis=1)
 
 
-BACKENDS = {'dense': dense, 'decomposed': decomposed}
+def _splash(kernel: str):
+    def attend(q, k, v, layout, pattern):
+        return splash.attend(q, k, v, layout, pattern, block=splash.block_of_chip(), kernel=kernel)
+    return attend
+
+
+# By name: XLA anywhere, XLA anywhere, tokamax's and jax's kernels on TPU, cuDNN on GPU.
+BACKENDS = {'dense': dense, 'decomposed': decomposed, 'splash': _splash('tokamax'), 'jax_splash': _splash('jax'),
+            'cudnn': flash_pieces}
 
 
 def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, backend: str):
-    """Scaled dot-product attention under a scene pattern.
+    """Scaled dot-product attention under a scene pattern, on the mesh that is being traced for.
 
     Args:
       q, k, v: [B, L, N, D], text tokens first; any float dtype. Scores and softmax are float32.
@@ -75,11 +102,12 @@ def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, backend: str):
       [B, L, N, D] in q's dtype.
 
     Raises:
-      ValueError: unknown pattern or backend, or L that is not the layout's.
+      ValueError: unknown pattern or backend, a backend that the device cannot run, L that is not the layout's, or a
+        mesh that it does not divide over.
     """
     if backend not in BACKENDS:
         raise ValueError(f'Unknown attention backend {backend!r}: use one of {", ".join(BACKENDS)}.')
     if not (q.shape == k.shape == v.shape and q.ndim == 4 and q.shape[1] == layout.num_tokens):
         raise ValueError(f'Attention over {layout} needs q, k, v of shape [B, {layout.num_tokens}, N, D], '
                          f'got {q.shape}, {k.shape}, {v.shape}.')
-    return BACKENDS[backend](q, k, v, layout, pattern)
+    return context_parallel.attend(q, k, v, layout, pattern, BACKENDS[backend])

@@ -5,6 +5,7 @@ back into dataclasses and refuses what they do not know.
 """
 import dataclasses
 import json
+import math
 import pathlib
 
 import ml_collections
@@ -13,6 +14,7 @@ from mask2dit_jax import diffusion
 from mask2dit_jax.models import dit
 
 OPTIMIZERS = ('adamw', 'muon')
+CODECS = ('stories', 'vae')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +24,19 @@ class DataConfig:
     Attributes:
       layouts: frames per scene of each kind of story; batches of one kind alternate in this order, so that a kind
         listed twice is seen twice as often.
-      size_px: height and width.
+      codec: what makes latents of pixels: 'stories', a fixed linear codec, or 'vae', that of a model folder.
+      height_px, width_px: size of the videos; stories are square.
       caption_style: 'first' names character and place in the first caption only, 'every' in each.
-      codec_patch_frames: frames per latent frame of the fixed codec.
+      codec_patch_frames: frames per latent frame of the stories' codec.
       codec_components: its latent channels.
       num_train, num_test: stories of each kind.
       fps: frames per second of videos written.
       dir: where data sets are kept; empty for <workdir>/../data.
     """
     layouts: tuple[tuple[int, ...], ...] = ((4, 4, 4),)
-    size_px: int = 16
+    codec: str = 'stories'
+    height_px: int = 16
+    width_px: int = 16
     caption_style: str = 'first'
     codec_patch_frames: int = 4
     codec_components: int = 48
@@ -109,12 +114,21 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices: `data` copies of the model, each spread over `fsdp` devices; their product must be the device count.
+    """How devices share the work; the product of the four axes must be the device count.
 
-    cpu_devices sets how many devices JAX makes of the host's CPU; it means nothing on accelerators.
+    Attributes:
+      data: copies of the model, between which only gradients travel; several slices must divide it.
+      fsdp: devices over which one copy's parameters, optimizer and EMA are spread, each with examples of its own.
+      context: devices that share the tokens of an example (Ulysses); it must divide the attention heads.
+      tensor: devices that share the heads and the hidden features.
+      slice: TPU slice (presets.SLICES) that the axes are meant for, which `aot` compiles for.
+      cpu_devices: how many devices JAX makes of the host's CPU; it means nothing on accelerators.
     """
     data: int = 1
     fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    slice: str = ''
     cpu_devices: int = 1
 
 
@@ -178,12 +192,19 @@ def _check(config: Config) -> None:
     t, m = config.train, config.mesh
     if config.optimizer.name not in OPTIMIZERS:
         raise ValueError(f'config.optimizer.name is {config.optimizer.name!r}: use one of {", ".join(OPTIMIZERS)}.')
+    if config.data.codec not in CODECS:
+        raise ValueError(f'config.data.codec is {config.data.codec!r}: use one of {", ".join(CODECS)}.')
     if t.batch_size % (t.grad_accumulation * m.data * m.fsdp):
         raise ValueError(f'config.train.batch_size {t.batch_size} does not divide into grad_accumulation '
                          f'{t.grad_accumulation} x data {m.data} x fsdp {m.fsdp}: make it a multiple.')
     for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
         if not 0 <= getattr(t, name) <= 1:
             raise ValueError(f'config.train.{name} must lie in 0...1, got {getattr(t, name)}.')
+    doubled = {'eval.batch_size': config.eval.batch_size, 'sample.sheet_stories': config.sample.sheet_stories}
+    for name, size in doubled.items():
+        if 2 * size % (m.data * m.fsdp):  # both halves of classifier-free guidance
+            raise ValueError(f'config.{name} {size}, doubled for guidance, does not divide over data {m.data} x fsdp '
+                             f'{m.fsdp}: make it a multiple of {m.data * m.fsdp // math.gcd(2, m.data * m.fsdp)}.')
     if config.eval.stories % config.eval.batch_size:
         raise ValueError(f'config.eval.stories {config.eval.stories} is not a multiple of eval.batch_size '
                          f'{config.eval.batch_size}.')

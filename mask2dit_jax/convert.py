@@ -477,13 +477,13 @@ def schedule_json(schedule: diffusion.Schedule) -> dict:
 
 
 def adopt(config: config_lib.Config, folder) -> config_lib.Config:
-    """`config` with init_from, transformer and schedule of a model folder; how to compute (dtype, remat, attention)
-    stays."""
+    """`config` with init_from, transformer, schedule and VAE of a model folder; dtype, remat and attention stay."""
     folder, own = pathlib.Path(folder), config.model
     model = read_config('transformer', folder / 'transformer', dtype=own.dtype, remat=own.remat,
                         attention_backend=own.attention_backend)
     schedule = load_schedule(folder / 'scheduler/scheduler_config.json')
-    return dataclasses.replace(config, init_from=str(folder), model=model, schedule=schedule)
+    return dataclasses.replace(config, init_from=str(folder), model=model, schedule=schedule,
+                               data=dataclasses.replace(config.data, codec='vae'))
 
 
 def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:

@@ -60,23 +60,48 @@ def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
 
 
 def coders(config: config_lib.Config, workdir) -> Coders:
-    """VAE and T5 for a run that descends from a released folder, else those of the stories."""
+    """VAE and T5 of the model folder that a run descends from, or the codec and word vectors of the stories.
+
+    Raises:
+      ValueError: if the configuration says 'vae' and there is no such folder, or the other way round.
+    """
     folder = pretrained_folder(config)
+    if (folder is None) != (config.data.codec == 'stories'):
+        raise ValueError(f'config.data.codec is {config.data.codec!r}, but the run descends from '
+                         f'{folder or "no model folder"}: give one by --checkpoint, which sets the codec.')
     if folder is None:
         return stories_coders(config, workdir)
-    return pretrained_coders(folder, config.model, (config.data.size_px, config.data.size_px))
+    return pretrained_coders(folder, config.model, (config.data.height_px, config.data.width_px))
+
+
+def _square(data: config_lib.DataConfig) -> int:
+    if data.height_px != data.width_px:
+        raise ValueError(f'Stories are square, and config.data asks for {data.height_px}x{data.width_px}: set '
+                         'height_px and width_px alike.')
+    return data.height_px
+
+
+def latent_shape(config: config_lib.Config, frames: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """Latent frames per scene and (h, w, C), from the configuration alone, without coders."""
+    data, channels = config.data, config.model.in_channels
+    if data.codec == 'stories':
+        factor, latent = stories.Codec.patch_px, tuple(f // data.codec_patch_frames for f in frames)
+    else:  # CogVideoX's VAE
+        factor, latent = 8, tuple((f - 1) // config.model.temporal_compression_ratio + 1 for f in frames)
+    return latent, (data.height_px // factor, data.width_px // factor, channels)
 
 
 def stories_coders(config: config_lib.Config, workdir) -> Coders:
     """The fixed word vectors and linear codec of the stories; the codec is kept in the workdir for good."""
     path, data = pathlib.Path(workdir) / 'codec.safetensors', config.data
+    side_px = _square(data)
     if path.exists():
         codec = stories.load_codec(path)
     else:
-        codec = stories.default_codec(data.size_px, data.codec_patch_frames, data.codec_components)
+        codec = stories.default_codec(side_px, data.codec_patch_frames, data.codec_components)
         if jax.process_index() == 0:
             stories.save_codec(path, codec)
-    side, channels = data.size_px // codec.patch_px, codec.basis.shape[1]
+    side, channels = side_px // codec.patch_px, codec.basis.shape[1]
     if (config.model.in_channels, config.model.out_channels) != (channels, channels):
         raise ValueError(f'config.model.in_channels and out_channels must be {channels}, the channels of the codec.')
 
@@ -92,7 +117,7 @@ def stories_coders(config: config_lib.Config, workdir) -> Coders:
         # Patches of frames do not cross scenes, so that scenes are coded apart anyway.
         encode_video=lambda videos, frames: stories.encode(codec, videos),
         decode_video=lambda latents, latent_frames: stories.decode(codec, latents),
-        scene_latents=scene_latents, latent_shape=(side, side, channels), size_px=(data.size_px, data.size_px))
+        scene_latents=scene_latents, latent_shape=(side, side, channels), size_px=(side_px, side_px))
 
 
 def _to_float(video):
@@ -204,14 +229,12 @@ class Batches:
     batch_size: int
     fingerprint: str
 
-    def __call__(self, step: int):
-        """Layout of a step and this process's share of its global batch, in process order."""
+    def __call__(self, step: int, rows):
+        """Layout of a step, and the examples at `rows` of its global batch."""
         turn, cycle = step % len(self.layouts), step // len(self.layouts)
         layout = self.layouts[turn]
         seen = cycle * self.layouts.count(layout) + self.layouts[:turn].count(layout)
-        share = self.batch_size // jax.process_count()
-        first = seen * self.batch_size + jax.process_index() * share
-        examples = [self.datasets[layout][i] for i in range(first, first + share)]
+        examples = [self.datasets[layout][seen * self.batch_size + row] for row in rows]
         return layout, {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
@@ -219,7 +242,7 @@ def open_stories(config: config_lib.Config, workdir, frames: tuple[int, ...], sp
     """One split of the stories, rendered on first use; process 0 renders, the others wait."""
     data = config.data
     folder = data.dir or os.path.join(os.path.dirname(os.path.abspath(workdir)), 'data')
-    opened = functools.partial(stories.load, folder, frames, split, size_px=data.size_px, num_train=data.num_train,
+    opened = functools.partial(stories.load, folder, frames, split, size_px=_square(data), num_train=data.num_train,
                                num_test=data.num_test)
     if jax.process_count() == 1:
         return opened()

@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import data, samplers
+from mask2dit_jax import convert, data, samplers, sharding
 from mask2dit_jax.models import dit
 
 
 @functools.cache
-def _sampling_fn(config: config_lib.Config, frames: tuple[int, ...]):
-    """Jitted sampling loop for these latent frames per scene; one compilation per batch size and step count."""
+def jit_sample(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sharding.Mesh):
+    """Jitted sampling loop for these latent frames per scene; one compilation per batch size and step count.
+
+    The two halves of classifier-free guidance are rows of one batch, spread over the mesh's batch axes; tokens are
+    spread over context. Everything but the parameters comes in whole on every device.
+    """
     model = dit.DiT(config.model)
 
     def run(params, noise, text, null_text, given, given_scenes, timesteps, table, guidance):
@@ -23,9 +27,12 @@ def _sampling_fn(config: config_lib.Config, frames: tuple[int, ...]):
         def velocity(x, t):
             return model.apply({'params': params}, x, both, t, frames=frames)
 
-        return samplers.sample(velocity, noise, layout, timesteps, table, guidance, given, given_scenes)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return samplers.sample(velocity, noise, layout, timesteps, table, guidance, given, given_scenes)
 
-    return jax.jit(run)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = sharding.shardings(convert.abstract_params(config.model), mesh)
+    return jax.jit(run, in_shardings=(params, *[whole] * 8), out_shardings=whole)
 
 
 def story_noise(seed: int, index: int, shape: tuple[int, ...]):
@@ -85,7 +92,10 @@ def encode_inputs(coders: data.Coders, captions, frames: tuple[int, ...], given_
 
 def sample_latents(config: config_lib.Config, params, inputs: Inputs, *, seed: int, first_index: int = 0,
                    sampler: str | None = None, steps: int | None = None, guidance=None) -> np.ndarray:
-    """Denoises the stories of `inputs`; arguments as in `generate`. Returns latents float32 [B, T, h, w, C]."""
+    """Denoises the stories of `inputs`; arguments as in `generate`. Returns latents float32 [B, T, h, w, C].
+
+    The work is spread over the mesh that `params` lie on.
+    """
     num_scenes = len(inputs.latent_frames)
     guidance = config.sample.guidance if guidance is None else guidance
     if np.size(guidance) not in (1, num_scenes):
@@ -94,7 +104,8 @@ def sample_latents(config: config_lib.Config, params, inputs: Inputs, *, seed: i
     timesteps, table = samplers.sampler_table(sampler or config.sample.sampler, config.schedule,
                                               steps or config.sample.steps)
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    return np.asarray(_sampling_fn(config, inputs.latent_frames)(
+    run = jit_sample(config, inputs.latent_frames, sharding.mesh_of(params))
+    return np.asarray(run(
         params, noise, inputs.text, inputs.null_text, inputs.given, inputs.given_scenes, timesteps, table, scale))
 
 
@@ -105,7 +116,7 @@ def generate(config: config_lib.Config, params, coders: data.Coders, captions, f
 
     Args:
       config: the model's configuration, which also holds the default sampler settings.
-      params: parameters.
+      params: parameters, on one device or spread over a mesh by sharding.shardings.
       coders, captions, frames, given_videos: as in `encode_inputs`.
       seed: story i gets the noise of (seed, first_index + i).
       first_index: see above.

@@ -3,7 +3,7 @@
   python -m mask2dit_jax.main --config=configs/tiny.py --workdir=runs/tiny
   python -m mask2dit_jax.main --config=configs/tiny.py:isolated --config.train.steps=2000 --workdir=runs/isolated
   python -m mask2dit_jax.main --config=configs/tiny.py:conditional --config.init_from=runs/tiny --workdir=runs/more
-  python -m mask2dit_jax.main --config=configs/cogvideox.py:5b --checkpoint=CogVideoX-5b --workdir=runs/5b
+  python -m mask2dit_jax.main --config=configs/sft.py:5b --checkpoint=CogVideoX-5b --workdir=runs/5b
 
 The same command goes on with a run that was stopped; one that is finished is scored again. The data set is rendered on
 first use into <workdir>/../data. In the workdir: config.json, metrics.jsonl (loss, grad_norm, steps per second),

@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from mask2dit_jax import checkpoint, config, convert, data, generate, metric_writer, samplers, video
+from mask2dit_jax import checkpoint, config, convert, data, generate, metric_writer, samplers, sharding, video
 from mask2dit_jax.models import dit, vae
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest checkpoint is '
@@ -49,6 +49,8 @@ _MASK_PADDING = flags.DEFINE_bool('mask_padding', False, "Hide padding from the 
 _FOLDER_FLAGS = 'height', 'width', 'dtype', 'tiling', 'decode_rule', 'mask_padding'
 _NUM_VIDEOS = flags.DEFINE_integer('num_videos', 1, 'How many videos of this story, from different noise.',
                                    lower_bound=1)
+_MESH = flags.DEFINE_list('mesh', None, 'FSDP,CONTEXT: over how many devices the halves of guidance and the parameters '
+                          'are spread, and over how many the tokens; default on accelerators 2 and the rest.')
 _OUT = flags.DEFINE_string('out', 'samples', 'Folder for mp4, gif, contact sheet and story.json.')
 
 
@@ -90,11 +92,20 @@ def plan_frames(frames: list[int | None], given: list[np.ndarray], default: int)
     return tuple(length or asked or default for asked, length in zip(frames, lengths))
 
 
+def _mesh() -> jax.sharding.Mesh:
+    """Mesh of --mesh; by default all accelerators, guidance's halves on fsdp and tokens on context, or one CPU."""
+    count = jax.device_count() if _MESH.value or jax.default_backend() != 'cpu' else 1
+    sizes = [int(n) for n in _MESH.value] if _MESH.value else [1, 1] if count == 1 else [2, count // 2]
+    if len(sizes) != 2:
+        raise app.UsageError(f'--mesh needs two numbers, FSDP,CONTEXT, got {",".join(_MESH.value)}.')
+    return sharding.make_mesh(config.MeshConfig(fsdp=sizes[0], context=sizes[1]), jax.devices()[:count])
+
+
 def load_run(path: pathlib.Path):
     """Configuration, coders and a function that loads the EMA parameters, of a training run's checkpoint."""
     workdir = path.absolute().parent.parent
     cfg = config.load(workdir / 'config.json')
-    target = convert.on_one_device(convert.abstract_params(cfg.model))
+    target = sharding.targets(convert.abstract_params(cfg.model), _mesh())
     return cfg, data.coders(cfg, workdir), lambda: checkpoint.restore_ema(path, target)
 
 
@@ -107,7 +118,7 @@ def load_folder(folder: pathlib.Path):
     size = _HEIGHT.value or cfg.model.sample_height * factor, _WIDTH.value or cfg.model.sample_width * factor
     coders = data.pretrained_coders(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
                                     mask_padding=_MASK_PADDING.value)
-    target = convert.on_one_device(convert.abstract_params(cfg.model), cfg.model.dtype)
+    target = sharding.targets(convert.abstract_params(cfg.model), _mesh(), cfg.model.dtype)
     return cfg, coders, lambda: convert.read_params('transformer', folder / 'transformer', cfg.model, target)
 
 

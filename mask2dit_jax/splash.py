@@ -118,6 +118,28 @@ def _jax_kernel(mask: SceneMask, num_heads: int, block: int, interpret):
         residual_checkpoint_name='attention')
 
 
+def block_of_chip() -> int:
+    """Tokens per block for the chip that is being traced for.
+
+    Raises:
+      ValueError: if it is none that the kernels run on.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device else jax.devices()[0].device_kind
+    if kind not in BLOCKS:
+        raise ValueError(f'Splash attention runs on {", ".join(BLOCKS)}, not on {kind!r}: set model.attention_backend '
+                         'to decomposed (any device) or cudnn (GPU).')
+    return BLOCKS[kind]
+
+
+def visited_share(layout: scenes.SceneLayout, pattern: str, block: int) -> float:
+    """Share of the mask's blocks that hold anything visible, which are those that kernels visit."""
+    block = min(block, -(-layout.num_tokens // _LANES) * _LANES)
+    mask = SceneMask(_Segments(layout, block), pattern)
+    starts = range(0, mask.shape[0], block)
+    return float(np.mean([mask[i:i + block, j:j + block].any() for i in starts for j in starts]))
+
+
 def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, *, block: int, kernel: str = 'tokamax',
            interpret=False):
     """Attention under a scene pattern by a splash kernel on one device.

@@ -20,7 +20,7 @@ SCORE_COLUMNS = ('task', 'frames', 'action', 'identity', 'background', 'consiste
 
 def _initial_state(config: config_lib.Config, batches: data.Batches, coders: data.Coders, mesh):
     """State straight into its shardings; from the EMA of another run if the configuration says so."""
-    layout, batch = batches(0)
+    layout, batch = batches(0, [0])
     inputs = batch['latents'][0], batch['text'][0], coders.latent_frames(layout)
     abstract = jax.eval_shape(lambda: train_step.init_state(config, inputs))
     shardings = sharding.shardings(abstract, mesh)
@@ -169,10 +169,10 @@ def train_and_evaluate(config: config_lib.Config, workdir) -> list[dict]:
     writer = metric_writer.MetricWriter(workdir, cfg.steps, start)
     steps = {f: train_step.jit_train_step(config, coders.latent_frames(f), shardings, sharding.batch_sharding(mesh))
              for f in dict.fromkeys(config.data.layouts)}
-    pending = []
+    pending, rows = [], sharding.local_rows(mesh, cfg.batch_size)
     for step in range(start, cfg.steps):
-        layout, batch = batches(step)
-        state, metrics = steps[layout](state, sharding.global_batch(batch, mesh), null_text)
+        layout, batch = batches(step, rows)
+        state, metrics = steps[layout](state, sharding.global_batch(batch, mesh, cfg.batch_size), null_text)
         pending.append(metrics)
         done = step + 1
         last, due = done == cfg.steps, lambda every, done=done: done % every == 0

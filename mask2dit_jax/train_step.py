@@ -3,7 +3,6 @@
 `init_state`, `train_step` and the shardings are built from the config alone, so that the trainer, the compiler's
 check and the benchmark run the same functions.
 """
-import functools
 
 import chex
 import flax
@@ -154,7 +153,12 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
 
 def jit_train_step(config: config_lib.Config, frames: tuple[int, ...], state_shardings, batch_sharding):
     """The compiled step for stories of these latent frames per scene."""
-    replicated = jax.sharding.NamedSharding(batch_sharding.mesh, jax.sharding.PartitionSpec())
-    step = functools.partial(train_step, config=config, frames=frames)
+    mesh = batch_sharding.mesh
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def step(state, batch, null_text):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(state, batch, null_text, config=config, frames=frames)
+
     return jax.jit(step, in_shardings=(state_shardings, batch_sharding, replicated),
                    out_shardings=(state_shardings, replicated), donate_argnums=0)

@@ -8,6 +8,7 @@ import pytest
 
 from mask2dit_jax import attention, scenes
 
+XLA = ('dense', 'decomposed')  # the backends that every device runs
 FRAMES = [(3,), (2, 4), (3, 1, 2), (1, 3, 2, 1, 2)]
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
 
@@ -38,7 +39,18 @@ def test_decomposed_equals_dense(monkeypatch, pattern, frames, dtype):
         np.testing.assert_allclose(ours, ref, rtol=0, atol=TOLERANCE[dtype] * max(1, np.abs(ref).max()), err_msg=name)
 
 
-@pytest.mark.parametrize('backend', attention.BACKENDS)
+@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+def test_flash_pieces_equal_dense(pattern):
+    """The pieces that cuDNN computes on a GPU, computed by XLA."""
+    layout = scenes.SceneLayout((3, 1, 2), 2, 3, 5)
+    q, k, v, do = qkv(layout, 'float32')
+    pieces = functools.partial(attention.flash_pieces, layout=layout, pattern=pattern, implementation='xla')
+    out, vjp = jax.vjp(pieces, q, k, v)
+    for ref, ours in zip(forward_and_gradients('dense', q, k, v, do, layout, pattern), (out, *vjp(do))):
+        np.testing.assert_allclose(ours, ref, atol=3e-6)
+
+
+@pytest.mark.parametrize('backend', XLA)
 @pytest.mark.parametrize('pattern', scenes.PATTERNS)
 def test_against_float64(backend, pattern):
     layout = scenes.SceneLayout((2, 1), 2, 2, 3)
@@ -51,7 +63,7 @@ def test_against_float64(backend, pattern):
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize('backend', attention.BACKENDS)
+@pytest.mark.parametrize('backend', XLA)
 def test_bfloat16_has_float32_scores(backend):
     """Scores of up to about 30: in bfloat16 their rounding alone would be several per cent of the weights."""
     layout = scenes.SceneLayout((2, 1), 2, 2, 3)
@@ -95,5 +107,7 @@ def test_errors_name_the_input():
     q, k, v, _ = qkv(layout, 'float32')
     with pytest.raises(ValueError, match="'fast': use one of dense, decomposed"):
         attention.attend(q, k, v, layout, 'dual', 'fast')
+    with pytest.raises(ValueError, match=r"runs on TPU v4, .*, not on 'cpu': set model.attention_backend to"):
+        attention.attend(q, k, v, layout, 'dual', 'splash')
     with pytest.raises(ValueError, match=r'needs q, k, v of shape \[B, 11, N, D\]'):
         attention.attend(q[:, 1:], k[:, 1:], v[:, 1:], layout, 'dual', 'dense')

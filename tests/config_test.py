@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mask2dit_jax import config, convert, train_step
+from mask2dit_jax import config, context_parallel, convert, data, presets, sharding, train_step
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
 
@@ -21,22 +21,31 @@ def load(path):
     return module
 
 
-def cases():
+def cases(slices):
     for path in CONFIGS:
         for variant in load(path).VARIANTS:
-            yield pytest.param(path, variant, id=f'{path.stem}:{variant}')
+            if bool(load(path).get_config(variant).mesh.slice) == slices:
+                yield pytest.param(path, variant, id=f'{path.stem}:{variant}')
 
 
-@pytest.mark.parametrize('path, variant', cases())
+@pytest.mark.parametrize('path, variant', cases(slices=True))
+def test_slice_fits_its_mesh(path, variant):
+    cfg = config.parse(load(path).get_config(variant))
+    axes = {a: getattr(cfg.mesh, a) for a in sharding.AXES}
+    assert math.prod(axes.values()) == presets.SLICES[cfg.mesh.slice].chips * axes['data']
+    frames, latent = data.latent_shape(cfg, cfg.data.layouts[0])
+    tokens = cfg.model.layout(frames, *latent[:2]).num_tokens
+    for batch in (cfg.train.batch_size, 2 * cfg.eval.batch_size, 2 * cfg.sample.sheet_stories):
+        context_parallel.check(axes, batch, tokens, cfg.model.num_attention_heads)
+
+
+@pytest.mark.parametrize('path, variant', cases(slices=False))
 def test_configuration_evaluates(path, variant):
     cfg = config.parse(load(path).get_config(variant))
     b, m = cfg.train.batch_size, cfg.model
-    if m.in_channels == 16:  # behind the released VAE
-        frames, side = tuple((f + 3) // 4 for f in cfg.data.layouts[0]), cfg.data.size_px // 8
-    else:
-        frames, side = tuple(f // cfg.data.codec_patch_frames for f in cfg.data.layouts[0]), cfg.data.size_px // 4
+    frames, latent = data.latent_shape(cfg, cfg.data.layouts[0])
     shape = jax.ShapeDtypeStruct
-    latents = shape((b, sum(frames), side, side, m.in_channels), jnp.float32)
+    latents = shape((b, sum(frames), *latent), jnp.float32)
     text = shape((b, len(frames), m.max_text_seq_length, m.text_embed_dim), jnp.float32)
     state = jax.eval_shape(lambda x, y: train_step.init_state(cfg, (x[0], y[0], frames)), latents, text)
     after, metrics = jax.eval_shape(
@@ -50,7 +59,7 @@ def test_configuration_evaluates(path, variant):
     ('5b', 5_570_283_072, 1024), ('2b', 1_693_783_872, 736), ('1.5-5b', None, 1024)])
 def test_released_sizes(variant, parameters, tensors):
     """Counts of the released checkpoints; the description of 1.5 has none."""
-    model = config.parse(load(CONFIGS[0].with_name('cogvideox.py')).get_config(variant)).model
+    model = config.parse(load(CONFIGS[0].with_name('sft.py')).get_config(variant)).model
     exported = convert.export_params('transformer', model, convert.abstract_params(model))
     assert len(exported) == tensors
     assert parameters in (None, sum(math.prod(t.shape) for t in exported.values()))

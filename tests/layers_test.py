@@ -6,16 +6,16 @@ import mask2dit_jax
 
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 LAYERS = (
-    ('scenes', 'diffusion', 'video', 'metric_writer', 'weights', 'datasets'),
-    ('attention', 'samplers', 'splash'),
+    ('scenes', 'diffusion', 'hlo', 'sharding', 'video', 'metric_writer', 'weights', 'datasets'),
+    ('attention', 'context_parallel', 'samplers', 'splash'),
     ('models',),
-    ('config',),
-    ('convert', 'sharding'),
+    ('config', 'presets'),
+    ('convert',),
     ('data',),
     ('train_step', 'generate'),
     ('checkpoint',),
     ('train',),
-    ('main', 'sample', 'benchmark'),
+    ('main', 'sample', 'benchmark', 'aot'),
 )
 FORBIDDEN = {'torch', 'tensorflow', 'clu', 'pickle', 'diffusers', 'transformers'}
 

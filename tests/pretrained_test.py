@@ -160,11 +160,11 @@ def test_loading_follows_the_sharding(folder):
 def test_fine_tuning_and_handing_back(folder, tmp_path):
     """main on a model folder: trained on stories through its VAE and T5, sampled, exported, loaded again."""
     cfg = config.Config(
-        data=config.DataConfig(layouts=((5, 5),), size_px=32, num_train=8, num_test=4),
+        data=config.DataConfig(layouts=((5, 5),), height_px=32, width_px=32, num_train=8, num_test=4),
         model=dataclasses.replace(TRANSFORMER, remat='full'),
         optimizer=config.OptimizerConfig('adamw', 1e-3, warmup_steps=1),
         train=config.TrainConfig(steps=2, batch_size=8, conditional_probability=0.5, log_every_steps=1),
-        sample=config.SampleConfig(steps=1, sheet_stories=1), eval=config.EvalConfig(4, 4, 1),
+        sample=config.SampleConfig(steps=1, sheet_stories=4), eval=config.EvalConfig(4, 4, 1),
         mesh=config.MeshConfig(data=4, fsdp=2, cpu_devices=8))
     cfg = convert.adopt(cfg, folder)
     assert cfg.model.remat == 'full' and cfg.schedule.snr_shift_scale == 3.0

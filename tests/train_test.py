@@ -23,7 +23,7 @@ def smoke_config(steps=6, **kwargs):
         data=config.DataConfig(layouts=((4, 4), (4, 8)), num_train=32, num_test=16),
         train=config.TrainConfig(steps=steps, batch_size=8, conditional_probability=0.5, ema_decay=0.9,
                                  log_every_steps=1, checkpoint_every_steps=3, sample_every_steps=100),
-        sample=config.SampleConfig(steps=2, guidance=1.5, sheet_stories=2),
+        sample=config.SampleConfig(steps=2, guidance=1.5, sheet_stories=4),
         eval=config.EvalConfig(stories=8, batch_size=8), mesh=config.MeshConfig(data=8, cpu_devices=8))
     return dataclasses.replace(cfg, **kwargs)
 

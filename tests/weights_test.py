@@ -178,5 +178,5 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path):
     path = written(tmp_path)
     tensors = weights.open_safetensors(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match='model.safetensors changed while it was read'):
+    with pytest.raises(ValueError, match=r'model\.safetensors changed while it was read'):
         np.asarray(tensors['a.weight'])

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mask2dit_jax import attention, scenes
+from mask2dit_jax import attention, scenes, sharding
 
-REMAT = ('none', 'full', 'save_attention')
+# What the backward pass does not compute again: names to keep on the device, names to move to the host's memory.
+REMAT = {'none': None, 'full': ((), ()), 'save_attention': (('attention',), ()),
+         'offload_attention': ((), ('attention',)), 'offload_layer': ((), ('layer',))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,9 @@ class DiTConfig:
         code does. Rotary positions are the same under both.
       sample_height, sample_width, sample_frames: the trained latent size and pixel frames, which set the base grid.
       dtype: compute dtype; parameters are float32 whatever it is.
-      remat: 'none', 'full', or 'save_attention' (recompute all but the attention output).
+      remat: what the backward pass computes again: 'none', 'full' (every layer, from its input), 'save_attention' (all
+        but attention), 'offload_attention' (the same, kept in host memory) or 'offload_layer' (every layer, with its
+        input kept in host memory).
     """
     num_layers: int = 42
     num_attention_heads: int = 48
@@ -65,11 +69,14 @@ class DiTConfig:
     remat: str = 'none'
 
     def __post_init__(self):
-        choices = {'pattern': scenes.PATTERNS, 'attention_backend': tuple(attention.BACKENDS), 'remat': REMAT,
+        choices = {'pattern': scenes.PATTERNS, 'attention_backend': tuple(attention.BACKENDS), 'remat': tuple(REMAT),
                    'position_rule': ('continuous', 'reference'), 'dtype': ('float32', 'bfloat16')}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f'model.{field} is {getattr(self, field)!r}: use one of {", ".join(allowed)}.')
+        if self.attention_backend == 'cudnn' and 'attention' in self.remat:
+            raise ValueError(f'model.remat {self.remat!r} does not go with the cudnn backend, whose statistics cannot '
+                             'be kept: use full, offload_layer or none.')
         if self.attention_head_dim % 16 and (self.rotary or not self.learned_positions):
             raise ValueError(f'model.attention_head_dim must be a multiple of 16, got {self.attention_head_dim}.')
 
@@ -127,19 +134,38 @@ def unpatchify(x, layout: scenes.SceneLayout, patch: int):
 
 
 def apply_rope(x, cos, sin):
-    """Rotates adjacent pairs of [B, L, N, D] by tables [L, D], in float32."""
+    """Rotates adjacent pairs (2i, 2i + 1) of [B, L, N, D] by tables [L, D], in float32.
+
+    By neighbours from the left and from the right: an axis of pairs would leave the TPU's lanes empty.
+    """
+    odd = np.arange(x.shape[-1]) % 2 == 1
     x32 = x.astype(jnp.float32)
-    pairs = x32.reshape(*x.shape[:-1], -1, 2)
-    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    return (x32 * cos[:, None] + turned * sin[:, None]).astype(x.dtype)
+    from_right = jnp.roll(x32, -1, axis=-1) * jnp.where(odd, 0, -sin)[:, None]
+    from_left = jnp.roll(x32, 1, axis=-1) * jnp.where(odd, sin, 0)[:, None]
+    return (x32 * cos[:, None] + from_right + from_left).astype(x.dtype)
 
 
-class _Dense(nn.Dense):
-    """Dense over flattened leading axes: XLA's CPU backend computes the weight gradient twice as fast that way."""
+class _Dense(nn.Module):
+    """Dense whose kernel is gathered axis by axis on a mesh.
+
+    Leading axes are flattened, since XLA's CPU backend computes the weight gradient twice as fast that way, but not
+    where both examples and tokens are spread over devices: the flattened axis could not be.
+    """
+    features: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x):
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        kernel = sharding.gather_context(kernel.astype(self.dtype), '/'.join((*self.path, 'kernel')))
+        flat = sharding.mesh_axes().get('context', 1) == 1
+        y = (x.reshape(-1, x.shape[-1]) if flat else x).astype(self.dtype) @ kernel
+        if self.use_bias:
+            bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 def _layer_norm(eps: float, affine: bool, name: str):
@@ -187,9 +213,11 @@ class _Attention(nn.Module):
         k = _layer_norm(1e-6, True, 'norm_k')(k).astype(dtype)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out = attention.attend(q, k, v, self.layout, cfg.pattern, cfg.attention_backend)
-        out = checkpoint_name(out.reshape(x.shape), 'attention')
-        return dense(name='to_out')(out)
+        if self.is_initializing():  # attention has no parameters, and its kernels ask for their chip
+            out = v
+        else:
+            out = attention.attend(q, k, v, self.layout, cfg.pattern, cfg.attention_backend)
+        return dense(name='to_out')(out.reshape(x.shape))
 
 
 class _Block(nn.Module):
@@ -200,6 +228,7 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x, emb, rope, token_kind):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        x = checkpoint_name(sharding.constrain_tokens(x), 'layer')
         h, gate = _AdaLayerNorm(cfg, 3, 2, name='norm1')(x, emb, token_kind)
         x = x + gate * _Attention(cfg, self.layout, name='attn')(h, rope)
         h, gate = _AdaLayerNorm(cfg, 3, 2, name='norm2')(x, emb, token_kind)
@@ -210,9 +239,11 @@ class _Block(nn.Module):
 def _block_stack(cfg: DiTConfig):
     """The block as a scan over layers: one compiled body, parameters stacked on axis 0."""
     block = _Block
-    if cfg.remat != 'none':
-        names = ('attention',) if cfg.remat == 'save_attention' else ()
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
+    if REMAT[cfg.remat] is not None:
+        saved, offloaded = REMAT[cfg.remat]
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=saved, names_which_can_be_offloaded=offloaded, offload_src='device',
+            offload_dst='pinned_host')
         block = nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, length=cfg.num_layers,
                    in_axes=nn.broadcast)

@@ -1,0 +1,279 @@
+"""Compiles the training step and the sampling loop for a TPU slice, without a TPU, and says whether they fit.
+
+  python -m mask2dit_jax.aot --config=configs/sft.py:v5p-128
+  python -m mask2dit_jax.aot --config=configs/sft.py:v6e-8 --what=sample --out=runs/aot
+  python -m mask2dit_jax.aot --config=configs/sft.py:v5p-128 --config.model.remat=offload_layer --scenes=24
+
+The very functions that main and sample run are compiled by the TPU's own compiler (libtpu, on any machine), from shapes
+alone. Printed and, with --out, written as Markdown and JSON: memory per chip, FLOPs, collectives, estimated cycles.
+Nothing runs: seconds are lower limits, with their formula. The exit code is 0 if everything fits, else 1.
+"""
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import convert, data, generate, hlo, metric_writer, presets, scenes, sharding, splash, train_step
+
+WHAT = ('train', 'sample')
+GIB = 2 ** 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the compiler may use of a chip's memory (GiB, from its own error messages) and the peak in bf16 FLOP/s."""
+    hbm_gib: float
+    peak_flops: float
+    topology_options: tuple = ()
+
+
+CHIPS = {
+    # v4 has two cores that show as one device; the compiler must be told.
+    'v4': Chip(30.75, 275e12, (('chip_config_name', 'megacore'), ('chips_per_host_bounds', (2, 2, 1)))),
+    'v5e': Chip(15.75, 197e12),
+    'v5p': Chip(95.74, 459e12),
+    'v6e': Chip(31.25, 918e12),
+}
+
+
+def topology_devices(topology: str, slices: int = 1):
+    """Devices of a TPU topology such as 'v5p:4x4x4' that need not be there.
+
+    Raises:
+      ValueError: if libtpu is not installed or knows no such topology.
+    """
+    if importlib.util.find_spec('libtpu') is None:
+        raise ValueError("Compiling for TPU needs libtpu: pip install 'mask2dit_jax[tpu]'.")
+    # No search for a TPU on this machine, no lock against other processes, no log files.
+    os.environ.update(TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost', TPU_ACCELERATOR_TYPE='v5p-8',
+                      ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_LOG_DIR='disabled', TF_CPP_MIN_LOG_LEVEL='2')
+    from jax.experimental import topologies
+    generation = topology.split(':')[0]
+    if generation not in CHIPS:
+        raise ValueError(f'{topology!r} is no topology: write one of {", ".join(CHIPS)}, a colon and its shape.')
+    options = dict(CHIPS[generation].topology_options) | ({'num_slices': slices} if slices > 1 else {})
+    try:
+        return topologies.get_topology_desc(platform='tpu', topology_name=topology, **options).devices
+    except Exception as error:  # libtpu raises several kinds
+        raise ValueError(f'libtpu knows no topology {topology!r} ({str(error).splitlines()[0][:200]}).') from error
+
+
+def lower_train(config: config_lib.Config, frames: tuple[int, ...], latent, mesh):
+    """The trainer's step, lowered from shapes.
+
+    Args:
+      config: the configuration.
+      frames: latent frames per scene.
+      latent: (h, w, C).
+      mesh: of a topology's devices.
+
+    Returns:
+      The lowered step, and bytes per device of its arguments by kind.
+    """
+    m, size = config.model, config.train.batch_size
+    text, shape = (len(frames), m.max_text_seq_length, m.text_embed_dim), jax.ShapeDtypeStruct
+    inputs = shape((sum(frames), *latent), jnp.float32), shape(text, jnp.float32)
+    state = jax.eval_shape(lambda x, y: train_step.init_state(config, (x, y, frames)), *inputs)
+    state = sharding.targets(state, mesh)
+    batch = {n: shape((size, *x.shape), x.dtype, sharding=sharding.batch_sharding(mesh))
+             for n, x in zip(('latents', 'text'), inputs)}
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = train_step.jit_train_step(config, frames, shardings, sharding.batch_sharding(mesh))
+    parts = {'parameters': state.params, 'EMA': state.ema, 'optimizer': state.opt, 'batch': batch}
+    return step.lower(state, batch, shape(text[1:], jnp.float32)), _bytes_by_kind(parts)
+
+
+def lower_sample(config: config_lib.Config, frames: tuple[int, ...], latent, mesh):
+    """As lower_train: the sampling loop, of as many stories as fill the batch axes with guidance's halves."""
+    m, steps, count = config.model, config.sample.steps, max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2)
+    params = sharding.targets(convert.abstract_params(m), mesh, m.dtype)
+    shape, f32, s = jax.ShapeDtypeStruct, jnp.float32, len(frames)
+    null = shape((m.max_text_seq_length, m.text_embed_dim), f32)
+    x = shape((count, sum(frames), *latent), f32)
+    args = (x, shape((count, s, *null.shape), f32), null, x, shape((count, s), bool), shape((steps,), jnp.int32),
+            shape((steps, 5), f32), shape((s,), f32))
+    return generate.jit_sample(config, frames, mesh).lower(params, *args), _bytes_by_kind({'parameters': params})
+
+
+def _bytes_by_kind(parts: dict) -> dict[str, int]:
+    return {kind: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+            for kind, tree in parts.items()}
+
+
+def model_flops(config: config_lib.Config, layout: scenes.SceneLayout, what: str) -> dict[str, float]:
+    """FLOPs that one example needs, 'dense' and 'attention'.
+
+    Forward, dense: 24·E² per layer and token, and the projections at both ends; attention: 4·E per visible pair. A
+    training step takes 3 times the dense products and 3.5 times the attention's, whose backward pass has five products
+    of the size of a forward pass's two. Sampling takes two forward passes a step.
+    """
+    m, e = config.model, config.model.width
+    visible = sum(_tokens(layout, i, a) * _tokens(layout, j, b) for i in range(layout.num_scenes)
+                  for j in range(layout.num_scenes) for a in (0, 1) for b in (0, 1)
+                  if scenes.visible(m.pattern, np.int32(i), np.bool_(a), np.int32(j), np.bool_(b)))
+    ends = 2 * e * (layout.num_video * m.patch_size ** 2 * (m.patch_size_t or 1) * (m.in_channels + m.out_channels)
+                    + layout.num_text * m.text_embed_dim)
+    dense, pairs = m.num_layers * 24 * e ** 2 * layout.num_tokens + ends, m.num_layers * 4.0 * e * visible
+    times = (3, 3.5) if what == 'train' else (2 * config.sample.steps,) * 2
+    return {'dense': times[0] * dense, 'attention': times[1] * pairs}
+
+
+def _tokens(layout, scene, is_text):
+    start, stop = layout.text_range(scene) if is_text else layout.video_range(scene)
+    return stop - start
+
+
+def kernel_flops(kernels, active_share: float) -> float:
+    """FLOPs of splash kernels per device: two products per visited block forward, five backward."""
+    total = 0.0
+    for (name, shape), times in kernels.items():
+        *heads, length, dim = shape
+        if '_fwd' in name:
+            products = 2
+        elif '_dkv' in name:
+            products = 5
+            heads = heads[1:]  # dq's slots
+        else:
+            raise ValueError(f'Unknown kernel {name}.')
+        total += times * products * 2.0 * math.prod(heads) * length ** 2 * dim * active_share
+    return total
+
+
+def compile_report(config: config_lib.Config, what: str, topology: str, slices: int, frames, effort: float) -> dict:
+    """Compiles one of WHAT and collects what is known of it.
+
+    Args:
+      config: its mesh must fill the topology.
+      what: 'train' or 'sample'.
+      topology: e.g. 'v6e:8x8'.
+      slices: number of such slices.
+      frames: pixel frames per scene.
+      effort: the compiler's exec_time_optimization_effort; -1 is quick, with the same memory but slow schedules.
+
+    Returns:
+      A JSON-like dict; 'fits' says whether memory suffices.
+    """
+    chip = CHIPS[topology.split(':')[0]]
+    latent_frames, latent = data.latent_shape(config, frames)
+    layout = config.model.layout(latent_frames, *latent[:2])
+    mesh = sharding.make_mesh(config.mesh, topology_devices(topology, slices))
+    report = {'what': what, 'topology': topology, 'slices': slices, 'chips': mesh.size,
+              'mesh': dict(mesh.shape), 'remat': config.model.remat, 'backend': config.model.attention_backend,
+              'scenes': len(frames), 'tokens': layout.num_tokens, 'effort': effort, 'hbm_gib': chip.hbm_gib}
+    started = time.monotonic()
+    lowered, arguments = (lower_train if what == 'train' else lower_sample)(config, latent_frames, latent, mesh)
+    report['lower_seconds'] = time.monotonic() - started
+    try:
+        compiled = lowered.compile(compiler_options={'exec_time_optimization_effort': effort})
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return report | {'fits': False, 'error': str(error).splitlines()[0]}
+    report['compile_seconds'] = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    gib = {'arguments': memory.argument_size_in_bytes, 'outputs': memory.output_size_in_bytes,
+           'aliased': -memory.alias_size_in_bytes, 'temporaries': memory.temp_size_in_bytes}
+    total = sum(gib.values())
+    gib |= {'total': total, 'peak': memory.peak_memory_in_bytes, 'host': memory.host_temp_size_in_bytes}
+    report['gib'] = {k: v / GIB for k, v in gib.items()}
+    report['arguments_gib'] = {k: v / GIB for k, v in arguments.items()}
+    report['fits'] = total <= chip.hbm_gib * GIB
+    report |= _work(config, layout, what, mesh, chip, compiled.as_text())
+    return report
+
+
+def _work(config, layout, what, mesh, chip, text) -> dict:
+    program = hlo.analyze(text)
+    share = 1.0
+    if config.model.attention_backend in ('splash', 'jax_splash'):
+        share = splash.visited_share(layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind])
+    attention = kernel_flops(program.kernels, share)
+    examples = config.train.batch_size if what == 'train' else max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2)
+    model = model_flops(config, layout, what)
+    executed = program.flops + attention
+    return {
+        'flops_per_chip': {'executed': executed, 'attention kernels': attention,
+                           'model': examples * sum(model.values()) / mesh.size},
+        'executed_over_model': executed * mesh.size / (examples * sum(model.values())),
+        'collectives': {k: {'times': n, 'gb': b / 1e9} for k, (n, b) in program.collectives.items()},
+        'largest_loop_all_reduces': [{'mb': b / 1e6, 'operation': n} for b, n in program.loop_all_reduces[:5]],
+        'cycles': program.cycles,
+        'lower_limit_seconds': executed / chip.peak_flops,
+    }
+
+
+def to_markdown(r: dict) -> str:
+    """A report as Markdown."""
+    mesh = ' x '.join(f'{k} {v}' for k, v in r['mesh'].items() if v > 1)
+    lines = [f'## {r["what"]} on {r["topology"]}' + (f' x {r["slices"]}' if r['slices'] > 1 else ''), '',
+             f'{r["chips"]} chips ({mesh}), {r["scenes"]} scenes, {r["tokens"]} tokens, remat {r["remat"]}, '
+             f'attention {r["backend"]}. Compiled, not run.', '']
+    if 'error' in r:
+        return '\n'.join([*lines, f'DOES NOT FIT: {r["error"]}', ''])
+    gib, flops = r['gib'], r['flops_per_chip']
+    rows = [{'GiB per chip': k, 'value': v} for k, v in gib.items()]
+    rows += [{'GiB per chip': f'  of arguments: {k}', 'value': v} for k, v in r['arguments_gib'].items()]
+    moved = [{'collective': k} | v for k, v in r['collectives'].items()]
+    lines += [metric_writer.format_table(rows, ('GiB per chip', 'value')), '',
+              f'{"Fits" if r["fits"] else "DOES NOT FIT"}: {gib["total"]:.2f} of {r["hbm_gib"]} GiB.', '',
+              f'FLOPs per chip: executed {flops["executed"]:.3e} (attention kernels {flops["attention kernels"]:.3e}), '
+              f'model {flops["model"]:.3e}, executed / model {r["executed_over_model"]:.3f}.', '',
+              metric_writer.format_table(moved, ('collective', 'times', 'gb')), '',
+              'Largest all-reduces inside loops: ' + ('; '.join(
+                  f'{a["mb"]:.2f} MB {a["operation"].split("/", 3)[-1][-70:]}' for a in r['largest_loop_all_reduces'])
+                  or 'none') + '.', '',
+              f'Estimated cycles outside kernels and collectives: dense {r["cycles"]["dense"] / 1e6:.0f} M, rest '
+              f'{r["cycles"]["rest"] / 1e6:.0f} M' + (' (quick schedules: --effort=0 for real ones)'
+                                                     if r['effort'] < 0 else '') + '.',
+              f'At least {r["lower_limit_seconds"]:.2f} s: executed FLOPs / peak FLOP/s of the chip.', '']
+    return '\n'.join(lines)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
+    jax.config.update('jax_platforms', 'cpu')
+    metric_writer.quiet_libraries()
+    config = config_lib.parse(_CONFIG.value)
+    topology = _TOPOLOGY.value or (presets.SLICES[config.mesh.slice].topology if config.mesh.slice else None)
+    if topology is None:
+        raise app.UsageError('The configuration names no slice: give one after the colon, or --topology.')
+    frames = config.data.layouts[0]
+    frames = frames if _SCENES.value is None else (frames[0],) * _SCENES.value
+    chips = math.prod(map(int, topology.split(':')[1].split('x'))) if re.fullmatch(r'\w+:\d+(x\d+)*', topology) else 0
+    slices = max(1, math.prod(getattr(config.mesh, a) for a in sharding.AXES) // chips) if chips else 1
+    reports = [compile_report(config, what, topology, slices, frames, _EFFORT.value) for what in _WHAT.value]
+    text = '\n'.join(map(to_markdown, reports))
+    print(text)
+    if _OUT.value:
+        out = pathlib.Path(_OUT.value)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'aot.md').write_text(text)
+        (out / 'aot.json').write_text(json.dumps(reports, indent=2) + '\n')
+    sys.exit(0 if all(r['fits'] for r in reports) else 1)
+
+
+if __name__ == '__main__':
+    _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration, with a slice after the colon.',
+                                              lock_config=True)
+    _TOPOLOGY = flags.DEFINE_string('topology', None, 'Topology instead of that of the slice, e.g. v6e:8x8; the mesh '
+                                    'must fill it.')
+    _WHAT = flags.DEFINE_list('what', ['train'], f'What to compile: {", ".join(WHAT)}.')
+    _SCENES = flags.DEFINE_integer('scenes', None, 'So many scenes of the length of the first.', lower_bound=1)
+    _EFFORT = flags.DEFINE_float('effort', 0.0, "The compiler's effort; -1 takes half the time: the same memory, but "
+                                 'slow schedules.', -1.0, 1.0)
+    _OUT = flags.DEFINE_string('out', None, 'Folder for aot.md and aot.json; default: print only.')
+    flags.mark_flag_as_required('config')
+    app.run(main)
