@@ -22,8 +22,5 @@ def get_config(variant='5b'):
         c.schedule.snr_shift_scale = 3.0
     c.data.update(codec='vae', layouts=((49, 49, 49),), height_px=480, width_px=720, num_train=64, num_test=8, fps=8.0)
     c.optimizer.update(learning_rate=1e-5, warmup_steps=100, eps=1e-10, weight_decay=0.03)
-    groups = c.mesh.data * c.mesh.fsdp
-    c.train.update(steps=1000, batch_size=groups if groups > 1 else 8, conditional_probability=0.5)
-    c.eval.update(stories=groups, batch_size=groups)
-    c.sample.sheet_stories = groups
+    c.train.update(steps=1000, conditional_probability=0.5)
     return c

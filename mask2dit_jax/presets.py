@@ -65,9 +65,13 @@ def pod(variant: str, variants=tuple(MODELS)) -> ml_collections.ConfigDict:
                          f'{", ".join(variants)} and a slice of {", ".join(SLICES)}, several as in v6e-256x2.')
     c = config_lib.default()
     c.model.update(MODELS[model], remat='full')
+    c.eval.update(stories=8, batch_size=1)
     if name:
-        # One example to every group of chips that share tokens; groups share parameters.
         context = math.gcd(SLICES[kind].context, c.model.num_attention_heads)
         c.mesh.update(slice=kind, data=int(count or 1), fsdp=SLICES[kind].chips // context, context=context)
         c.model.update(attention_backend='splash', remat='save_attention')
+        # One example to every group of chips that share tokens; groups share parameters.
+        groups = c.mesh.data * c.mesh.fsdp
+        c.train.batch_size, c.sample.sheet_stories = groups, groups
+        c.eval.update(stories=groups, batch_size=groups)
     return c

@@ -1,15 +1,19 @@
 """Rules, meshes, and the same numbers on one device and on eight."""
+import dataclasses
 import math
+import os
+import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import config, convert, sharding, train_step
+from mask2dit_jax import config, convert, presets, sharding, train_step
 from mask2dit_jax.models import dit
 
 FRAMES = (1, 2)
+GOLDEN = pathlib.Path(__file__).with_name('shardings_5b.md')
 
 
 def tiny_config(**train):
@@ -30,6 +34,11 @@ def mesh_of(*axes):
     return sharding.make_mesh(config.MeshConfig(*axes), jax.devices()[:math.prod(axes)])
 
 
+def child_environment():
+    """For scripts that import this file."""
+    return os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parent), 'JAX_PLATFORMS': 'cpu'}
+
+
 def run(cfg, mesh, steps=3):
     batch = batch_of(0)
     make = lambda: train_step.init_state(cfg, (batch['latents'][0], batch['text'][0], FRAMES))  # noqa: E731
@@ -38,7 +47,8 @@ def run(cfg, mesh, steps=3):
     step = train_step.jit_train_step(cfg, FRAMES, shardings, sharding.batch_sharding(mesh))
     null, curve = np.zeros((2, 8), np.float32), []
     for i in range(steps):
-        state, metrics = step(state, sharding.global_batch(batch_of(i), mesh, 16), null)
+        local = {k: v[sharding.local_rows(mesh, 16)] for k, v in batch_of(i).items()}
+        state, metrics = step(state, sharding.global_batch(local, mesh, 16), null)
         curve.append([float(metrics['loss']), float(metrics['grad_norm'])])
     return np.array(curve), state
 
@@ -62,17 +72,59 @@ def test_eight_devices_and_micro_batches_give_the_numbers_of_one(axes, grad_accu
     assert moments and all(m.sharding == kernel.sharding for m in moments)
 
 
-def test_every_array_of_a_5b_state_matches_one_rule_and_nothing_large_is_replicated():
+def golden_table():
+    """Markdown: how every parameter of the 5B model lies on every slice, and what is whole on every chip."""
+    configs = {name: config.parse(presets.pod(name)) for name in presets.SLICES}
+    params = jax.tree_util.tree_leaves_with_path(convert.abstract_params(config.Config().model))
+    lines = [f'| parameter | shape | spec | {" | ".join(configs)} |', '|---' * (3 + len(configs)) + '|']
+    whole = []
+    for path, x in params:
+        name = sharding.path_name(path)
+        sizes = []
+        for cfg in configs.values():
+            axes = tuple(getattr(cfg.mesh, a) for a in sharding.AXES)
+            mesh = jax.sharding.AbstractMesh(axes, sharding.AXES)
+            spec = sharding.spec_of(name, x.shape, mesh)
+            sizes.append(math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)) * 4 / 1e6)
+        lines.append(f'| {name} | {"x".join(map(str, x.shape))} | {tuple(spec)} | '
+                     + ' | '.join(f'{size:.3f}' for size in sizes) + ' |')
+        if not any(spec) and sizes[0] > 1:
+            whole.append(f'{name} {sizes[0]:.1f}')
+    end = f'Over 1 MB and whole on every chip: {", ".join(whole)}.'
+    return '\n'.join(['MB of float32 per chip.', '', *lines, '', end, ''])
+
+
+def test_golden_table_of_5b_shardings():
+    """After a wanted change: python tests/sharding_test.py"""
+    assert golden_table() == GOLDEN.read_text()
+
+
+def test_every_array_of_a_5b_state_matches_one_rule():
     cfg = config.Config()
     params = convert.abstract_params(cfg.model)
     assert sum(p.size for p in jax.tree.leaves(params)) == 5_570_283_072
     opt = jax.eval_shape(train_step.make_optimizer(cfg.optimizer, 10).init, params)
-    mesh = jax.sharding.AbstractMesh((1, 16, 4, 1), sharding.AXES)
-    for path, x in jax.tree_util.tree_leaves_with_path({'params': params, 'opt': opt}):
+    for path, _ in jax.tree_util.tree_leaves_with_path({'params': params, 'opt': opt}):
         name = sharding.path_name(path)
         assert sum(bool(re.search(pattern, f'/{name}')) for pattern, _ in sharding.RULES) == 1, name
-        spec = sharding.spec_of(name, x.shape, mesh)
-        assert x.size * 4 < 2 ** 20 * cfg.model.num_layers or 'fsdp' in spec, (name, x.shape)
+
+
+def test_slices_are_on_the_data_axis():
+    """Devices of two slices: only data runs between them."""
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        id: int
+        slice_index: int
+        process_index: int = 0
+        platform: str = 'cpu'
+        device_kind: str = 'cpu'
+
+    devices = [Device(i, i // 4) for i in range(8)]
+    mesh = sharding.make_mesh(config.MeshConfig(2, 2, 2), devices)
+    for i in range(2):
+        assert {d.slice_index for d in mesh.devices[i].flat} == {i}
+    with pytest.raises(ValueError, match='data 1 does not divide over 2 slices'):
+        sharding.make_mesh(config.MeshConfig(1, 4, 2), devices)
 
 
 def test_errors_say_what_to_change():
@@ -82,3 +134,7 @@ def test_errors_say_what_to_change():
         sharding.spec_of('params/mystery', (3,), mesh_of(1, 8))
     with pytest.raises(ValueError, match=r'to_q/kernel \(30, 30\) does not divide over fsdp=8'):
         sharding.spec_of('params/blocks/attn/to_q/kernel', (30, 30), mesh_of(1, 8))
+
+
+if __name__ == '__main__':
+    GOLDEN.write_text(golden_table())
