@@ -5,6 +5,8 @@ definition; `decomposed` is plain XLA that never forms an L x L array and never 
 
 What the backward pass needs of the result is named 'attention', so that rematerialization can keep or offload it.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -25,42 +27,109 @@ def dense(q, k, v, layout: scenes.SceneLayout, pattern: str):
     return checkpoint_name(out.astype(q.dtype), 'attention')
 
 
-def _block(q, pieces):
-    """Exact attention of a block of queries over several pieces of keys, normalised jointly.
-
-    Written without merging partial softmaxes by their log-sum-exp: autodiff of this form is exact.
-    """
-    scale = q.shape[-1] ** -0.5
-    scores = [jnp.einsum('bqnd,bknd->bnqk', q, k, preferred_element_type=jnp.float32) * scale for k, _ in pieces]
-    top = jnp.max(jnp.stack([s.max(-1) for s in scores]), axis=0)[..., None]  # [B, N, Q, 1]
-    weights = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scores]
-    total = sum(w.sum(-1) for w in weights)  # [B, N, Q]
-    out = sum(jnp.einsum('bnqk,bknd->bqnd', (w / total[..., None]).astype(v.dtype), v,
-                         preferred_element_type=jnp.float32) for w, (_, v) in zip(weights, pieces))
-    return out.astype(q.dtype)
+def _product(spec, x, y):
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
-def _segment(q, pieces):
-    """Runs `_block` over blocks of queries one after another, recomputing scores in the backward pass."""
-    b, n_q, n, d = q.shape
-    if n_q <= QUERY_BLOCK:
-        return _block(q, pieces)
-    count = -(-n_q // QUERY_BLOCK)
-    q = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - n_q), (0, 0), (0, 0)))  # rows of zeros, cut off again below
-    blocks = jnp.moveaxis(q.reshape(b, count, QUERY_BLOCK, n, d), 1, 0)
-    out = jax.lax.map(jax.checkpoint(lambda block: _block(block, pieces)), blocks)
-    return jnp.moveaxis(out, 0, 1).reshape(b, count * QUERY_BLOCK, n, d)[:, :n_q]
+def _blocks(length: int) -> tuple[int, int]:
+    """Number of blocks of queries and their size, evenly, so that little is padded."""
+    count = -(-length // QUERY_BLOCK)
+    return count, -(-length // count)
 
 
+def _cut(x, count: int, size: int):
+    """[B, N, Q, ...] to blocks [count, B, N, size, ...], the last one filled with zeros."""
+    pad = [(0, 0), (0, 0), (0, count * size - x.shape[2])] + [(0, 0)] * (x.ndim - 3)
+    x = jnp.pad(x, pad).reshape(*x.shape[:2], count, size, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 0)
+
+
+def _uncut(x, length: int):
+    """Inverse of _cut."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
+
+
+def _segments(layout: scenes.SceneLayout, pattern: str):
+    """First and one-past-last query of every caption and scene, and the ranges of keys that they see."""
+    return [(*(layout.text_range(i) if is_text else layout.video_range(i)),
+             scenes.key_ranges(layout, pattern, i, is_text))
+            for is_text in (True, False) for i in range(layout.num_scenes)]
+
+
+def _decomposed_forward(q, k, v, layout, pattern):
+    """Result and log-sum-exp of the scores, from q, k and v as [B, N, L, D]."""
+    turned = k.swapaxes(2, 3)  # once, and not for every block
+
+    def block(q, ranges):
+        scores = [_product('bnqd,bndk->bnqk', q, turned[..., a:b]) for a, b in ranges]
+        top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores])
+        weights = [jnp.exp(s - top) for s in scores]
+        total = sum(w.sum(-1, keepdims=True) for w in weights)
+        out = sum(_product('bnqk,bnkd->bnqd', w.astype(v.dtype), v[:, :, a:b]) for w, (a, b) in zip(weights, ranges))
+        return (out / total).astype(v.dtype), (top + jnp.log(total))[..., 0]
+
+    outs, sums = [], []
+    for start, stop, ranges in _segments(layout, pattern):
+        parts = _cut(q[:, :, start:stop], *_blocks(stop - start))
+        out, log_sum = jax.lax.map(functools.partial(block, ranges=ranges), parts)
+        outs.append(_uncut(out, stop - start))
+        sums.append(_uncut(log_sum, stop - start))
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
+
+
+def _decomposed_backward(q, k, v, out, log_sum, d_out, layout, pattern):
+    """Gradients of q, k and v, all [B, N, L, D]: the derivative of softmax over all pieces of keys at once."""
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)  # [B, N, L]
+
+    def block(carry, xs, ranges):
+        dk, dv = carry
+        q, d_out, log_sum, delta = xs
+        dq, q_turned, d_out_turned = 0.0, q.swapaxes(2, 3), d_out.swapaxes(2, 3)
+        for a, b in ranges:
+            # Keys before queries, so that only one product, dq's, has a matrix on its left to turn around.
+            keys, values = k[:, :, a:b], v[:, :, a:b]
+            weights = jnp.exp(_product('bnkd,bndq->bnkq', keys, q_turned) - log_sum[:, :, None])
+            dv = dv.at[:, :, a:b].add(_product('bnkq,bnqd->bnkd', weights.astype(v.dtype), d_out))
+            d_weights = _product('bnkd,bndq->bnkq', values, d_out_turned)
+            d_scores = (weights * (d_weights - delta[:, :, None])).astype(q.dtype)
+            dk = dk.at[:, :, a:b].add(_product('bnkq,bnqd->bnkd', d_scores, q))
+            dq = dq + _product('bnkq,bnkd->bnqd', d_scores, keys)
+        return (dk, dv), dq
+
+    carry, dqs = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), []
+    for start, stop, ranges in _segments(layout, pattern):
+        parts = [_cut(x[:, :, start:stop], *_blocks(stop - start)) for x in (q, d_out, log_sum, delta)]
+        carry, dq = jax.lax.scan(functools.partial(block, ranges=ranges), carry, parts)
+        dqs.append(_uncut(dq, stop - start))
+    return jnp.concatenate(dqs, axis=2), *carry
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def decomposed(q, k, v, layout: scenes.SceneLayout, pattern: str):
-    """Each caption's and each scene's queries against exactly the keys they may see. Memory is linear in L."""
-    outputs = []
-    for is_text in (True, False):
-        for scene in range(layout.num_scenes):
-            start, stop = layout.text_range(scene) if is_text else layout.video_range(scene)
-            ranges = scenes.key_ranges(layout, pattern, scene, is_text)
-            outputs.append(_segment(q[:, start:stop], [(k[:, a:b], v[:, a:b]) for a, b in ranges]))
-    return checkpoint_name(jnp.concatenate(outputs, axis=1), 'attention')
+    """Each caption's and each scene's queries against exactly the keys they may see. Memory is linear in L.
+
+    Pieces of keys are normalised together, and the backward pass starts from their common log-sum-exp: merging the
+    pieces' own results would lose the gradient of their sums.
+    """
+    return _decomposed_fwd(q, k, v, layout, pattern)[0]
+
+
+def _decomposed_fwd(q, k, v, layout, pattern):
+    # Heads lead from here on: XLA's CPU backend would turn the keys around for every block otherwise.
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # [B, N, L, D]
+    out, log_sum = (checkpoint_name(x, 'attention') for x in _decomposed_forward(q, k, v, layout, pattern))
+    return out.swapaxes(1, 2), (q, k, v, out, log_sum)
+
+
+def _decomposed_bwd(layout, pattern, residuals, d_out):
+    q, k, v, out, log_sum = residuals
+    dq, dk, dv = _decomposed_backward(q, k, v, out, log_sum, d_out.swapaxes(1, 2), layout, pattern)
+    scale = q.shape[-1] ** -0.5
+    return tuple(x.swapaxes(1, 2).astype(q.dtype) for x in (dq * scale, dk, dv))
+
+
+decomposed.defvjp(_decomposed_fwd, _decomposed_bwd)
 
 
 def flash_pieces(q, k, v, layout: scenes.SceneLayout, pattern: str, implementation: str = 'cudnn'):

@@ -100,7 +100,7 @@ def sample(velocity_fn, noise, layout: scenes.SceneLayout, timesteps, table, gui
     Args:
       velocity_fn: (x [2B, T, H, W, C], t [2B, S]) -> v; the first B rows are the negative half of classifier-free
         guidance, the second the positive one. Without guidance (None) it gets B rows.
-      noise: [B, T, H, W, C] standard normal, float32.
+      noise: [B, T, H, W, C] standard normal, float32; axes after T may be merged, here and in all that has them.
       layout: the story's layout.
       timesteps, table: from `sampler_table`.
       guidance: None, a scalar, [S] (one scale per scene) or [N, S] (also per step).
@@ -115,7 +115,8 @@ def sample(velocity_fn, noise, layout: scenes.SceneLayout, timesteps, table, gui
     frame_scene = scenes.frame_scenes(layout)
     batch, num_scenes = noise.shape[0], layout.num_scenes
     is_given = jnp.broadcast_to(jnp.zeros(num_scenes, bool) if given is None else given_scenes, (batch, num_scenes))
-    keep = is_given[:, frame_scene][..., None, None, None]  # [B, T, 1, 1, 1]
+    ones = (1,) * (noise.ndim - 2)
+    keep = is_given[:, frame_scene].reshape(batch, -1, *ones)  # [B, T, 1, 1, 1]
     given = jnp.zeros_like(noise) if given is None else given
     if guidance is not None:
         guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (len(timesteps), num_scenes))
@@ -125,7 +126,7 @@ def sample(velocity_fn, noise, layout: scenes.SceneLayout, timesteps, table, gui
             return velocity_fn(x, t)
         v = velocity_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t])).astype(jnp.float32)
         negative, positive = jnp.split(v, 2)
-        return negative + scale[frame_scene][:, None, None, None] * (positive - negative)
+        return negative + scale[frame_scene].reshape(-1, *ones) * (positive - negative)
 
     def body(carry, xs):
         x, x0_prev = carry
