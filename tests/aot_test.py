@@ -1,0 +1,69 @@
+"""The TPU's compiler on the very step and sampling loop, for a small model on a slice of four chips."""
+import dataclasses
+
+import pytest
+
+from mask2dit_jax import aot, config
+from mask2dit_jax.models import dit
+
+pytest.importorskip('libtpu')
+
+MODEL = dit.DiTConfig(num_layers=3, num_attention_heads=8, text_embed_dim=64, time_embed_dim=64, max_text_seq_length=32,
+                      sample_height=16, sample_width=16, sample_frames=5, attention_backend='splash',
+                      remat='save_attention')
+CONFIG = config.Config(
+    model=MODEL, data=config.DataConfig(codec='vae', layouts=((5, 5, 5),), height_px=128, width_px=128),
+    train=config.TrainConfig(batch_size=2), sample=config.SampleConfig(steps=4),
+    mesh=config.MeshConfig(fsdp=2, context=2))
+FRAMES = CONFIG.data.layouts[0]
+
+
+def report(what, **model):
+    cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **model))
+    return aot.compile_report(cfg, what, 'v5p:2x2x1', 1, FRAMES, -1.0)
+
+
+@pytest.fixture(scope='module')
+def train():
+    return report('train')
+
+
+def test_train_step(train):
+    assert train['fits'] and train['gib']['total'] < 0.5
+    assert train['collectives']['all-to-all']['times'] > 0 and train['collectives']['reduce-scatter']['times'] > 0
+    # No gradient of a layer is reduced in full size: the smallest kernel there has 512 x 512 bf16 values.
+    assert all(a['mb'] < 0.5 for a in train['largest_loop_all_reduces'])
+    state = sum(train['arguments_gib'][k] for k in ('parameters', 'EMA', 'optimizer'))
+    assert train['arguments_gib']['parameters'] == pytest.approx(state / 4, rel=1e-3)
+
+
+def test_saved_attention_is_not_computed_again(train):
+    again = report('train', remat='full')
+    forward = train['flops_per_chip']['attention kernels'] * 2 / 7
+    assert again['flops_per_chip']['attention kernels'] == pytest.approx(
+        train['flops_per_chip']['attention kernels'] + forward, rel=1e-6)
+    assert again['gib']['temporaries'] < train['gib']['temporaries']
+
+
+def test_offloaded_layers_are_in_host_memory():
+    offloaded = report('train', remat='offload_layer')
+    assert offloaded['gib']['host'] > 0
+
+
+def test_sampling_loop():
+    sample = report('sample')
+    assert sample['fits'] and 'reduce-scatter' not in sample['collectives']
+
+
+def test_what_does_not_fit_is_said():
+    huge = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, height_px=8192, width_px=8192))
+    result = aot.compile_report(dataclasses.replace(huge, model=dataclasses.replace(
+        MODEL, attention_backend='dense')), 'train', 'v5e:2x2', 1, FRAMES, -1.0)
+    assert not result['fits'] and 'DOES NOT FIT' in aot.to_markdown(result)
+
+
+def test_wrong_topologies_are_named():
+    with pytest.raises(ValueError, match="'v9:2x2' is no topology: write one of v4, v5e, v5p, v6e"):
+        aot.topology_devices('v9:2x2')
+    with pytest.raises(ValueError, match="libtpu knows no topology 'v5p:17x3'"):
+        aot.topology_devices('v5p:17x3')
