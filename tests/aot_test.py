@@ -56,9 +56,7 @@ def test_sampling_loop():
 
 
 def test_what_does_not_fit_is_said():
-    huge = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, height_px=8192, width_px=8192))
-    result = aot.compile_report(dataclasses.replace(huge, model=dataclasses.replace(
-        MODEL, attention_backend='dense')), 'train', 'v5e:2x2', 1, FRAMES, -1.0)
+    result = report('train', num_layers=30_000, attention_backend='decomposed')
     assert not result['fits'] and 'DOES NOT FIT' in aot.to_markdown(result)
 
 
