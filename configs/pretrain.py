@@ -1,9 +1,8 @@
 """Pretraining of the multi-scene masks: unrelated scenes side by side, none of them given.
 
-  python -m mask2dit_jax.main --config=configs/pretrain.py:v6e-256x2 --checkpoint=CogVideoX-5b --workdir=gs://bucket/run
   python -m mask2dit_jax.aot --config=configs/pretrain.py:tpu_native,v6e-64
 
-After the colon as in configs/sft.py, from which it differs in giving no scenes. It trains on rendered stories.
+After the colon as in configs/sft.py, from which it differs in giving no scenes.
 """
 import importlib.util
 import pathlib

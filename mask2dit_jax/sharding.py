@@ -4,7 +4,7 @@ Optimizer state and EMA carry the parameters' paths inside their own, so that on
 
 Parameters are spread over fsdp along one axis and over context along the other, so that every gather and every
 reduction runs over one mesh axis, which is one or more whole axes of the chips' torus: over both at once the TPU
-compiler reduces gradients of full size everywhere (seen on v5p:4x4x4 and v6e:8x8).
+compiler reduces gradients of full size everywhere (seen on v6e:8x8).
 """
 import math
 import re
