@@ -254,6 +254,9 @@ def main(argv):
     frames = frames if _SCENES.value is None else (frames[0],) * _SCENES.value
     chips = math.prod(map(int, topology.split(':')[1].split('x'))) if re.fullmatch(r'\w+:\d+(x\d+)*', topology) else 0
     slices = max(1, math.prod(getattr(config.mesh, a) for a in sharding.AXES) // chips) if chips else 1
+    strange = sorted(set(_WHAT.value) - set(WHAT))
+    if strange:
+        raise app.UsageError(f'--what={",".join(strange)} is unknown: use {" or ".join(WHAT)}, or both.')
     reports = [compile_report(config, what, topology, slices, frames, _EFFORT.value) for what in _WHAT.value]
     text = '\n'.join(map(to_markdown, reports))
     print(text)
