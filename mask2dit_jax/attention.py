@@ -13,9 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mask2dit_jax import context_parallel, scenes, splash
 
-# Queries per block of the decomposed backend: large enough for matmul efficiency, small enough that one block's
-# scores (256 x L, float32, per head) stay far below the size of the activations.
-QUERY_BLOCK = 256
+# Queries per block of the decomposed backend, which works head by head: the largest whose scores of a few thousand keys
+# stay in a CPU's caches; smaller blocks make smaller matmuls.
+QUERY_BLOCK = 512
 
 
 def dense(q, k, v, layout: scenes.SceneLayout, pattern: str):
@@ -27,27 +27,9 @@ def dense(q, k, v, layout: scenes.SceneLayout, pattern: str):
     return checkpoint_name(out.astype(q.dtype), 'attention')
 
 
-def _product(spec, x, y):
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-
-
-def _blocks(length: int) -> tuple[int, int]:
-    """Number of blocks of queries and their size, evenly, so that little is padded."""
-    count = -(-length // QUERY_BLOCK)
-    return count, -(-length // count)
-
-
-def _cut(x, count: int, size: int):
-    """[B, N, Q, ...] to blocks [count, B, N, size, ...], the last one filled with zeros."""
-    pad = [(0, 0), (0, 0), (0, count * size - x.shape[2])] + [(0, 0)] * (x.ndim - 3)
-    x = jnp.pad(x, pad).reshape(*x.shape[:2], count, size, *x.shape[3:])
-    return jnp.moveaxis(x, 2, 0)
-
-
-def _uncut(x, length: int):
-    """Inverse of _cut."""
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
+def _product(x, y, x_axis: int, y_axis: int):
+    """Matmul of two matrices over these axes, in float32."""
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _segments(layout: scenes.SceneLayout, pattern: str):
@@ -57,57 +39,78 @@ def _segments(layout: scenes.SceneLayout, pattern: str):
             for is_text in (True, False) for i in range(layout.num_scenes)]
 
 
-def _decomposed_forward(q, k, v, layout, pattern):
-    """Result and log-sum-exp of the scores, from q, k and v as [B, N, L, D]."""
-    turned = k.swapaxes(2, 3)  # once, and not for every block
+def _join(x, ranges):
+    return jnp.concatenate([x[a:b] for a, b in ranges])
 
-    def block(q, ranges):
-        scores = [_product('bnqd,bndk->bnqk', q, turned[..., a:b]) for a, b in ranges]
-        top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores])
-        weights = [jnp.exp(s - top) for s in scores]
-        total = sum(w.sum(-1, keepdims=True) for w in weights)
-        out = sum(_product('bnqk,bnkd->bnqd', w.astype(v.dtype), v[:, :, a:b]) for w, (a, b) in zip(weights, ranges))
-        return (out / total).astype(v.dtype), (top + jnp.log(total))[..., 0]
 
-    outs, sums = [], []
+def _scan_queries(block, carry, queries):
+    """lax.scan of `block` over arrays [Q, ...] in blocks of even size, the last one filled with zeros."""
+    length = len(queries[0])
+    count = -(-length // QUERY_BLOCK)
+    size = -(-length // count)
+    cut = [jnp.pad(x, [(0, count * size - length)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
+           for x in queries]
+    carry, results = jax.lax.scan(block, carry, cut)
+    return carry, [x.reshape(-1, *x.shape[2:])[:length] for x in results]
+
+
+def _forward_head(q, k, v, layout, pattern):
+    """Result [L, D] and log-sum-exp of the scores [L] of one head, from q, k and v [L, D]."""
+    parts = []
     for start, stop, ranges in _segments(layout, pattern):
-        parts = _cut(q[:, :, start:stop], *_blocks(stop - start))
-        out, log_sum = jax.lax.map(functools.partial(block, ranges=ranges), parts)
-        outs.append(_uncut(out, stop - start))
-        sums.append(_uncut(log_sum, stop - start))
-    return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
+        keys, values = _join(k, ranges), _join(v, ranges)
+
+        def block(carry, queries, keys=keys, values=values):
+            scores = _product(*queries, keys, 1, 1)
+            top = scores.max(-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = weights.sum(-1, keepdims=True)
+            out = _product(weights.astype(v.dtype), values, 1, 0) / total
+            return carry, (out.astype(v.dtype), (top + jnp.log(total))[:, 0])
+
+        parts.append(_scan_queries(block, None, [q[start:stop]])[1])
+    return tuple(map(jnp.concatenate, zip(*parts)))
 
 
-def _decomposed_backward(q, k, v, out, log_sum, d_out, layout, pattern):
-    """Gradients of q, k and v, all [B, N, L, D]: the derivative of softmax over all pieces of keys at once."""
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)  # [B, N, L]
+def _backward_head(q, k, v, out, log_sum, d_out, layout, pattern):
+    """Gradients of q, k and v of one head: the derivative of softmax over all pieces of keys at once."""
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)  # [L]
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for start, stop, ranges in _segments(layout, pattern):
+        keys, values = _join(k, ranges), _join(v, ranges)
 
-    def block(carry, xs, ranges):
-        dk, dv = carry
-        q, d_out, log_sum, delta = xs
-        dq, q_turned, d_out_turned = 0.0, q.swapaxes(2, 3), d_out.swapaxes(2, 3)
+        def block(carry, queries, keys=keys, values=values):
+            q, d_out, log_sum, delta = queries
+            weights = jnp.exp(_product(q, keys, 1, 1) - log_sum[:, None])
+            d_values = carry[1] + _product(weights.astype(v.dtype), d_out, 0, 0)
+            d_weights = _product(d_out, values, 1, 1)
+            d_scores = (weights * (d_weights - delta[:, None])).astype(q.dtype)
+            d_keys = carry[0] + _product(d_scores, q, 0, 0)
+            return (d_keys, d_values), (_product(d_scores, keys, 1, 0),)
+
+        zeros = jnp.zeros(keys.shape, jnp.float32)
+        (d_keys, d_values), (dq_part,) = _scan_queries(
+            block, (zeros, zeros), [x[start:stop] for x in (q, d_out, log_sum, delta)])
+        dq.append(dq_part)
+        at = 0
         for a, b in ranges:
-            # Keys before queries, so that only one product, dq's, has a matrix on its left to turn around.
-            keys, values = k[:, :, a:b], v[:, :, a:b]
-            weights = jnp.exp(_product('bnkd,bndq->bnkq', keys, q_turned) - log_sum[:, :, None])
-            dv = dv.at[:, :, a:b].add(_product('bnkq,bnqd->bnkd', weights.astype(v.dtype), d_out))
-            d_weights = _product('bnkd,bndq->bnkq', values, d_out_turned)
-            d_scores = (weights * (d_weights - delta[:, :, None])).astype(q.dtype)
-            dk = dk.at[:, :, a:b].add(_product('bnkq,bnqd->bnkd', d_scores, q))
-            dq = dq + _product('bnkq,bnkd->bnqd', d_scores, keys)
-        return (dk, dv), dq
+            dk, dv = (x.at[a:b].add(d[at:at + b - a]) for x, d in ((dk, d_keys), (dv, d_values)))
+            at += b - a
+    return jnp.concatenate(dq), dk, dv
 
-    carry, dqs = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), []
-    for start, stop, ranges in _segments(layout, pattern):
-        parts = [_cut(x[:, :, start:stop], *_blocks(stop - start)) for x in (q, d_out, log_sum, delta)]
-        carry, dq = jax.lax.scan(functools.partial(block, ranges=ranges), carry, parts)
-        dqs.append(_uncut(dq, stop - start))
-    return jnp.concatenate(dqs, axis=2), *carry
+
+def _heads_first(x):
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])  # [B·N, L, D]
+
+
+def _heads_last(x, like):
+    b, length, n, d = like.shape
+    return x.reshape(b, n, length, d).swapaxes(1, 2).astype(like.dtype)  # [B, L, N, D]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def decomposed(q, k, v, layout: scenes.SceneLayout, pattern: str):
-    """Each caption's and each scene's queries against exactly the keys they may see. Memory is linear in L.
+    """Each caption's and each scene's queries against exactly the keys they may see, head by head; memory linear in L.
 
     Pieces of keys are normalised together, and the backward pass starts from their common log-sum-exp: merging the
     pieces' own results would lose the gradient of their sums.
@@ -116,17 +119,16 @@ def decomposed(q, k, v, layout: scenes.SceneLayout, pattern: str):
 
 
 def _decomposed_fwd(q, k, v, layout, pattern):
-    # Heads lead from here on: XLA's CPU backend would turn the keys around for every block otherwise.
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # [B, N, L, D]
-    out, log_sum = (checkpoint_name(x, 'attention') for x in _decomposed_forward(q, k, v, layout, pattern))
-    return out.swapaxes(1, 2), (q, k, v, out, log_sum)
+    heads = [_heads_first(x) for x in (q * q.shape[-1] ** -0.5, k, v)]
+    out, log_sum = jax.lax.map(lambda x: _forward_head(*x, layout, pattern), heads)
+    out, log_sum = (checkpoint_name(x, 'attention') for x in (out, log_sum))
+    return _heads_last(out, q), (*heads, out, log_sum)
 
 
 def _decomposed_bwd(layout, pattern, residuals, d_out):
-    q, k, v, out, log_sum = residuals
-    dq, dk, dv = _decomposed_backward(q, k, v, out, log_sum, d_out.swapaxes(1, 2), layout, pattern)
-    scale = q.shape[-1] ** -0.5
-    return tuple(x.swapaxes(1, 2).astype(q.dtype) for x in (dq * scale, dk, dv))
+    gradients = jax.lax.map(lambda x: _backward_head(*x, layout, pattern), (*residuals, _heads_first(d_out)))
+    dq, dk, dv = (_heads_last(x, d_out) for x in gradients)
+    return dq * d_out.shape[-1] ** -0.5, dk, dv
 
 
 decomposed.defvjp(_decomposed_fwd, _decomposed_bwd)

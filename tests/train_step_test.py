@@ -1,7 +1,11 @@
 """Properties of one update: timesteps, given scenes, caption dropout, randomness per step, optimizers, EMA."""
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mask2dit_jax import config, diffusion, train_step
 from mask2dit_jax.models import dit
@@ -162,3 +166,25 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
     grads['blocks']['ff_in']['kernel'] = kernel * np.array([1, 3])[:, None, None]
     other = updates(cfg, grads, 1)[0]['blocks']['ff_in']['kernel']
     np.testing.assert_allclose(other, matrix, atol=1e-3)  # a layer's update does not depend on another's scale
+
+
+# Products that the backward pass computes again in a layer: adaLN's six choices of rows; the eight weights; attention's
+# two for each caption and scene.
+AGAIN = {'none': 0, 'save_matmuls': 6, 'save_attention': 6 + 8, 'full': 6 + 8 + 8}
+
+
+@pytest.mark.parametrize('remat', AGAIN)
+def test_remat_computes_again_what_it_says_and_the_same(remat):
+    """Offloading needs an accelerator's host memory: aot_test compiles that."""
+    cfg = dataclasses.replace(MODEL, num_layers=2, attention_backend='decomposed')
+    params = random_state(dataclasses.replace(step_config(), model=cfg)).params
+
+    def gradients(remat):
+        model = dit.DiT(dataclasses.replace(cfg, remat=remat))
+        lowered = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(
+            {'params': p}, BATCH['latents'], BATCH['text'], np.full((8, 2), 300), FRAMES) ** 2))).lower(params)
+        return lowered.as_text().count('dot_general'), lowered.compile()(params)
+
+    (products, got), (least, want) = gradients(remat), gradients('none')
+    assert products == least + AGAIN[remat]
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)

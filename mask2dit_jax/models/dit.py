@@ -18,6 +18,7 @@ from mask2dit_jax import attention, scenes, sharding
 
 # What the backward pass does not compute again: names to keep on the device, names to move to the host's memory.
 REMAT = {'none': None, 'full': ((), ()), 'save_attention': (('attention',), ()),
+         'save_matmuls': (('attention', 'matmul'), ()),
          'offload_attention': ((), ('attention',)), 'offload_layer': ((), ('layer',))}
 
 
@@ -35,8 +36,9 @@ class DiTConfig:
       sample_height, sample_width, sample_frames: the trained latent size and pixel frames, which set the base grid.
       dtype: compute dtype; parameters are float32 whatever it is.
       remat: what the backward pass computes again: 'none', 'full' (every layer, from its input), 'save_attention' (all
-        but attention), 'offload_attention' (the same, kept in host memory) or 'offload_layer' (every layer, with its
-        input kept in host memory).
+        but attention), 'save_matmuls' (neither attention nor matmuls: on a CPU faster than 'none', for moving less),
+        'offload_attention' (as save_attention, kept in host memory) or 'offload_layer' (every layer, with its input
+        kept in host memory).
     """
     num_layers: int = 42
     num_attention_heads: int = 48
@@ -74,7 +76,7 @@ class DiTConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f'model.{field} is {getattr(self, field)!r}: use one of {", ".join(allowed)}.')
-        if self.attention_backend == 'cudnn' and 'attention' in self.remat:
+        if self.attention_backend == 'cudnn' and 'attention' in sum(REMAT[self.remat] or (), ()):
             raise ValueError(f'model.remat {self.remat!r} does not go with the cudnn backend, whose statistics cannot '
                              'be kept: use full, offload_layer or none.')
         if self.attention_head_dim % 16 and (self.rotary or not self.learned_positions):
@@ -161,7 +163,7 @@ class _Dense(nn.Module):
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         kernel = sharding.gather_context(kernel.astype(self.dtype), '/'.join((*self.path, 'kernel')))
         flat = sharding.mesh_axes().get('context', 1) == 1
-        y = (x.reshape(-1, x.shape[-1]) if flat else x).astype(self.dtype) @ kernel
+        y = checkpoint_name((x.reshape(-1, x.shape[-1]) if flat else x).astype(self.dtype) @ kernel, 'matmul')
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -172,6 +174,17 @@ def _layer_norm(eps: float, affine: bool, name: str):
     """LayerNorm with float32 statistics and result; the caller casts."""
     return nn.LayerNorm(epsilon=eps, use_bias=affine, use_scale=affine, dtype=jnp.float32, use_fast_variance=False,
                         name=name)
+
+
+@jax.custom_vjp
+def _pick_rows(one_hot, table):
+    """Rows of tables [B, K, E] by one-hot rows [L, K]: exact, shards over tokens, and its gradient is no scatter."""
+    return jnp.einsum('lk,bke->ble', one_hot, table, precision='highest')
+
+
+# The derivative, but in an order of axes that needs no transposed copy of the cotangent, as that of einsum does.
+_pick_rows.defvjp(lambda one_hot, table: (_pick_rows(one_hot, table), one_hot), lambda one_hot, d: (
+    None, jnp.einsum('lk,ble->bke', one_hot, d, precision='highest')))
 
 
 class _AdaLayerNorm(nn.Module):
@@ -192,7 +205,7 @@ class _AdaLayerNorm(nn.Module):
         table = table.reshape(b, s * self.kinds, self.parts, e)
         # A product with one-hot rows is exact, shards over tokens, and has a matmul as gradient, not a scatter.
         one_hot = jax.nn.one_hot(token_kind, s * self.kinds, dtype=dtype)  # [L, S·kinds]
-        pick = functools.partial(jnp.einsum, 'lk,bke->ble', one_hot, precision='highest')
+        pick = functools.partial(_pick_rows, one_hot)
         shift, scale, *gate = (pick(table[:, :, i]) for i in range(self.parts))
         y = _layer_norm(cfg.norm_eps, cfg.norm_elementwise_affine, 'norm')(x)
         return (y * (1 + scale) + shift).astype(dtype), *gate
