@@ -1,17 +1,29 @@
 """Measures one thing against its alternatives, all in one run.
 
   python -m mask2dit_jax.benchmark attention --out=runs/benchmark
+  python -m mask2dit_jax.benchmark train
+  python -m mask2dit_jax.benchmark sample
+  python -m mask2dit_jax.benchmark scenes
   python -m mask2dit_jax.benchmark compile
 
 `attention`: forward and gradients of q, k and v under the dual mask, three scenes of equal length, at video lengths of
-L, 2L and 4L tokens, for the backends that any device runs. Times are only comparable within one run; memory is what the
+L, 2L and 4L tokens: the backends that the device runs, the reference's formulation ('repeated': two dense calls, video
+keys and values copied for every scene), and at length L on a CPU the splash kernel, interpreted. Memory is what the
 compiler plans (arguments, outputs and temporaries), the same whatever else the machine does.
+
+`train`, `sample`, `scenes`: a transformer of 8 layers of 8 heads of 64 in float32, scenes of 480 tokens: forward and
+forward + backward at 3 scenes; two guided steps of the sampling loop; forward + backward at 1, 3 and 6 scenes. With the
+`oracle` extra, diffusers' transformer with the same weights and mask, by the reference's two calls, beside ours. Every
+case is a process of its own; its memory is the most that it held in a run beyond what importing took (Linux only).
 
 `compile`: schedules of the splash kernels for TPU, compiled here by libtpu and not run: instruction bundles per block
 of queries and keys and per head, in blocks that are wholly visible and in those whose mask is evaluated. A bundle takes
 about a cycle where nothing stalls.
+
+Cases take turns, so that a busy machine slows all alike; times are only comparable within one run.
 """
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -28,7 +40,7 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
-from mask2dit_jax import attention, metric_writer, scenes, sharding
+from mask2dit_jax import attention, metric_writer, scenes, sharding, splash
 from mask2dit_jax import config as config_lib
 
 _TOKENS = flags.DEFINE_integer('tokens', 1920, 'L, the shortest video; rounded to whole frames.', lower_bound=192)
@@ -38,7 +50,20 @@ _RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=
 _OUT = flags.DEFINE_string('out', None, 'Folder for TASK.json and TASK.md; default: print only.')
 
 HEADS, HEAD_DIM, TEXT_TOKENS, GRID, SCENES = 2, 64, 32, 8, 3
-COLUMNS = ('backend', 'video tokens', 'ms', 'spread ms', 'time ratio', 'MB', 'MB growth')
+COLUMNS = {
+    'attention': ('formulation', 'video tokens', 'ms', 'spread ms', 'time ratio', 'MB', 'MB growth'),
+    'model': ('scenes', 'what', 'formulation', 'remat', 'ms', 'spread ms', 'time ratio', 'MB', 'MB ratio', 'value'),
+    'profile': ('scenes', 'what', 'formulation', 'remat', 'attention', 'matmuls', 'rest'),
+    'compile': ('chip', 'kernel', 'head size', 'direction', 'visible', 'masked'),
+}
+
+# (formulation, remat) of `train`, and how many scenes and what the tasks measure.
+FORMULATIONS = (('decomposed', 'save_matmuls'), ('decomposed', 'none'), ('decomposed', 'full'), ('dense', 'none'))
+TASKS = {
+    'train': [(3, 'forward'), (3, 'forward + backward')],
+    'sample': [(3, 'sampling')],
+    'scenes': [(n, 'forward + backward') for n in (1, 3, 6)],
+}
 
 
 def attention_layout(tokens: int, scale: int) -> scenes.SceneLayout:
@@ -46,12 +71,42 @@ def attention_layout(tokens: int, scale: int) -> scenes.SceneLayout:
     return scenes.SceneLayout((scale * round(tokens / (SCENES * GRID ** 2)),) * SCENES, GRID, GRID, TEXT_TOKENS)
 
 
-def compile_attention(backend: str, layout: scenes.SceneLayout):
+def repeated(q, k, v, layout: scenes.SceneLayout, pattern: str):
+    """The reference's dual mask for scenes of equal length: captions with their scene, scenes with all video."""
+    assert pattern == 'dual'
+    b, _, n, d = q.shape
+
+    def by_scene(x):
+        return x.reshape(b * layout.num_scenes, -1, n, d)
+
+    captions, video = ([x[:, a:z] for x in (q, k, v)]
+                       for a, z in ((0, layout.num_text), (layout.num_text, layout.num_tokens)))
+    captions = [by_scene(x) for x in captions]
+    copies = [jnp.repeat(x, layout.num_scenes, axis=0) for x in video[1:]]
+    video = [by_scene(x) for x in video]
+
+    def attend(query, *pairs):
+        return jax.nn.dot_product_attention(query, *(jnp.concatenate(p, axis=1) for p in pairs)).reshape(b, -1, n, d)
+
+    return jnp.concatenate([attend(captions[0], *zip(captions[1:], video[1:])),
+                            attend(video[0], *zip(captions[1:], copies))], axis=1)
+
+
+def attention_formulations() -> dict:
+    """Functions of (q, k, v, layout, pattern) by name: what this device can run."""
+    names = {'cpu': ('dense', 'decomposed'), 'gpu': ('dense', 'decomposed', 'cudnn'),
+             'tpu': ('dense', 'decomposed', 'splash', 'jax_splash')}[jax.default_backend()]
+    formulations = {name: functools.partial(attention.attend, backend=name) for name in names} | {'repeated': repeated}
+    if jax.default_backend() == 'cpu':
+        formulations['splash (interpreted)'] = functools.partial(splash.attend, block=128, interpret=True)
+    return formulations
+
+
+def compile_attention(function, layout: scenes.SceneLayout):
     """The compiled forward and backward pass, and its q, k, v, d_out, float32 [1, L, N, D]."""
     @jax.jit
     def run(q, k, v, d_out):
-        attend = functools.partial(attention.attend, layout=layout, pattern='dual', backend=backend)
-        out, vjp = jax.vjp(attend, q, k, v)
+        out, vjp = jax.vjp(functools.partial(function, layout=layout, pattern='dual'), q, k, v)
         return out, *vjp(d_out)
 
     shape = 1, layout.num_tokens, HEADS, HEAD_DIM
@@ -72,30 +127,85 @@ def seconds(compiled, args) -> float:
     return time.perf_counter() - start
 
 
+def spread(values) -> dict:
+    """Median and range of times in milliseconds."""
+    return {'ms': float(np.median(values)), 'spread ms': f'{min(values):.4g}...{max(values):.4g}'}
+
+
 def bench_attention(tokens: int, dense_tokens: int, runs: int) -> list[dict]:
-    """One row per backend and length.
+    """One row per formulation and length.
 
     Args:
       tokens: L; lengths are L, 2L and 4L.
-      dense_tokens: 'dense' is left out of longer videos.
-      runs: timed runs, after one that is not. Backends take turns, so that a busy machine slows all alike.
+      dense_tokens: 'dense' and 'repeated' are left out of longer videos.
+      runs: timed runs, after one that is not.
     """
-    rows = []
+    rows, formulations = [], attention_formulations()
     for scale in tqdm.tqdm((1, 2, 4), desc='attention', unit='length'):
         layout = attention_layout(tokens, scale)
-        backends = [b for b in ('dense', 'decomposed') if b != 'dense' or layout.num_video <= dense_tokens]
-        compiled = {b: compile_attention(b, layout) for b in backends}
-        times = [{b: seconds(*compiled[b]) for b in backends} for _ in range(runs + 1)][1:]
-        for b in backends:
-            values, base = [1e3 * t[b] for t in times], [1e3 * t['decomposed'] for t in times]
-            rows.append({'backend': b, 'video tokens': layout.num_video, 'ms': float(np.median(values)),
-                         'spread ms': f'{min(values):.4g}...{max(values):.4g}',
-                         'time ratio': float(np.median(values) / np.median(base)),
-                         'MB': memory_bytes(compiled[b][0]) / 1e6})
+        names = [n for n in formulations if not (n in ('dense', 'repeated') and layout.num_video > dense_tokens)
+                 and not (n == 'splash (interpreted)' and scale > 1)]
+        compiled = {n: compile_attention(formulations[n], layout) for n in names}
+        times = [{n: 1e3 * seconds(*compiled[n]) for n in names} for _ in range(runs + 1)][1:]
+        base = np.median([t['decomposed'] for t in times])
+        for n in names:
+            timed = spread([t[n] for t in times])
+            rows.append({'formulation': n, 'video tokens': layout.num_video, **timed, 'time ratio': timed['ms'] / base,
+                         'MB': memory_bytes(compiled[n][0]) / 1e6})
     for row in rows:
-        first = next(r for r in rows if r['backend'] == row['backend'])
+        first = next(r for r in rows if r['formulation'] == row['formulation'])
         row['MB growth'] = row['MB'] / first['MB']
-    return sorted(rows, key=lambda r: (r['backend'], r['video tokens']))
+    return sorted(rows, key=lambda r: (r['formulation'], r['video tokens']))
+
+
+def ask(worker: subprocess.Popen, question: str) -> dict:
+    """One answer of a worker.
+
+    Raises:
+      RuntimeError: if it died.
+    """
+    worker.stdin.write(question + '\n')
+    worker.stdin.flush()
+    return listen(worker)
+
+
+def listen(worker: subprocess.Popen) -> dict:
+    """The next line of a worker, as `ask`."""
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f'A case stopped with code {worker.wait()}: {worker.args[-1]}; its last words are above.')
+    return json.loads(line)
+
+
+def bench_model(task: str, runs: int) -> tuple[list[dict], list[dict]]:
+    """Rows of times and memory, and of where the time goes, for one of TASKS.
+
+    Ratios are to diffusers where it is installed, else to the first formulation, at the same scenes and work.
+    """
+    rows, profiles = [], []
+    for num_scenes, what in tqdm.tqdm(TASKS[task], desc=task, unit='group'):
+        trained = what == 'forward + backward'
+        pairs = FORMULATIONS if trained and task == 'train' else [FORMULATIONS[0], ('dense', 'save_matmuls')]
+        cases = [{'formulation': f, 'remat': r if trained else '', 'scenes': num_scenes, 'what': what}
+                 for f, r in pairs]
+        if importlib.util.find_spec('diffusers') and importlib.util.find_spec('torch'):
+            cases.append(cases[0] | {'formulation': 'diffusers', 'remat': ''})
+        workers = [subprocess.Popen([sys.executable, '-m', 'mask2dit_jax.benchmark_worker', json.dumps(case)],
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for case in cases]
+        try:
+            values = [listen(worker)['value'] for worker in workers]
+            answers = [[ask(worker, 'run') for worker in workers] for _ in range(runs)]
+            profiles += [case | ask(worker, 'profile') for case, worker in zip(cases, workers)
+                         if case['formulation'] != 'diffusers']
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        group = [case | {'value': value, **spread([1e3 * a['seconds'] for a in timed]), 'MB': timed[-1]['mb']}
+                 for case, value, timed in zip(cases, values, zip(*answers))]
+        base = next((r for r in group if r['formulation'] == 'diffusers'), group[0])
+        rows += [r | {'time ratio': r['ms'] / base['ms'], 'MB ratio': r['MB'] / base['MB']} for r in group]
+    return rows, profiles
 
 
 def dump_kernel(topology: str, block: int, head_dim: int, kernel: str, folder: str) -> None:
@@ -104,7 +214,7 @@ def dump_kernel(topology: str, block: int, head_dim: int, kernel: str, folder: s
     In a process of its own: libtpu reads its arguments once.
     """
     os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
-    from mask2dit_jax import aot, splash
+    from mask2dit_jax import aot
     mesh = sharding.make_mesh(config_lib.MeshConfig(), aot.topology_devices(topology)[:1])
     layout = scenes.SceneLayout((2,) * SCENES, 30, 45, 226)  # two frames each: a block's code does not depend on it
     x = jax.ShapeDtypeStruct((1, layout.num_tokens, 1, head_dim), jnp.bfloat16,
@@ -152,25 +262,33 @@ def bench_compile() -> list[dict]:
 
 
 def main(argv):
-    if len(argv) != 2 or argv[1] not in ('attention', 'compile'):
-        raise app.UsageError(f'Give the name of one task, attention or compile, got {" ".join(argv[1:]) or "none"}.')
-    task = argv[1]
+    names = ('attention', *TASKS, 'compile')
+    if len(argv) != 2 or argv[1] not in names:
+        raise app.UsageError(f'Give the name of one task, {", ".join(names)}; got {" ".join(argv[1:]) or "none"}.')
+    task, runs = argv[1], _RUNS.value
+    metric_writer.quiet_libraries()
     device = f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}'
+    tables = {}
     if task == 'attention':
-        rows, columns = bench_attention(_TOKENS.value, _DENSE_TOKENS.value, _RUNS.value), COLUMNS
+        tables[task] = bench_attention(_TOKENS.value, _DENSE_TOKENS.value, runs)
         note = (f'Forward and backward, dual mask, {SCENES} equal scenes, {HEADS} heads of {HEAD_DIM}, float32, '
-                f'{device}. Times are medians of {_RUNS.value} runs; time ratio is to decomposed at the same length, '
+                f'{device}. Times are medians of {runs} runs; time ratio is to decomposed at the same length, '
                 'MB growth to the shortest video.')
-    else:
-        rows, columns = bench_compile(), ('chip', 'kernel', 'head size', 'direction', 'visible', 'masked')
+    elif task == 'compile':
+        tables[task] = bench_compile()
         note = 'Bundles per head and block of 1024 queries and keys, dual mask. Compiled, not run.'
-    text = f'{metric_writer.format_table(rows, columns)}\n\n{note}\n'
-    print(text, end='')
+    else:
+        tables['model'], tables['profile'] = bench_model(task, runs)
+        note = (f'{device}. Times are medians of {runs} runs, memory is that of the last, ratios are to diffusers if '
+                'it is installed. Equal values mean equal results. The second table has milliseconds of one traced '
+                'run by kind of work; what threads do at once counts for each.')
+    text = '\n\n'.join([*(metric_writer.format_table(rows, COLUMNS[name]) for name, rows in tables.items()), note])
+    print(text)
     if _OUT.value:
         out = pathlib.Path(_OUT.value)
         out.mkdir(parents=True, exist_ok=True)
-        (out / f'{task}.md').write_text(text)
-        (out / f'{task}.json').write_text(json.dumps({'device': device, 'rows': rows}, indent=2) + '\n')
+        (out / f'{task}.md').write_text(text + '\n')
+        (out / f'{task}.json').write_text(json.dumps({'device': device, **tables}, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -98,7 +98,7 @@ def test_decomposed_forms_no_quadratic_array_and_repeats_no_video():
     q, k, v, do = qkv(layout, 'float32')
     jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('decomposed', *a, layout, 'dual'))(q, k, v, do).jaxpr
     largest = max(a.size for a in arrays_of(jaxpr))
-    block_scores = 2 * 2 * attention.QUERY_BLOCK * layout.num_tokens
+    block_scores = attention.QUERY_BLOCK * layout.num_tokens
     assert largest <= block_scores < 2 * 2 * layout.num_tokens ** 2 / 4
 
 

@@ -187,6 +187,16 @@ _pick_rows.defvjp(lambda one_hot, table: (_pick_rows(one_hot, table), one_hot), 
     None, jnp.einsum('lk,ble->bke', one_hot, d, precision='highest')))
 
 
+class _Affine(nn.Module):
+    """Scale and bias [E] of a LayerNorm."""
+    features: int
+
+    @nn.compact
+    def __call__(self):
+        return (self.param('scale', nn.initializers.ones, (self.features,), jnp.float32),
+                self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32))
+
+
 class _AdaLayerNorm(nn.Module):
     """adaLN: every token is shifted and scaled by the vector of its own scene.
 
@@ -202,13 +212,17 @@ class _AdaLayerNorm(nn.Module):
         b, s, e = *emb.shape[:2], cfg.width
         table = _Dense(self.kinds * self.parts * e, dtype=dtype, kernel_init=nn.initializers.zeros,
                          name='linear')(nn.silu(emb))
-        table = table.reshape(b, s * self.kinds, self.parts, e)
-        # A product with one-hot rows is exact, shards over tokens, and has a matmul as gradient, not a scatter.
+        shift, scale, *gate = jnp.moveaxis(table.reshape(b, s * self.kinds, self.parts, e), 2, 0)
+        scale = 1 + scale
+        if cfg.norm_elementwise_affine:
+            # Joined to the vectors of the scenes, of which there are few, and not to the tokens.
+            norm_scale, norm_bias = _Affine(e, name='norm')()
+            shift, scale = shift + scale * norm_bias, scale * norm_scale
         one_hot = jax.nn.one_hot(token_kind, s * self.kinds, dtype=dtype)  # [L, S·kinds]
-        pick = functools.partial(_pick_rows, one_hot)
-        shift, scale, *gate = (pick(table[:, :, i]) for i in range(self.parts))
-        y = _layer_norm(cfg.norm_eps, cfg.norm_elementwise_affine, 'norm')(x)
-        return (y * (1 + scale) + shift).astype(dtype), *gate
+        shift, scale, *gate = (_pick_rows(one_hot, v.astype(dtype)) for v in (shift, scale, *gate))
+        y = nn.LayerNorm(epsilon=cfg.norm_eps, use_bias=False, use_scale=False, dtype=jnp.float32,
+                         use_fast_variance=False)(x)
+        return (y * scale + shift).astype(dtype), *gate
 
 
 class _Attention(nn.Module):
