@@ -12,8 +12,9 @@ average, optimizer), and at the end scores.md and scores.json.
 
 Sections of the configuration, every value of which is a flag --config.SECTION.NAME=VALUE: model (architecture, mask
 pattern, attention backend, dtype), schedule (noise), data (scenes, sizes), optimizer, train (steps, batch size, caption
-dropout, given scenes), sample (sampler, steps, guidance), eval, mesh (devices: data x fsdp). mask2dit_jax/config.py
-documents each.
+dropout, given scenes), sample (sampler, steps, guidance), eval, mesh (devices: data x fsdp x context x tensor).
+mask2dit_jax/config.py documents each. Compiled programs are kept for the next start where JAX_COMPILATION_CACHE_DIR
+names a folder; XLA flags for TPU are in launch/env.sh.
 """
 import jax
 from absl import app, flags
@@ -29,6 +30,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints,
                                'stopped is resumed by the same command.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Model folder, released or converted, to fine-tune: transformer, '
                                   'schedule, VAE and text encoder come from there.')
+_TRACE_STEP = flags.DEFINE_integer('trace_step', None, f'Record {train.TRACED_STEPS} steps from this one with '
+                                   'jax.profiler, to <workdir>/trace (for TensorBoard or Perfetto).', lower_bound=0)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -40,7 +43,7 @@ def main(argv):
         config = convert.adopt(config, _CHECKPOINT.value)
     metric_writer.quiet_libraries()
     jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
-    train.train_and_evaluate(config, _WORKDIR.value)
+    train.train_and_evaluate(config, _WORKDIR.value, _TRACE_STEP.value)
 
 
 if __name__ == '__main__':

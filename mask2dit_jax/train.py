@@ -16,6 +16,7 @@ from mask2dit_jax.datasets import stories
 
 SCORE_COLUMNS = ('task', 'frames', 'action', 'identity', 'background', 'consistency', 'story', 'leak', 'color', 'shape',
                  'residual')
+TRACED_STEPS = 3  # enough to see one that is not the first
 
 
 def _initial_state(config: config_lib.Config, batches: data.Batches, coders: data.Coders, mesh):
@@ -125,19 +126,20 @@ def _write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> No
           f'--prompt="it grows" --prompt="it blinks"')
 
 
-def train_and_evaluate(config: config_lib.Config, workdir) -> list[dict]:
+def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | None = None) -> list[dict]:
     """Trains to the end, resuming from the newest checkpoint of the workdir if there is one, and scores the result.
 
     Args:
       config: the validated configuration.
       workdir: folder for config.json, checkpoints, metrics.jsonl, sheets and scores.
+      trace_step: the step from which TRACED_STEPS are recorded by jax.profiler, if any.
 
     Returns:
       The rows of `score_stories`, by the EMA parameters.
 
     Raises:
       FloatingPointError: if training diverges.
-      ValueError: if the workdir holds another run.
+      ValueError: if the workdir holds another run, or the steps to record are not all to be run.
     """
     started = time.monotonic()
     cfg, workdir = config.train, pathlib.Path(workdir)
@@ -165,16 +167,26 @@ def train_and_evaluate(config: config_lib.Config, workdir) -> list[dict]:
     if start >= cfg.steps:
         logging.info('%s is finished at step %d; raise config.train.steps to train on.', workdir, start)
 
+    if trace_step is not None and not start <= trace_step <= cfg.steps - TRACED_STEPS:
+        raise ValueError(f'--trace_step={trace_step} cannot be recorded: this run goes from step {start} to '
+                         f'{cfg.steps}, and {TRACED_STEPS} steps are.')
+
     # 3. The loop. Metrics stay on the device until they are logged, so that no step waits for them.
     writer = metric_writer.MetricWriter(workdir, cfg.steps, start)
     steps = {f: train_step.jit_train_step(config, coders.latent_frames(f), shardings, sharding.batch_sharding(mesh))
              for f in dict.fromkeys(config.data.layouts)}
     pending, rows = [], sharding.local_rows(mesh, cfg.batch_size)
     for step in range(start, cfg.steps):
+        if step == trace_step:
+            jax.profiler.start_trace(workdir / 'trace')
         layout, batch = batches(step, rows)
         state, metrics = steps[layout](state, sharding.global_batch(batch, mesh, cfg.batch_size), null_text)
         pending.append(metrics)
         done = step + 1
+        if trace_step is not None and done == trace_step + TRACED_STEPS:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            logging.info('Trace of steps %d to %d: %s.', trace_step, step, workdir / 'trace')
         last, due = done == cfg.steps, lambda every, done=done: done % every == 0
         saves = last or due(cfg.checkpoint_every_steps)
         if last or saves or due(cfg.log_every_steps):

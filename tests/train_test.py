@@ -75,7 +75,11 @@ def test_resume_is_bit_equal(finished, tmp_path):
     shutil.copytree(workdir, other)
     shutil.copytree(workdir.parent / 'data', tmp_path / 'data')
     shutil.rmtree(other / 'checkpoints' / '6')  # as if killed after the checkpoint of step 3
-    assert train.train_and_evaluate(smoke_config(), other) == rows
+    assert train.train_and_evaluate(smoke_config(), other, trace_step=3) == rows
+    trace, = (other / 'trace').rglob('*.xplane.pb')
+    names = [e.name for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines
+             for e in line.events]
+    assert names.count('CommonPjRtLoadedExecutable::Execute (jit_step)') == train.TRACED_STEPS
 
     def untimed(path):
         return [{k: v for k, v in r.items() if k != 'steps_per_second'} for r in records(path)]
@@ -85,6 +89,11 @@ def test_resume_is_bit_equal(finished, tmp_path):
         jax.devices()[0])), convert.abstract_params(smoke_config().model))
     a, b = (checkpoint.restore_ema(w / 'checkpoints/6', target) for w in (workdir, other))
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_steps_that_are_not_run_cannot_be_recorded(finished):
+    with pytest.raises(ValueError, match='--trace_step=2 cannot be recorded: this run goes from step 6 to 6'):
+        train.train_and_evaluate(smoke_config(), finished[0], trace_step=2)
 
 
 def test_resuming_another_run_is_refused(finished):
