@@ -111,3 +111,19 @@ def test_errors_name_the_input():
         attention.attend(q, k, v, layout, 'dual', 'splash')
     with pytest.raises(ValueError, match=r'needs q, k, v of shape \[B, 11, N, D\]'):
         attention.attend(q[:, 1:], k[:, 1:], v[:, 1:], layout, 'dual', 'dense')
+
+
+def test_cudnn_lowers_to_one_fused_call_per_caption_and_scene(monkeypatch):
+    """As far as this goes without a GPU: what JAX asks of cuDNN's library and of the chip is answered for them."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+    monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)
+    monkeypatch.setattr(fused, 'check_compute_capability', lambda capability: capability <= '9.0')
+    layout = scenes.SceneLayout((2, 3), 4, 4, 6)
+    x = jax.ShapeDtypeStruct((1, layout.num_tokens, 2, 64), jnp.bfloat16)
+
+    def gradients(q, k, v, d):
+        return jax.vjp(lambda *x: attention.attend(*x, layout, 'dual', 'cudnn'), q, k, v)[1](d)
+
+    text = jax.jit(gradients).trace(x, x, x, x).lower(lowering_platforms=('cuda',)).as_text()
+    assert text.count('custom_call @__cudnn$fmhaSoftmax(') == text.count('custom_call @__cudnn$fmhaSoftmaxBackward(') == 4
+    assert 'exponential' not in text
