@@ -168,9 +168,9 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
     np.testing.assert_allclose(other, matrix, atol=1e-3)  # a layer's update does not depend on another's scale
 
 
-# Products that the backward pass computes again in a layer: adaLN's six choices of rows; the eight weights; attention's
-# two for each caption and scene.
-AGAIN = {'none': 0, 'save_matmuls': 6, 'save_attention': 6 + 8, 'full': 6 + 8 + 8}
+# Products that the backward pass computes again in a layer: adaLN's six choices of rows and rope's two turns; the eight
+# weights; attention's two for each caption and scene.
+AGAIN = {'none': 0, 'save_matmuls': 8, 'save_attention': 8 + 8, 'full': 8 + 8 + 8}
 
 
 @pytest.mark.parametrize('remat', AGAIN)
