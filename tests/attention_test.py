@@ -125,5 +125,6 @@ def test_cudnn_lowers_to_one_fused_call_per_caption_and_scene(monkeypatch):
         return jax.vjp(lambda *x: attention.attend(*x, layout, 'dual', 'cudnn'), q, k, v)[1](d)
 
     text = jax.jit(gradients).trace(x, x, x, x).lower(lowering_platforms=('cuda',)).as_text()
-    assert text.count('custom_call @__cudnn$fmhaSoftmax(') == text.count('custom_call @__cudnn$fmhaSoftmaxBackward(') == 4
+    for call in 'fmhaSoftmax', 'fmhaSoftmaxBackward':
+        assert text.count(f'custom_call @__cudnn${call}(') == 4
     assert 'exponential' not in text
