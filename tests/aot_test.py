@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from mask2dit_jax import aot, config
+from mask2dit_jax import aot, benchmark, config
 from mask2dit_jax.models import dit
 
 pytest.importorskip('libtpu')
@@ -53,6 +53,15 @@ def test_offloaded_layers_are_in_host_memory():
 def test_sampling_loop():
     sample = report('sample')
     assert sample['fits'] and 'reduce-scatter' not in sample['collectives']
+
+
+# Bundles per block of 1024 without a mask to evaluate, forward and backward: those of a prototype whose schedules were
+# looked at by hand, and what may be lost by a change of libtpu or of how the kernel is called.
+@pytest.mark.parametrize('topology, forward, backward', [('v5p:2x2x1', 4742, 9300), ('v6e:2x2', 2769, 5466)])
+def test_splash_kernels_at_production_block_size(topology, forward, backward):
+    bundles = benchmark.kernel_bundles(topology, 64, 'tokamax')
+    assert bundles['forward'][0] <= 1.03 * forward and bundles['backward'][0] <= 1.03 * backward
+    assert all(visible < masked for visible, masked in bundles.values())
 
 
 def test_what_does_not_fit_is_said():
