@@ -148,7 +148,7 @@ def diffusers_with_two_calls(case: dict):
         model.zero_grad()
         loss = (forward(x, text, 500) ** 2).mean()
         loss.backward()
-        return lambda: float(loss) + float(sum((p.grad ** 2).sum() for p in model.parameters()) ** 0.5)
+        return lambda: float(loss.detach()) + float(sum((p.grad ** 2).sum() for p in model.parameters()) ** 0.5)
 
     return once, None
 

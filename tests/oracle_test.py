@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import convert, scenes, weights
+from mask2dit_jax import benchmark_worker, convert, scenes, weights
 from mask2dit_jax.models import t5, vae
 
 torch = pytest.importorskip('torch')
@@ -212,3 +212,16 @@ def test_a_key_that_config_json_leaves_out_means_the_default_of_the_oracle(kind,
         given | {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()
                  if k != 'feed_forward_proj' and (kind != 'text_encoder' or k in ours)}))
     assert ours == theirs
+
+
+@pytest.mark.parametrize('what', ['forward', 'forward + backward', 'sampling'])
+def test_the_dual_mask_is_the_references_two_attention_calls(what, monkeypatch):
+    """diffusers' transformer with those calls: outputs, gradients, guided sampling; also benchmark's cases."""
+    for name, value in (('FRAMES', 2), ('HEIGHT', 4), ('WIDTH', 6)):
+        monkeypatch.setattr(benchmark_worker, name, value)
+    case = {'formulation': 'decomposed', 'remat': 'save_matmuls', 'scenes': 2, 'what': what}
+    ours, theirs = benchmark_worker.ours(case)[0](), benchmark_worker.diffusers_with_two_calls(case)[0]()
+    np.testing.assert_allclose(ours(), theirs(), rtol=2e-5)
+    monkeypatch.setattr(scenes, 'visible', lambda *args, visible=scenes.visible: visible('full', *args[1:]))
+    other = benchmark_worker.ours(case | {'formulation': 'dense'})[0]()
+    assert abs(other() - theirs()) > 1e-3 * abs(theirs())  # under another mask it would show
