@@ -43,12 +43,6 @@ from absl import app, flags
 from mask2dit_jax import attention, metric_writer, scenes, sharding, splash
 from mask2dit_jax import config as config_lib
 
-_TOKENS = flags.DEFINE_integer('tokens', 1920, 'L, the shortest video; rounded to whole frames.', lower_bound=192)
-_DENSE_TOKENS = flags.DEFINE_integer('dense_tokens', 4096, 'Longest video of the dense backend, whose memory is '
-                                     'quadratic.', lower_bound=0)
-_RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=5)
-_OUT = flags.DEFINE_string('out', None, 'Folder for TASK.json and TASK.md; default: print only.')
-
 HEADS, HEAD_DIM, TEXT_TOKENS, GRID, SCENES = 2, 64, 32, 8, 3
 COLUMNS = {
     'attention': ('formulation', 'video tokens', 'ms', 'spread ms', 'time ratio', 'MB', 'MB growth'),
@@ -296,5 +290,10 @@ def main(argv):
         (out / f'{task}.json').write_text(json.dumps({'device': device, **tables}, indent=2) + '\n')
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # only here, since tests import this next to sample, which has an --out of its own
+    _TOKENS = flags.DEFINE_integer('tokens', 1920, 'L, the shortest video; rounded to whole frames.', lower_bound=192)
+    _DENSE_TOKENS = flags.DEFINE_integer('dense_tokens', 4096, 'Longest video of the dense backend, whose memory is '
+                                         'quadratic.', lower_bound=0)
+    _RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=5)
+    _OUT = flags.DEFINE_string('out', None, 'Folder for TASK.json and TASK.md; default: print only.')
     app.run(main)
