@@ -135,8 +135,8 @@ def _tokens(layout, scene, is_text):
     return stop - start
 
 
-def kernel_flops(kernels, active_share: float) -> float:
-    """FLOPs of splash kernels per device: two products per visited block forward, five backward."""
+def kernel_flops(kernels, visited_keys: float) -> float:
+    """FLOPs of splash kernels per device: two products per query and key that it visits forward, five backward."""
     total = 0.0
     for (name, shape), times in kernels.items():
         *heads, length, dim = shape
@@ -147,7 +147,7 @@ def kernel_flops(kernels, active_share: float) -> float:
             heads = heads[1:]  # dq's slots
         else:
             raise ValueError(f'Unknown kernel {name}.')
-        total += times * products * 2.0 * math.prod(heads) * length ** 2 * dim * active_share
+        total += times * products * 2.0 * math.prod(heads) * length * dim * visited_keys
     return total
 
 
@@ -196,10 +196,10 @@ def compile_report(config: config_lib.Config, what: str, topology: str, slices: 
 
 def _work(config, layout, what, mesh, chip, text) -> dict:
     program = hlo.analyze(text)
-    share = 1.0
+    keys = 0.0
     if config.model.attention_backend in ('splash', 'jax_splash'):
-        share = splash.visited_share(layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind])
-    attention = kernel_flops(program.kernels, share)
+        keys = splash.visited_keys(layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind])
+    attention = kernel_flops(program.kernels, keys)
     examples = config.train.batch_size if what == 'train' else max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2)
     model = model_flops(config, layout, what)
     executed = program.flops + attention

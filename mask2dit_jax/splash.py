@@ -23,6 +23,10 @@ _LANES = 128
 # with the default VMEM, of v5e one that compiles; v4's is not tried.
 BLOCKS = {'TPU v4': 1024, 'TPU v5': 1280, 'TPU v5 lite': 1024, 'TPU v6 lite': 1536}
 
+# Pairs of blocks that one call may visit: tokamax's table of them takes 13 bytes each of the chip's 1 MiB of scalar
+# memory. Longer sequences are called for in several parts of their queries.
+_MAX_PAIRS = 72_000
+
 
 @dataclasses.dataclass(frozen=True)
 class _Segments:
@@ -52,38 +56,42 @@ class SceneMask(splash_attention_mask.Mask):
     """The mask of a pattern as both splash libraries take it: `mask[rows, columns]`, and a function of positions.
 
     A block that is uniform comes back as a single value, so that the table of blocks costs no pairs.
+
+    Args:
+      segments: the sequence.
+      pattern: one of scenes.PATTERNS.
+      queries: the tokens that ask, first and one past the last; they are the mask's rows.
     """
 
-    def __init__(self, segments: _Segments, pattern: str):
-        self._key = segments, pattern
+    def __init__(self, segments: _Segments, pattern: str, queries: tuple[int, int]):
+        self._key = segments, pattern, queries
         self._starts = np.array(segments.starts)
         self._visible = segments.visible(pattern)
-        self._length = segments.starts[-1]
+        self._offsets = queries[0], 0
+        self._segment_of = np.repeat(np.arange(len(self._visible)), np.diff(self._starts)).astype(np.int32)
         # What the kernel holds per query is its segment; keys are positions.
-        self.q_sequence = np.repeat(np.arange(len(self._visible)), np.diff(self._starts)).astype(np.int32)
+        self.q_sequence = self._segment_of[slice(*queries)]
         self.mask_function = functools.partial(_visible_pairs, pattern, segments.layout.num_scenes, segments.starts)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self._length, self._length
+        return len(self.q_sequence), len(self._segment_of)
 
     def __getitem__(self, index):
+        index = [slice(*(offset + x for x in i.indices(n)[:2])) for i, n, offset in zip(index, self.shape, self._offsets)]
         rows, columns = (self._touched(i) for i in index)
         touched = self._visible[rows[0]:rows[1], columns[0]:columns[1]]
         if touched.all() or not touched.any():
             return touched[:1, :1]
-        starts = [slice(*i.indices(n)) for i, n in zip(index, self.shape)]
-        of = self.q_sequence
-        return self._visible[of[starts[0]][:, None], of[starts[1]][None]]
+        return self._visible[self._segment_of[index[0]][:, None], self._segment_of[index[1]][None]]
 
-    def _touched(self, index: slice) -> tuple[int, int]:
+    def _touched(self, tokens: slice) -> tuple[int, int]:
         """First and one-past-last segment that a range of tokens meets."""
-        start, stop, _ = index.indices(self.shape[0])
-        first, last = np.searchsorted(self._starts, (start, stop - 1), 'right')
+        first, last = np.searchsorted(self._starts, (tokens.start, tokens.stop - 1), 'right')
         return int(first) - 1, int(last)
 
     def __eq__(self, other):
-        return isinstance(other, SceneMask) and self._key == other._key
+        return type(other) is type(self) and self._key == other._key
 
     def __hash__(self):
         return hash(self._key)
@@ -133,12 +141,13 @@ def block_of_chip() -> int:
     return BLOCKS[kind]
 
 
-def visited_share(layout: scenes.SceneLayout, pattern: str, block: int) -> float:
-    """Share of the mask's blocks that hold anything visible, which are those that kernels visit."""
+def visited_keys(layout: scenes.SceneLayout, pattern: str, block: int) -> float:
+    """Keys that kernels visit for a query, on average: those of blocks that hold anything visible, padding included."""
     block = min(block, -(-layout.num_tokens // _LANES) * _LANES)
-    mask = SceneMask(_Segments(layout, block), pattern)
-    starts = range(0, mask.shape[0], block)
-    return float(np.mean([mask[i:i + block, j:j + block].any() for i in starts for j in starts]))
+    segments = _Segments(layout, block)
+    length = segments.starts[-1]
+    mask, starts = SceneMask(segments, pattern, (0, length)), range(0, length, block)
+    return length * float(np.mean([mask[i:i + block, j:j + block].any() for i in starts for j in starts]))
 
 
 def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, *, block: int, kernel: str = 'tokamax',
@@ -160,10 +169,17 @@ def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, *, block: int, ker
         x = jnp.concatenate([x[:, layout.num_text:], x[:, :layout.num_text]], axis=1)
         return jnp.pad(x, padding).swapaxes(1, 2)
 
-    # The mask is a constant: its tables must not become tracers of the layer that asked first.
-    with jax.ensure_compile_time_eval():
-        mask = SceneMask(segments, pattern)
-        run = (_tokamax_kernel(mask, block, interpret) if kernel == 'tokamax'
-               else _jax_kernel(mask, q.shape[2], block, interpret))
-    out = jax.vmap(run)(enter(q * q.shape[-1] ** -0.5), enter(k), enter(v)).swapaxes(1, 2)
+    blocks = segments.starts[-1] // block
+    parts = -(-blocks ** 2 // _MAX_PAIRS)
+    edges = [block * (blocks * i // parts) for i in range(parts + 1)]
+    q, k, v = enter(q * q.shape[-1] ** -0.5), enter(k), enter(v)
+    out = []
+    for queries in zip(edges, edges[1:]):
+        # The mask is a constant: its tables must not become tracers of the layer that asked first.
+        with jax.ensure_compile_time_eval():
+            mask = SceneMask(segments, pattern, queries)
+            run = (_tokamax_kernel(mask, block, interpret) if kernel == 'tokamax'
+                   else _jax_kernel(mask, q.shape[1], block, interpret))
+        out.append(jax.vmap(run)(q[:, :, slice(*queries)], k, v))
+    out = jnp.concatenate(out, axis=2).swapaxes(1, 2)
     return jnp.concatenate([out[:, layout.num_video:layout.num_tokens], out[:, :layout.num_video]], axis=1)

@@ -31,19 +31,24 @@ def padded_mask(layout, pattern, length):
 def test_mask_by_brute_force(frames, pattern):
     layout = layout_of(frames)
     for block in (128, 384):
-        mask = splash.SceneMask(splash._Segments(layout, block), pattern)
-        truth = padded_mask(layout, pattern, mask.shape[0])
-        for i, j in itertools.product(range(0, len(truth), block), repeat=2):
-            window = slice(i, i + block), slice(j, j + block)
-            np.testing.assert_array_equal(np.broadcast_to(mask[window], (block, block)), truth[window])
-        computed = mask.mask_function(mask.q_sequence[:, None], np.arange(len(truth))[None])
-        np.testing.assert_array_equal(computed, truth)
+        segments = splash._Segments(layout, block)
+        length = segments.starts[-1]
+        for queries in [(0, length), (0, length // block // 2 * block), (length // block // 2 * block, length)]:
+            mask = splash.SceneMask(segments, pattern, queries)
+            truth = padded_mask(layout, pattern, length)[slice(*queries)]
+            assert mask.shape == truth.shape
+            for i, j in itertools.product(range(0, len(truth), block), range(0, length, block)):
+                window = slice(i, i + block), slice(j, j + block)
+                np.testing.assert_array_equal(np.broadcast_to(mask[window], (block, block)), truth[window])
+            computed = mask.mask_function(mask.q_sequence[:, None], np.arange(length)[None])
+            np.testing.assert_array_equal(computed, truth)
 
 
 def test_uniform_blocks_are_not_evaluated():
     """24 scenes of the published size: 417 x 417 blocks, answered from scenes."""
     layout = scenes.SceneLayout((13,) * 24, 30, 45, 226)
-    mask = splash.SceneMask(splash._Segments(layout, 1024), 'dual')
+    segments = splash._Segments(layout, 1024)
+    mask = splash.SceneMask(segments, 'dual', (0, segments.starts[-1]))
     n, sizes = mask.shape[0] // 1024, []
     for i, j in itertools.product(range(0, n, 7), range(0, n, 7)):
         sizes.append(mask[i * 1024:(i + 1) * 1024, j * 1024:(j + 1) * 1024].size)
@@ -84,3 +89,12 @@ def test_bfloat16_and_heads_of_128(kernel):
 def test_summing_dq_in_slots_over_many_blocks():
     """Without the model of the chip's memory this option is wrong from the fourth block of keys on."""
     assert_equals_dense((2, 1, 3, 2, 1), 'dual', 'tokamax', pltpu.InterpretParams())
+
+
+@pytest.mark.parametrize('kernel', splash.KERNELS)
+def test_long_sequences_are_asked_for_in_parts(kernel, monkeypatch):
+    calls, real = [], splash.SceneMask
+    monkeypatch.setattr(splash, '_MAX_PAIRS', 5)
+    monkeypatch.setattr(splash, 'SceneMask', lambda *x: calls.append(x[2]) or real(*x))
+    assert_equals_dense((1, 2, 3), 'dual', kernel, True)
+    assert set(calls) == {(0, 128), (128, 384)}
