@@ -92,6 +92,7 @@ def lower_train(config: config_lib.Config, frames: tuple[int, ...], latent, mesh
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = train_step.jit_train_step(config, frames, shardings, sharding.batch_sharding(mesh))
     parts = {'parameters': state.params, 'EMA': state.ema, 'optimizer': state.opt, 'batch': batch}
+    parts |= {'frozen parameters': state.base} if config.lora.rank else {}
     return step.lower(state, batch, shape(text[1:], jnp.float32)), _bytes_by_kind(parts)
 
 

@@ -70,6 +70,25 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank fine-tuning: only A and B are trained, and a kernel acts as kernel + alpha / rank * A @ B.
+
+    The base, which `init_from` must name, stays as it is and is not saved again. A and B are no matrices of the blocks
+    in the optimizer's sense: under 'muon' they get its Nesterov AdamW.
+
+    Attributes:
+      rank: of A @ B; 0 trains the whole model instead.
+      alpha: see above; 0 means alpha = rank, so a scale of 1, which is also what diffusers takes where a file of LoRA
+        tensors does not say.
+      layers: regular expression, searched for in the parameters' paths, e.g. 'blocks/ff_in/kernel'; the default is the
+        attention's four projections in every block.
+    """
+    rank: int = 0
+    alpha: float = 0.0
+    layers: str = r'/attn/to_(q|k|v|out)/kernel$'
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The training loop.
 
@@ -137,8 +156,9 @@ class Config:
     """Everything `main` needs.
 
     Attributes:
-      init_from: where training starts: a workdir, for its EMA parameters, or a model folder, released or converted,
-        whose VAE and text encoder are then used, too (set by `main --checkpoint`). Empty for random parameters.
+      init_from: where training starts: a workdir or one of its checkpoints, for its EMA parameters, or a model folder,
+        released or converted, whose VAE and text encoder are then used, too (set by `main --checkpoint`). Empty for
+        random parameters.
     """
     seed: int = 0
     init_from: str = ''
@@ -146,6 +166,7 @@ class Config:
     schedule: diffusion.Schedule = diffusion.Schedule()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
@@ -190,6 +211,9 @@ def parse(config) -> Config:
 
 def _check(config: Config) -> None:
     t, m = config.train, config.mesh
+    for name in ('rank', 'alpha'):
+        if getattr(config.lora, name) < 0:
+            raise ValueError(f'config.lora.{name} must not be negative, got {getattr(config.lora, name)}.')
     if config.optimizer.name not in OPTIMIZERS:
         raise ValueError(f'config.optimizer.name is {config.optimizer.name!r}: use one of {", ".join(OPTIMIZERS)}.')
     if config.data.codec not in CODECS:
@@ -229,3 +253,9 @@ def load(path: pathlib.Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main wrote.')
     return parse(json.loads(path.read_text()))
+
+
+def load_run(folder) -> Config:
+    """Configuration of the run whose workdir, or one of whose checkpoints, this is; errors as `load`."""
+    folder = pathlib.Path(folder).absolute()
+    return load((folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'config.json')

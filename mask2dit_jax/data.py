@@ -55,7 +55,7 @@ def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
         folder = pathlib.Path(config.init_from)
         if (folder / 'transformer').is_dir():
             return folder
-        config = config_lib.load(folder / 'config.json')
+        config = config_lib.load_run(folder)
     return None
 
 

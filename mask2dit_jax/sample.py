@@ -4,6 +4,7 @@
   python -m mask2dit_jax.sample --workdir=runs/tiny --story=story.json --num_videos=4
   python -m mask2dit_jax.sample --workdir=runs/tiny --given=a.mp4 --given=b.mp4 --prompt=A --prompt=B --prompt=NEW
   python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b --prompt=A --prompt=B --height=480 --width=720 --frames=49
+  python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b --lora=pytorch_lora_weights.safetensors --prompt=A --prompt=B
 
 A story file is {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption": "it grows"}]}.
 """
@@ -17,7 +18,7 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from mask2dit_jax import checkpoint, config, convert, data, generate, metric_writer, samplers, sharding, video
+from mask2dit_jax import checkpoint, config, convert, data, generate, lora, metric_writer, samplers, sharding, video
 from mask2dit_jax.models import dit, vae
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest checkpoint is '
@@ -25,6 +26,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main h
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Instead: one checkpoint of a workdir, e.g. '
                                   'runs/tiny/checkpoints/2000, or a model folder, released (transformer/, vae/, '
                                   'text_encoder/, tokenizer/, scheduler/) or converted to Orbax.')
+_LORA = flags.DEFINE_string('lora', None, "LoRA file of diffusers' CogVideoX (.safetensors) to merge into the model; a "
+                            'run that was trained with LoRA has its own merged already.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Caption of a scene; repeat it, one for every scene, those of given '
                                     'clips included.')
 _STORY = flags.DEFINE_string('story', None, 'JSON file with scenes of caption and frames, instead of --prompt.')
@@ -106,7 +109,7 @@ def load_run(path: pathlib.Path):
     workdir = path.absolute().parent.parent
     cfg = config.load(workdir / 'config.json')
     target = sharding.targets(convert.abstract_params(cfg.model), _mesh())
-    return cfg, data.coders(cfg, workdir), lambda: checkpoint.restore_ema(path, target)
+    return cfg, data.coders(cfg, workdir), lambda: checkpoint.restore_run(path, cfg, target)
 
 
 def load_folder(folder: pathlib.Path):
@@ -155,6 +158,7 @@ def main(argv):
         raise FileNotFoundError(f'{path} is neither a checkpoint of a workdir (with ema/) nor a model folder (with '
                                 'transformer/): check --checkpoint.')
     cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
+    low_rank = convert.read_lora(_LORA.value, cfg.model) if _LORA.value else None
     height, width = coders.size_px
     given = [video.read_video(g, height_px=height, width_px=width)[0] for g in _GIVEN.value]
     frames = plan_frames(asked, given, _FRAMES.value or cfg.data.layouts[0][0])
@@ -167,12 +171,14 @@ def main(argv):
     # One network in memory at a time: text encoder and VAE in here, the transformer, then the VAE again.
     inputs = generate.encode_inputs(coders, [captions], frames, clips, _NEGATIVE.value)
     params = load_params()
+    if _LORA.value:
+        params = lora.merge_placed(params, *low_rank)
     latents = np.concatenate([generate.sample_latents(cfg, params, inputs, first_index=i, **settings)
                               for i in tqdm.trange(_NUM_VIDEOS.value, desc='sampling', unit='video')])
     del params
     videos = coders.decode_video(latents, inputs.latent_frames)
     record = {'scenes': [{'caption': c, 'frames': f} for c, f in zip(captions, frames)],
-              'checkpoint': str(path), 'given': [{'file': g, 'sha256': hashlib.sha256(
+              'checkpoint': str(path), 'lora': _LORA.value, 'given': [{'file': g, 'sha256': hashlib.sha256(
                   pathlib.Path(g).read_bytes()).hexdigest()} for g in _GIVEN.value],
               'num_videos': _NUM_VIDEOS.value, 'negative_prompt': _NEGATIVE.value, **settings,
               'model': dataclasses.asdict(cfg.model),

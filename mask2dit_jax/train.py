@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from mask2dit_jax import checkpoint, convert, data, generate, metric_writer, sharding, train_step, video
+from mask2dit_jax import checkpoint, data, generate, metric_writer, sharding, train_step, video
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.datasets import stories
 
@@ -20,23 +20,19 @@ TRACED_STEPS = 3  # enough to see one that is not the first
 
 
 def _initial_state(config: config_lib.Config, batches: data.Batches, coders: data.Coders, mesh):
-    """State straight into its shardings; from the EMA of another run if the configuration says so."""
+    """State straight into its shardings; from a model folder or the EMA of another run if the configuration says so."""
     layout, batch = batches(0, [0])
     inputs = batch['latents'][0], batch['text'][0], coders.latent_frames(layout)
     abstract = jax.eval_shape(lambda: train_step.init_state(config, inputs))
     shardings = sharding.shardings(abstract, mesh)
+    if config.lora.rank:
+        # The base is never made, only read.
+        state = jax.jit(lambda: train_step.init_state(config, inputs).replace(base=()),
+                        out_shardings=shardings.replace(base=()))()
+        return state.replace(base=checkpoint.load_base(config, sharding.targets(abstract.base, mesh))), shardings
     state = jax.jit(lambda: train_step.init_state(config, inputs), out_shardings=shardings)()
     if config.init_from:
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract.ema,
-                              shardings.ema)
-        folder = pathlib.Path(config.init_from)
-        if (folder / 'transformer').is_dir():
-            logging.info('Starting from %s.', folder / 'transformer')
-            params = convert.read_params('transformer', folder / 'transformer', config.model, target)
-        else:
-            path = checkpoint.latest(folder)
-            logging.info('Starting from the EMA parameters of %s.', path)
-            params = checkpoint.restore_ema(path, target)
+        params = checkpoint.load_base(config, sharding.targets(abstract.params, mesh))
         state = state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
     return state, shardings
 
@@ -45,6 +41,7 @@ def _run_meta(config: config_lib.Config, batches: data.Batches) -> dict:
     """What must not change between a run and its continuation."""
     return {'data': batches.fingerprint, 'seed': config.seed, 'init_from': config.init_from,
             'model': dataclasses.asdict(config.model) | {'remat': '', 'attention_backend': ''},
+            'lora': dataclasses.asdict(config.lora),
             'batch_size': config.train.batch_size, 'caption_style': config.data.caption_style}
 
 
@@ -139,9 +136,10 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
 
     Raises:
       FloatingPointError: if training diverges.
-      ValueError: if the workdir holds another run, or the steps to record are not all to be run.
+      ValueError: if the workdir holds another run, LoRA has no base, or the steps to record are not all to be run.
     """
     started = time.monotonic()
+    config = checkpoint.pin_base(config)
     cfg, workdir = config.train, pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
 
@@ -153,15 +151,17 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     batches = data.train_batches(config, workdir, coders)
     null_text = coders.encode_text([''])[0]
     state, shardings = _initial_state(config, batches, coders, mesh)
-    logging.info('%d parameters on mesh %s.', sum(x.size for x in jax.tree.leaves(state.params)), dict(mesh.shape))
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.base))
+    logging.info('%d trained and %d frozen parameters on mesh %s.', trained, frozen, dict(mesh.shape))
 
     # 2. Resume.
     checkpoints, meta = checkpoint.manager(workdir, cfg.keep_checkpoints), _run_meta(config, batches)
     start = checkpoints.latest_step() or 0
     if start:
+        base = state.base
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         state = checkpoint.restore(checkpoints, start, target, meta)
-        state = state.replace(step=jax.device_put(np.int32(start), shardings.step))
+        state = state.replace(step=jax.device_put(np.int32(start), shardings.step), base=base)
     if jax.process_index() == 0:
         config_lib.save(config, workdir / 'config.json')
     if start >= cfg.steps:
@@ -196,12 +196,13 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
         if saves:
             checkpoint.save(checkpoints, done, state, meta)
         if not last and due(cfg.sample_every_steps):
-            write_sheets(config, state.ema, coders, workdir, done)
+            write_sheets(config, train_step.model_ema(config, state), coders, workdir, done)
     writer.close()
     checkpoints.close()  # waits for the last save
 
     # 4. Sheets and scores of the EMA parameters.
-    write_sheets(config, state.ema, coders, workdir, cfg.steps)
-    rows = score_stories(config, state.ema, coders, workdir)
+    ema = train_step.model_ema(config, state)
+    write_sheets(config, ema, coders, workdir, cfg.steps)
+    rows = score_stories(config, ema, coders, workdir)
     _write_scores(rows, workdir, time.monotonic() - started)
     return rows

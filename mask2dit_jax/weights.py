@@ -50,7 +50,7 @@ def open_safetensors(folder) -> dict[str, Tensor]:
                                 'again.')
     tensors = {}
     for path in files:
-        for name, tensor in _open_file(path).items():
+        for name, tensor in open_file(path)[0].items():
             if name in tensors:
                 raise ValueError(f'{folder} has {name} in two files, one of them {path.name}: remove one set of files.')
             tensors[name] = tensor
@@ -71,9 +71,11 @@ def _indexed(folder: pathlib.Path) -> dict[str, str]:
     return listed
 
 
-def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
+def open_file(path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of one .safetensors file by name, and its metadata; errors as of `open_safetensors`."""
     try:
         with safetensors.safe_open(path, 'np') as file:
+            metadata = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (safetensors.SafetensorError, OSError) as error:
@@ -82,7 +84,7 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
     if strange:
         raise ValueError(f'{path} holds {", ".join(strange)}: only {", ".join(_DTYPES)} can be read.')
     return {name: Tensor(shape, np.dtype(_DTYPES[dtype]), functools.partial(_read, path, name))
-            for name, (shape, dtype) in described.items()}
+            for name, (shape, dtype) in described.items()}, metadata
 
 
 def _read(path: pathlib.Path, name: str) -> np.ndarray:
@@ -94,7 +96,8 @@ def _read(path: pathlib.Path, name: str) -> np.ndarray:
         raise ValueError(f'{path} changed while it was read ({error}): copy it again.') from error
 
 
-def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES,
+                      metadata: dict[str, str] | None = None) -> None:
     """Writes tensors as STEM.safetensors, or as numbered files with an index if they exceed shard_bytes."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +117,7 @@ def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes
         (folder / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
     for file, names in zip(files, shards):
         safetensors.numpy.save_file({n: np.ascontiguousarray(tensors[n]) for n in names}, folder / file,
-                                    metadata={'format': 'pt'})
+                                    metadata={'format': 'pt'} | (metadata or {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +165,8 @@ def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
     """
     path = pathlib.Path(path).absolute()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
+        # The handler itself: a Checkpointer warns that an item of a training run is no checkpoint of its own.
+        tree = ocp.StandardCheckpointHandler().metadata(path).tree
         flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
         names = [tuple(k.key for k in keys) for keys, _ in flat]
         base = f'file://{path}/'

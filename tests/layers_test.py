@@ -10,6 +10,7 @@ LAYERS = (
     ('attention', 'context_parallel', 'samplers', 'splash'),
     ('models',),
     ('config', 'presets'),
+    ('lora',),
     ('convert',),
     ('data',),
     ('train_step', 'generate'),
