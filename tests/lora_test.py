@@ -8,6 +8,7 @@ import shutil
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import sharding_test
@@ -116,9 +117,18 @@ def test_initialisation_is_pefts():
     assert {p[:-1] for p in flat} == {e.path[:-1] for e in ENTRIES if e.path[-1] == 'kernel'}
     a = np.asarray(flat['blocks', 'ff_out', 'lora_A'])
     assert a.shape == (2, 128, 8) and (a[0] != a[1]).all()
+    assert (flat['blocks', 'attn', 'to_q', 'lora_A'] != flat['blocks', 'attn', 'to_k', 'lora_A']).all()
     assert 0.95 * 128 ** -0.5 < np.abs(a).max() <= 128 ** -0.5 and abs(a.mean()) < 0.01
     assert not any(np.any(x) for p, x in flat.items() if p[-1] == 'lora_B')
     assert flat['proj_out', 'lora_B'].shape == (8, 48)
+
+
+def test_muon_leaves_lora_to_its_adamw():
+    tree = random_lora()
+    optimizer = train_step.make_optimizer(config.OptimizerConfig('muon', 1e-2, warmup_steps=0, clip_norm=1e9), 10)
+    adamw = optax.adamw(1e-2, nesterov=True, weight_decay=0.0)
+    ours, theirs = (tx.update(tree, tx.init(tree), tree)[0] for tx in (optimizer, adamw))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
@@ -228,6 +238,27 @@ def test_lora_on_lora(finished, base, tmp_path):
     whole = checkpoint.restore_run(path, config.load_run(path), target(cfg))
     first = lora.merge(checkpoint.restore_ema(checkpoint.latest(base), target(cfg)), ema_of(finished[0]), LORA)
     want = lora.merge(first, ema_of(workdir), cfg.lora)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole, want)
+    convert.convert_folder(workdir, tmp_path / 'out')
+    exported = convert.load_transformer(tmp_path / 'out/transformer')[1]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), exported, want)
+
+
+@pytest.mark.parametrize('converted', [False, True])
+def test_lora_on_a_model_folder(converted, tmp_path):
+    """The base as released, in bfloat16, and as Orbax."""
+    params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), random_tree(convert.abstract_params(MODEL)))
+    folder = tmp_path / 'released/transformer'
+    weights.write_safetensors(folder, 'model', convert.export_params('transformer', MODEL, params))
+    (folder / 'config.json').write_text(json.dumps(convert.transformer_json(MODEL)))
+    if converted:
+        convert.convert_folder(tmp_path / 'released', tmp_path / 'orbax')
+        folder = tmp_path / 'orbax/transformer'
+    cfg, tree = run_config(init_from=str(folder.parent), lora=LORA), random_lora()
+    workdir = write_run(tmp_path / 'run', checkpoint.pin_base(cfg), tree)
+    want = lora.merge(jax.tree.map(lambda x: x.astype(np.float32), params), tree, LORA)
+    path = checkpoint.latest(workdir)
+    whole = checkpoint.restore_run(path, config.load_run(path), target(cfg))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole, want)
     convert.convert_folder(workdir, tmp_path / 'out')
     exported = convert.load_transformer(tmp_path / 'out/transformer')[1]

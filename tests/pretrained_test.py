@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -11,7 +12,7 @@ import sentencepiece
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from mask2dit_jax import checkpoint, config, convert, data, sample, train, video, weights
+from mask2dit_jax import checkpoint, config, convert, data, lora, sample, train, video, weights
 from mask2dit_jax.datasets import stories
 from mask2dit_jax.models import dit, t5, vae
 
@@ -122,6 +123,21 @@ def test_size_frames_tiling_and_negative_prompt(folder, sampled, tmp_path):
 def test_sampling_errors_name_the_input(folder, tmp_path, chosen, message):
     with pytest.raises(ValueError, match=message):
         run_sample(tmp_path, folder, **chosen)
+
+
+def test_a_lora_file_gives_the_frames_of_the_merged_folder(folder, sampled, tmp_path):
+    model, params = convert.load_transformer(folder / 'transformer')
+    cfg = config.LoraConfig(2, alpha=3.0)
+    tree = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32),
+                        lora.init(jax.random.key(0), params, cfg))
+    convert.write_lora(tmp_path, model.cfg, tree, cfg)
+    made = run_sample(tmp_path / 'a', folder, lora=str(tmp_path / 'pytorch_lora_weights.safetensors'))
+    shutil.copytree(folder, tmp_path / 'merged', ignore=shutil.ignore_patterns('transformer'))
+    tensors = convert.export_params('transformer', model.cfg, lora.merge(params, tree, cfg))
+    weights.write_safetensors(tmp_path / 'merged/transformer', 'model', tensors)
+    shutil.copyfile(folder / 'transformer/config.json', tmp_path / 'merged/transformer/config.json')
+    np.testing.assert_array_equal(made, run_sample(tmp_path / 'b', tmp_path / 'merged'))
+    assert np.abs(made.astype(int) - sampled).max() > 10
 
 
 def all_tensors(folder):
