@@ -29,7 +29,7 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, meta:
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, target: TrainState, meta: dict) -> TrainState:
-    """The state of a step, laid out like `target` (ShapeDtypeStructs with shardings).
+    """`target` (ShapeDtypeStructs with shardings) with params, ema and opt of a step.
 
     Raises:
       ValueError: if the checkpoint was written with other `meta` (data, seed): resuming would not continue that run.
@@ -81,10 +81,10 @@ def load_base(config: config_lib.Config, target):
     """
     folder = pathlib.Path(config.init_from)
     if (folder / 'transformer').is_dir():
-        logging.info('Starting from %s.', folder / 'transformer')
+        logging.info('Parameters from %s.', folder / 'transformer')
         return convert.read_params('transformer', folder / 'transformer', config.model, target)
     path = _checkpoint_of(folder)
-    logging.info('Starting from the EMA parameters of %s.', path)
+    logging.info('Parameters from the EMA of %s.', path)
     return restore_run(path, config_lib.load_run(path), target)
 
 

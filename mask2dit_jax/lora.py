@@ -76,7 +76,7 @@ def merge_kernel(kernel, a, b, factor: float):
     return (kernel.astype(jnp.float32) + factor * jnp.matmul(a, b, precision='highest')).astype(kernel.dtype)
 
 
-def merge(params, tree, cfg: LoraConfig):
+def merge(params, tree, cfg: LoraConfig, merge_kernel=merge_kernel):
     """The parameters with every kernel that has LoRA tensors in `tree` replaced by `merge_kernel`."""
     flat, pairs = dict(traverse_util.flatten_dict(params)), traverse_util.flatten_dict(tree)
     for *path, _ in (p for p in pairs if p[-1] == 'lora_A'):
@@ -86,9 +86,9 @@ def merge(params, tree, cfg: LoraConfig):
 
 
 def merge_placed(params, tree, cfg: LoraConfig):
-    """`merge` of arrays on devices; each comes out where it lay in `params`."""
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    return jax.jit(merge, static_argnums=2, out_shardings=shardings)(params, tree, cfg)
+    """`merge` of arrays on devices: kernels come out where they lay, everything else is shared with `params`."""
+    return merge(params, tree, cfg, lambda kernel, a, b, factor: jax.jit(
+        merge_kernel, static_argnums=3, out_shardings=kernel.sharding)(kernel, a, b, factor))
 
 
 def _pairs(tree, entries):

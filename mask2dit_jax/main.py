@@ -4,17 +4,18 @@
   python -m mask2dit_jax.main --config=configs/tiny.py:isolated --config.train.steps=2000 --workdir=runs/isolated
   python -m mask2dit_jax.main --config=configs/tiny.py:conditional --config.init_from=runs/tiny --workdir=runs/more
   python -m mask2dit_jax.main --config=configs/sft.py:5b --checkpoint=CogVideoX-5b --workdir=runs/5b
+  python -m mask2dit_jax.main --config=configs/tiny.py:lora --config.init_from=runs/tiny --workdir=runs/lora
 
 The same command goes on with a run that was stopped; one that is finished is scored again. The data set is rendered on
 first use into <workdir>/../data. In the workdir: config.json, metrics.jsonl (loss, grad_norm, steps per second),
 sheets/ (stories generated and extended, every config.train.sample_every_steps), checkpoints/ (parameters, their moving
-average, optimizer), and at the end scores.md and scores.json.
+average, optimizer; with LoRA of its tensors alone), and at the end scores.md and scores.json.
 
 Sections of the configuration, every value of which is a flag --config.SECTION.NAME=VALUE: model (architecture, mask
-pattern, attention backend, dtype), schedule (noise), data (scenes, sizes), optimizer, train (steps, batch size, caption
-dropout, given scenes), sample (sampler, steps, guidance), eval, mesh (devices: data x fsdp x context x tensor).
-mask2dit_jax/config.py documents each. Compiled programs are kept for the next start where JAX_COMPILATION_CACHE_DIR
-names a folder; XLA flags for TPU are in launch/env.sh.
+pattern, attention backend, dtype), schedule (noise), data (scenes, sizes), optimizer, lora (low-rank fine-tuning),
+train (steps, batch size, caption dropout, given scenes), sample (sampler, steps, guidance), eval, mesh (devices: data x
+fsdp x context x tensor). mask2dit_jax/config.py documents each. Compiled programs are kept for the next start where
+JAX_COMPILATION_CACHE_DIR names a folder; XLA flags for TPU are in launch/env.sh.
 """
 import jax
 from absl import app, flags

@@ -158,10 +158,9 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     checkpoints, meta = checkpoint.manager(workdir, cfg.keep_checkpoints), _run_meta(config, batches)
     start = checkpoints.latest_step() or 0
     if start:
-        base = state.base
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        state = checkpoint.restore(checkpoints, start, target, meta)
-        state = state.replace(step=jax.device_put(np.int32(start), shardings.step), base=base)
+        restored = checkpoint.restore(checkpoints, start, target, meta)
+        state = restored.replace(step=jax.device_put(np.int32(start), shardings.step), base=state.base)
     if jax.process_index() == 0:
         config_lib.save(config, workdir / 'config.json')
     if start >= cfg.steps:
