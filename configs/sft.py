@@ -7,8 +7,8 @@ After the colon a model (5b, the default, 2b, 1.5-5b, tpu_native), a slice (v4-,
 128, 256), or both: 2b,v6e-64; two slices: v6e-256x2. --checkpoint is a model folder, whose own config.json wins over
 the sizes here. Recipe: Mask²DiT's (AdamW, rate 1e-5, warm-up 100 steps, weight decay 0.03, 3 scenes of 49 frames), with
 clipping that acts, caption dropout and an EMA. Parameters, EMA and Adam's moments take 16 bytes a parameter: 27 GB at
-2B, 89 GB at 5B. It trains on rendered stories, which are square; the configurations of slices have the published size,
-480x720, which stories cannot fill, and are only compiled so far.
+2B, 89 GB at 5B; with LoRA, --config.lora.rank=64, 7 GB and 23 GB. It trains on rendered stories, which are square; the
+configurations of slices have the published size, 480x720, which stories cannot fill, and are only compiled so far.
 """
 from mask2dit_jax import presets
 

@@ -5,6 +5,7 @@ stacked there as they are here, each with an A and B of its own. In files the na
 """
 import functools
 import json
+import pathlib
 import re
 
 import jax
@@ -166,8 +167,11 @@ def read_file(path, entries):
       entries: convert's entries of the transformer that it is for.
 
     Raises:
+      FileNotFoundError: if there is none.
       ValueError: naming every missing, unexpected or wrongly shaped tensor, or settings that are not implemented.
     """
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f'{path} is no file: give a LoRA file such as {STEM}.safetensors.')
     tensors, metadata = weights.open_file(path)
     tensors = {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
     known = {_module(n): e for e in entries if e.path[-1] == 'kernel' for n in e.names}

@@ -353,6 +353,11 @@ def test_settings_of_peft_that_are_not_implemented_are_named(peft, message, tmp_
         convert.read_lora(file, MODEL)
 
 
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nothing is no file: give a LoRA file'):
+        convert.read_lora(tmp_path / 'nothing', MODEL)
+
+
 def test_without_metadata_the_scale_is_one(tmp_path):
     assert lora.scale(convert.read_lora(edited(tmp_path, lambda t: None), MODEL)[1]) == 1
 
