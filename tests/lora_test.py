@@ -101,7 +101,8 @@ def test_only_lora_is_trained_and_the_loss_falls(base):
     step = train_step.jit_train_step(cfg, frames, shardings, sharding.batch_sharding(mesh))
     first = jax.tree.map(np.array, state.params)
     for _ in range(cfg.train.steps):
-        state, _ = step(state, sharding.global_batch(batch, mesh, 8), null)
+        # One at a time: steps in flight would wait for each other's threads on a small host.
+        state, _ = jax.block_until_ready(step(state, sharding.global_batch(batch, mesh, 8), null))
     assert_equal(state.base, whole)
     assert set(traverse_util.flatten_dict(state.params)) == PAIRS
     for old, new in zip(jax.tree.leaves(first), jax.tree.leaves(state.params)):
@@ -176,8 +177,8 @@ def mesh_run(axes, grad_accumulation=1):
     state = state.replace(base=jax.device_put(random_tree(start), shardings.base))
     step = train_step.jit_train_step(cfg, sharding_test.FRAMES, shardings, sharding.batch_sharding(mesh))
     for i in range(3):
-        state, metrics = step(state, sharding.global_batch(sharding_test.batch_of(i), mesh, 16),
-                              np.zeros((2, 8), np.float32))
+        state, metrics = jax.block_until_ready(step(
+            state, sharding.global_batch(sharding_test.batch_of(i), mesh, 16), np.zeros((2, 8), np.float32)))
     return metrics, state
 
 
