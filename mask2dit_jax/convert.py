@@ -480,13 +480,18 @@ def schedule_json(schedule: diffusion.Schedule) -> dict:
 
 
 def adopt(config: config_lib.Config, folder) -> config_lib.Config:
-    """`config` with init_from, transformer, schedule and VAE of a model folder; dtype, remat and attention stay."""
-    folder, own = pathlib.Path(folder), config.model
-    model = read_config('transformer', folder / 'transformer', dtype=own.dtype, remat=own.remat,
-                        attention_backend=own.attention_backend)
-    schedule = load_schedule(folder / 'scheduler/scheduler_config.json')
+    """`config` with init_from, transformer, schedule and codec of a model folder or of the run in a workdir; dtype,
+    remat and attention stay."""
+    folder = pathlib.Path(folder)
+    kept = {name: getattr(config.model, name) for name in ('dtype', 'remat', 'attention_backend')}
+    if (folder / 'transformer').is_dir():
+        model = read_config('transformer', folder / 'transformer', **kept)
+        schedule, codec = load_schedule(folder / 'scheduler/scheduler_config.json'), 'vae'
+    else:
+        run = config_lib.load(folder / 'config.json')
+        model, schedule, codec = dataclasses.replace(run.model, **kept), run.schedule, run.data.codec
     return dataclasses.replace(config, init_from=str(folder), model=model, schedule=schedule,
-                               data=dataclasses.replace(config.data, codec='vae'))
+                               data=dataclasses.replace(config.data, codec=codec))
 
 
 def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:

@@ -4,15 +4,16 @@
   python -m mask2dit_jax.encode --manifest=stories.json --checkpoint=CogVideoX-5b --out=data/stories --frames=49
   python -m mask2dit_jax.encode --manifest=stories.json --store=frames --height=240 --width=360 --out=data/frames
 
-A manifest is the reference's CSV of single clips (columns caption and path; for pretraining), its JSON of stories (a list
-of {"values": [{"url": ..., "caption": ...}, ...]}; for SFT), or {"stories": [{"scenes": [{"video": ..., "caption": ...,
-"frames": 49}, ...]}]}, where every scene may have its own length. What the files themselves say counts, not the manifest.
+A manifest is the reference's CSV of single clips (columns caption and path; for pretraining), its JSON of stories (a
+list of {"values": [{"url": ..., "caption": ...}, ...]}; for SFT), or {"stories": [{"scenes": [{"video": ..., "caption":
+..., "frames": 49}, ...]}]}, where every scene may have its own length. What the files themselves say counts, not the
+manifest.
 
-From each video a clip of --frames is cut and cropped as the reference does, but scaled until it fills the frame: no black
-bars. The data set holds the VAE's posterior (mean and log-variance, from which training draws anew every epoch) and the
-text encoder's states, in bfloat16. It is written in parts: the same command goes on after a kill, and the hosts of a
-slice, or --worker=0...N-1 of --num_workers=N, share the parts. Every clip that is left out, and every oddity of one that
-is not, is counted and listed in report.md. The last to finish completes the data set.
+From each video a clip of --frames is cut and cropped as the reference does, but scaled until it fills the frame: no
+black bars. The data set holds the VAE's posterior (mean and log-variance, from which training draws anew every epoch)
+and the text encoder's states, in bfloat16. It is written in parts: the same command goes on after a kill, and the hosts
+of a slice, or --worker=0...N-1 of --num_workers=N, share the parts. Every clip that is left out, and every oddity of
+one that is not, is counted and listed in report.md. The last to finish completes the data set.
 """
 import collections
 import dataclasses
@@ -67,12 +68,6 @@ class Job:
     part_clips: int = 64
 
 
-def _file_digest(folder: pathlib.Path) -> str:
-    """Of a network's configuration and of the names and sizes of its weights."""
-    parts = [(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file()]
-    return hashlib.sha256((repr(parts) + (folder / 'config.json').read_text()).encode()).hexdigest()[:16]
-
-
 def plan(job: Job):
     """Settings of a data set, and its clips: every one of the manifest, `windows` times, as (clip, window).
 
@@ -92,7 +87,8 @@ def plan(job: Job):
         settings |= {'tiling': job.tiling, 'dtype': job.dtype, 'moments_shape': [*size, 2 * channels],
                      'text_shape': [model.max_text_seq_length, model.text_embed_dim],
                      'scaling_factor': convert.read_config('vae', folder / 'vae').scaling_factor,
-                     'networks': [_file_digest(folder / n) for n in ('vae', 'text_encoder')]}
+                     'folder': str(folder.absolute()), 'vae': data.network_digest(folder / 'vae'),
+                     'text_encoder': data.network_digest(folder / 'text_encoder')}
     listed = [(c, w) for c in manifest.clips for w in range(job.windows)]
     listed.sort(key=lambda x: (x[0].story, x[1]))  # the scenes of one story lie together
     settings['parts'] = -(-len(listed) // job.part_clips)

@@ -1,5 +1,6 @@
-"""A model folder in the released layout with tiny, random networks: everything runs on it in seconds, and learns nothing
-to look at. For trying commands, and for tests.
+"""A model folder in the released layout with tiny, random networks, for trying commands, and for tests.
+
+Everything runs on it in seconds, and nothing that comes out is worth looking at.
 
   python -m mask2dit_jax.random_model --out=models/tiny
 """

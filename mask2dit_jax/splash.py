@@ -8,6 +8,7 @@ The mask is computed by comparisons alone: kernels on the TPU have no fast integ
 """
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,8 @@ class SceneMask(splash_attention_mask.Mask):
         return len(self.q_sequence), len(self._segment_of)
 
     def __getitem__(self, index):
-        index = [slice(*(offset + x for x in i.indices(n)[:2])) for i, n, offset in zip(index, self.shape, self._offsets)]
+        index = [slice(*(offset + x for x in i.indices(n)[:2]))
+                 for i, n, offset in zip(index, self.shape, self._offsets)]
         rows, columns = (self._touched(i) for i in index)
         touched = self._visible[rows[0]:rows[1], columns[0]:columns[1]]
         if touched.all() or not touched.any():
@@ -174,7 +176,7 @@ def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, *, block: int, ker
     edges = [block * (blocks * i // parts) for i in range(parts + 1)]
     q, k, v = enter(q * q.shape[-1] ** -0.5), enter(k), enter(v)
     out = []
-    for queries in zip(edges, edges[1:]):
+    for queries in itertools.pairwise(edges):
         # The mask is a constant: its tables must not become tracers of the layer that asked first.
         with jax.ensure_compile_time_eval():
             mask = SceneMask(segments, pattern, queries)

@@ -13,9 +13,12 @@ from absl import logging
 from mask2dit_jax import checkpoint, convert, data, generate, metric_writer, sharding, train_step, video
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.datasets import stories
+from mask2dit_jax.models import dit
 
 SCORE_COLUMNS = ('task', 'frames', 'action', 'identity', 'background', 'consistency', 'story', 'leak', 'color', 'shape',
-                 'residual')
+                 'residual', 'loss')
+SCORE_NOTES = {'residual': 'residual: distance to the best rendering, lower is cleaner.',
+               'loss': 'loss: of v-prediction at fixed noise, over scenes that are not given.'}
 TRACED_STEPS = 3  # enough to see one that is not the first
 
 
@@ -93,17 +96,38 @@ def score_stories(config: config_lib.Config, params, coders: data.Coders, workdi
     return rows
 
 
+def _held_out(config, workdir, coders, frames, count: int, given_scenes: int):
+    """Captions, and what the transformer gets, of `count` stories: held-out ones, with leading scenes given."""
+    if not config.data.encoded:
+        source = data.open_stories(config, workdir, frames, 'test')
+        examples = [source[i] for i in range(count)]
+        captions = [stories.captions(e['story'], config.data.caption_style) for e in examples]
+        given = np.stack([e['video'][:sum(frames[:given_scenes])] for e in examples]) if given_scenes else None
+        return captions, generate.encode_inputs(coders, captions, frames, given)
+    encoded = data.EncodedClips(config, coders, config.data.held_out or config.data.encoded)
+    picked = encoded.fixed(frames, count)
+    examples = [encoded.example(records, None) for records in picked]
+    latent_frames = coders.latent_frames(frames)
+    given = np.stack([e['latents'] for e in examples])
+    given[:, sum(latent_frames[:given_scenes]):] = 0
+    marks = np.tile(np.arange(len(frames)) < given_scenes, (count, 1))
+    inputs = generate.Inputs(latent_frames, np.stack([e['text'] for e in examples]), encoded.null_text, given, marks)
+    return [encoded.captions(records) for records in picked], inputs
+
+
+def _tasks(frames) -> dict[str, int]:
+    """Given scenes by task: generation, and extension by the last scene."""
+    return {'generated': 0, 'extended': len(frames) - 1} if len(frames) > 1 else {'generated': 0}
+
+
 def write_sheets(config: config_lib.Config, params, coders: data.Coders, workdir, step: int) -> list[pathlib.Path]:
     """Sample sheets of held-out stories: generated from captions, and extended from all scenes but the last."""
     frames, count = config.data.layouts[0], config.sample.sheet_stories
-    source = data.open_stories(config, workdir, frames, 'test')
-    examples = [source[i] for i in range(count)]
-    captions = [stories.captions(e['story'], config.data.caption_style) for e in examples]
-    truth = np.stack([e['video'] for e in examples])
     paths = []
-    for name, given in {'generated': 0, 'extended': len(frames) - 1}.items() if len(frames) > 1 else [('generated', 0)]:
-        start = truth[:, :sum(frames[:given])] if given else None
-        out = generate.generate(config, params, coders, captions, frames, seed=config.seed, given_videos=start)
+    for name, given in _tasks(frames).items():
+        captions, inputs = _held_out(config, workdir, coders, frames, count, given)
+        out = coders.decode_video(generate.sample_latents(config, params, inputs, seed=config.seed),
+                                  inputs.latent_frames)
         paths.append(pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{name}.png')
         if jax.process_index() == 0:
             grid = [generate.split_scenes(v, frames) for v in out]
@@ -112,16 +136,53 @@ def write_sheets(config: config_lib.Config, params, coders: data.Coders, workdir
     return paths
 
 
+def held_out_losses(config: config_lib.Config, params, coders: data.Coders) -> list[dict]:
+    """Denoising loss of encoded clips, for generation and extension, at the same noise and timesteps every time.
+
+    Returns:
+      One row per task and layout: 'task', 'frames', 'loss'.
+    """
+    rows, schedule, mesh = [], config.schedule, sharding.mesh_of(params)
+    encoded = data.EncodedClips(config, coders, config.data.held_out or config.data.encoded)
+    size, total = config.eval.batch_size, config.eval.stories
+    spread = sharding.batch_sharding(mesh)
+    for frames in dict.fromkeys(config.data.layouts):
+        picked, latent_frames = encoded.fixed(frames, total), coders.latent_frames(frames)
+
+        def loss(params, batch, noise, t, given, latent_frames=latent_frames):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                error, count = train_step.denoising_loss(dit.DiT(config.model), params, schedule, batch, noise, t,
+                                                         given, latent_frames)
+                return error / count
+
+        run = jax.jit(loss, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        for task, given_scenes in _tasks(frames).items():
+            values = []
+            for first in range(0, total, size):
+                examples = [encoded.example(p, None) for p in picked[first:first + size]]
+                batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+                rng = np.random.default_rng([config.seed, first])
+                t = (np.arange(size) + 0.5) / size * schedule.num_train_timesteps
+                given = np.tile(np.arange(len(frames)) < given_scenes, (size, 1))
+                noise = rng.standard_normal(batch['latents'].shape, np.float32)
+                args = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, spread, lambda i, x=x: x[i]),
+                                    (batch, noise, t.astype(np.int32), given))
+                values.append(float(run(params, *args)))
+            rows.append({'task': task, 'frames': '+'.join(map(str, frames)), 'loss': float(np.mean(values))})
+    return rows
+
+
 def _write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> None:
     if jax.process_index() != 0:
         return
     (workdir / 'scores.json').write_text(json.dumps(rows, indent=2) + '\n')
+    columns = [c for c in SCORE_COLUMNS if c in rows[0]]
     table = metric_writer.format_table([{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()}
-                                        for r in rows], SCORE_COLUMNS)
+                                        for r in rows], columns)
     (workdir / 'scores.md').write_text(table + '\n')
-    print(f'\n{table}\n\nresidual: distance to the best rendering, lower is cleaner. Total time '
-          f'{metric_writer.format_eta(seconds)}.\nScores: {workdir}/scores.md and scores.json   '
-          f'Pictures: {workdir}/sheets   Curves: {workdir}/metrics.jsonl\n'
+    print(f'\n{table}\n\n{SCORE_NOTES[columns[-1]]} Total time {metric_writer.format_eta(seconds)}.\n'
+          f'Scores: {workdir}/scores.md and scores.json   Pictures: {workdir}/sheets   '
+          f'Curves: {workdir}/metrics.jsonl\n'
           f'Next: python -m mask2dit_jax.sample --workdir={workdir} --prompt="red ring on gray moves left" '
           f'--prompt="it grows" --prompt="it blinks"')
 
@@ -151,7 +212,6 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     for layout in config.data.layouts:
         coders.latent_frames(layout)  # a scene that cannot be coded is an error now, not after encoding
     batches = data.train_batches(config, workdir, coders)
-    null_text = coders.encode_text([''])[0]
     state, shardings = _initial_state(config, batches, coders, mesh)
     logging.info('%d parameters on mesh %s.', sum(x.size for x in jax.tree.leaves(state.params)), dict(mesh.shape))
 
@@ -180,7 +240,7 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
         if step == trace_step:
             jax.profiler.start_trace(workdir / 'trace')
         layout, batch = batches(step, rows)
-        state, metrics = steps[layout](state, sharding.global_batch(batch, mesh, cfg.batch_size), null_text)
+        state, metrics = steps[layout](state, sharding.global_batch(batch, mesh, cfg.batch_size), batches.null_text)
         pending.append(metrics)
         done = step + 1
         if trace_step is not None and done == trace_step + TRACED_STEPS:
@@ -202,6 +262,7 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
 
     # 4. Sheets and scores of the EMA parameters.
     write_sheets(config, state.ema, coders, workdir, cfg.steps)
-    rows = score_stories(config, state.ema, coders, workdir)
+    rows = (held_out_losses(config, state.ema, coders) if config.data.encoded
+            else score_stories(config, state.ema, coders, workdir))
     _write_scores(rows, workdir, time.monotonic() - started)
     return rows

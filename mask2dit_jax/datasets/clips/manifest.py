@@ -116,8 +116,8 @@ def _read_csv(path, text, root) -> Manifest:
             if not row:
                 continue
             if len(row) != len(header):
-                problems.append(Problem('malformed row', where, '', f'{len(row)} fields instead of {len(header)}: quote '
-                                        'captions with commas.'))
+                problems.append(Problem('malformed row', where, '', f'{len(row)} fields instead of {len(header)}: '
+                                        'quote captions with commas.'))
                 continue
             value = dict(zip(header, row))
             claims = {'frames': value.get('num_frame'), 'height_px': value.get('height'),

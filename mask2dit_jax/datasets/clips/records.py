@@ -103,7 +103,7 @@ def write_settings(folder, settings: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = json.loads(path.read_text(encoding='utf-8'))
-        changed = sorted(k for k in before | settings if before.get(k) != settings.get(k))
+        changed = sorted(k for k in before | settings if k != 'folder' and before.get(k) != settings.get(k))
         if changed:
             raise ValueError(f'{folder} was begun with another {", ".join(changed)}: use the same to go on with it, or '
                              'another --out.')
@@ -177,7 +177,7 @@ class Records:
         if len(self._source) != len(self.rows):
             raise ValueError(f'{folder} holds {len(self._source)} records where its index has {len(self.rows)}: delete '
                              'it and run mask2dit_jax.encode again.')
-        text = json.dumps([self.settings, self.rows.tolist()])
+        text = json.dumps([self.settings | {'folder': ''}, self.rows.tolist()])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.folder = folder
 
