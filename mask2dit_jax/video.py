@@ -99,8 +99,9 @@ def _opened(path):
             if not container.streams.video:
                 raise ValueError(f'{path} has no video stream: pass a video file such as mp4 or gif.')
             stream = container.streams.video[0]
-            # Without this, H.264 conceals what it cannot read by copying from its neighbours.
+            # Without this, H.264 conceals what it cannot read by copying from its neighbours; threads drop the error.
             stream.codec_context.options = {'err_detect': 'explode'}
+            stream.thread_type, stream.codec_context.thread_count = 'NONE', 1
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(f'{path} cannot be decoded ({error.strerror}): replace or re-encode the file.') from error
@@ -137,8 +138,15 @@ def probe(path) -> Info:
         return Info(times, float(fps) if uneven else rate, height, width, int(frame.rotation), bool(uneven))
 
 
-def _upright(frame, size: tuple[int, int] | None) -> np.ndarray:
-    """Pixels of a decoded frame as it is to be shown."""
+def _upright(path, frame, size: tuple[int, int] | None) -> np.ndarray:
+    """Pixels of a decoded frame as it is to be shown.
+
+    Raises:
+      ValueError: if the decoder had to guess at some of it.
+    """
+    if frame.is_corrupt:
+        at = '' if frame.time is None else f' at {frame.time:.2f} s'
+        raise ValueError(f'{path} is damaged{at}: replace or re-encode the file.')
     image = frame.to_image()
     if frame.rotation:
         image = image.rotate(frame.rotation, expand=True)
@@ -168,10 +176,8 @@ def read_frames(path, info: Info, indices, *, height_px: int, width_px: int) -> 
             container.seek(round(info.times[wanted[0]] / base), stream=stream)
         for count, frame in enumerate(container.decode(stream)):
             index = count if frame.pts is None else int(np.searchsorted(info.times, frame.pts * base - 1e-6))
-            if frame.is_corrupt:
-                raise ValueError(f'{path}: frame {index} is damaged: replace or re-encode the file.')
             if index in wanted and index not in found:
-                found[index] = _upright(frame, (width_px, height_px))
+                found[index] = _upright(path, frame, (width_px, height_px))
             if index >= wanted[-1]:
                 break
     missing = sorted(set(wanted.tolist()) - set(found))
@@ -199,7 +205,7 @@ def read_video(path, *, height_px: int | None = None, width_px: int | None = Non
         raise ValueError(f'height_px={height_px} and width_px={width_px}: give both or neither.')
     with _opened(path) as (container, stream):
         size = None if height_px is None else (width_px, height_px)
-        frames = [_upright(frame, size) for frame in container.decode(stream)]
+        frames = [_upright(path, frame, size) for frame in container.decode(stream)]
         fps = float(stream.average_rate or stream.guessed_rate or 0)
     if not frames or not fps:
         raise ValueError(f'{path} has {len(frames)} frames at {fps} fps: replace or re-encode the file.')
