@@ -124,6 +124,9 @@ def probe(path) -> Info:
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if not packets or not rate:
             raise ValueError(f'{path} has {len(packets)} frames at {rate:g} fps: replace or re-encode the file.')
+        if len(packets) < stream.frames:
+            raise ValueError(f'{path} is cut off: it has {len(packets)} of the {stream.frames} frames that its index '
+                             'lists; replace or re-encode the file.')
         times = (np.arange(len(stamps)) / rate if None in stamps
                  else np.sort(np.array(stamps, np.float64)) * float(stream.time_base))
     with _opened(path) as (container, stream):
@@ -206,6 +209,9 @@ def read_video(path, *, height_px: int | None = None, width_px: int | None = Non
     with _opened(path) as (container, stream):
         size = None if height_px is None else (width_px, height_px)
         frames = [_upright(path, frame, size) for frame in container.decode(stream)]
+        if len(frames) < stream.frames:
+            raise ValueError(f'{path} is cut off: it has {len(frames)} of the {stream.frames} frames that its index '
+                             'lists; replace or re-encode the file.')
         fps = float(stream.average_rate or stream.guessed_rate or 0)
     if not frames or not fps:
         raise ValueError(f'{path} has {len(frames)} frames at {fps} fps: replace or re-encode the file.')
