@@ -289,7 +289,7 @@ def train_batches(config: config_lib.Config, workdir, coders: Coders) -> Batches
     """
     layouts, size = config.data.layouts, config.train.batch_size
     if config.data.encoded:
-        encoded = EncodedClips(config, coders)
+        encoded = EncodedClips(config, coders.latent_shape, config.data.encoded)
         datasets = {f: encoded.endless(f) for f in dict.fromkeys(layouts)}
         return Batches(layouts, datasets, size, encoded.null_text, encoded.fingerprint)
     sources = {f: open_stories(config, workdir, f, 'train') for f in dict.fromkeys(layouts)}
@@ -307,17 +307,22 @@ class EncodedClips:
       fingerprint: of the data and of how stories are made of it.
     """
 
-    def __init__(self, config: config_lib.Config, coders: Coders, folder: str | None = None):
-        """Opens a data set, config.data.encoded unless another folder is given.
+    def __init__(self, config: config_lib.Config, latent_shape: tuple[int, int, int], folder):
+        """Opens the data set in a folder.
+
+        Args:
+          config: the configuration.
+          latent_shape: (h, w, C) of the VAE.
+          folder: that encode wrote.
 
         Raises:
           FileNotFoundError, ValueError: if it is none, or does not fit the model or the VAE.
         """
-        self._records, self._config = clips.Records(folder or config.data.encoded), config
+        self._records, self._config = clips.Records(folder), config
         self._folder, made = self._records.folder, self._records.settings
         if made['store'] != 'moments':
             raise ValueError(f'{self._folder} holds {made["store"]}: encode the videos again with --store=moments.')
-        model, (h, w, channels) = config.model, coders.latent_shape
+        model, (h, w, channels) = config.model, latent_shape
         want = [h, w, 2 * channels], [model.max_text_seq_length, model.text_embed_dim]
         have = made['moments_shape'], made['text_shape']
         if have != want:

@@ -18,6 +18,7 @@ import tqdm
 from absl import app, flags, logging
 
 from mask2dit_jax import checkpoint, config, convert, data, generate, metric_writer, samplers, sharding, video
+from mask2dit_jax.datasets import clips
 from mask2dit_jax.models import dit, vae
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest checkpoint is '
@@ -29,6 +30,9 @@ _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Caption of a scene; repeat it
                                     'clips included.')
 _STORY = flags.DEFINE_string('story', None, 'JSON file with scenes of caption and frames, instead of --prompt.')
 _GIVEN = flags.DEFINE_multi_string('given', [], 'Video of a leading scene that is given; repeat it in story order.')
+_GIVEN_FRAMES = flags.DEFINE_integer('given_frames', None, 'Cut so many frames from every given clip, as encode '
+                                     'cuts those of stories, from a start that --seed draws; default: all.',
+                                     lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the noise; the same seed gives the same video.')
 _STEPS = flags.DEFINE_integer('steps', None, 'Sampling steps; default: the configuration of the run.', lower_bound=1)
 _GUIDANCE = flags.DEFINE_list('guidance', None, 'Classifier-free guidance scale: one number, or one per scene, '
@@ -74,6 +78,22 @@ def read_story(path) -> tuple[list[str], list[int | None]]:
         raise ValueError(f'{path} needs a text caption and whole frames per scene and nothing else '
                          f'{extra or ""}: write {form}.')
     return captions, frames
+
+
+def read_given(path, height_px: int, width_px: int, frames: int | None, seed: int) -> np.ndarray:
+    """A given clip uint8 [F, H, W, 3]: all of a video, or so many frames of it, at most every third.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and what is wrong with it.
+    """
+    if frames is None:
+        return video.read_video(path, height_px=height_px, width_px=width_px)[0]
+    info = video.probe(path)
+    try:
+        indices = clips.choose_frames(clips.MULTI_SCENE, len(info.times), frames, 3, np.random.default_rng(seed))
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return video.read_frames(path, info, indices, height_px=height_px, width_px=width_px)
 
 
 def plan_frames(frames: list[int | None], given: list[np.ndarray], default: int) -> tuple[int, ...]:
@@ -156,7 +176,7 @@ def main(argv):
                                 'transformer/): check --checkpoint.')
     cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
     height, width = coders.size_px
-    given = [video.read_video(g, height_px=height, width_px=width)[0] for g in _GIVEN.value]
+    given = [read_given(g, height, width, _GIVEN_FRAMES.value, _SEED.value) for g in _GIVEN.value]
     frames = plan_frames(asked, given, _FRAMES.value or cfg.data.layouts[0][0])
     guidance = [float(g) for g in _GUIDANCE.value or [cfg.sample.guidance]]
     settings = {'seed': _SEED.value, 'sampler': _SAMPLER.value or cfg.sample.sampler,
@@ -174,7 +194,8 @@ def main(argv):
     record = {'scenes': [{'caption': c, 'frames': f} for c, f in zip(captions, frames)],
               'checkpoint': str(path), 'given': [{'file': g, 'sha256': hashlib.sha256(
                   pathlib.Path(g).read_bytes()).hexdigest()} for g in _GIVEN.value],
-              'num_videos': _NUM_VIDEOS.value, 'negative_prompt': _NEGATIVE.value, **settings,
+              'given_frames': _GIVEN_FRAMES.value, 'num_videos': _NUM_VIDEOS.value,
+              'negative_prompt': _NEGATIVE.value, **settings,
               'model': dataclasses.asdict(cfg.model),
               'jax': jax.__version__}
     if is_folder:

@@ -104,7 +104,7 @@ def _held_out(config, workdir, coders, frames, count: int, given_scenes: int):
         captions = [stories.captions(e['story'], config.data.caption_style) for e in examples]
         given = np.stack([e['video'][:sum(frames[:given_scenes])] for e in examples]) if given_scenes else None
         return captions, generate.encode_inputs(coders, captions, frames, given)
-    encoded = data.EncodedClips(config, coders, config.data.held_out or config.data.encoded)
+    encoded = data.EncodedClips(config, coders.latent_shape, config.data.held_out or config.data.encoded)
     picked = encoded.fixed(frames, count)
     examples = [encoded.example(records, None) for records in picked]
     latent_frames = coders.latent_frames(frames)
@@ -143,7 +143,7 @@ def held_out_losses(config: config_lib.Config, params, coders: data.Coders) -> l
       One row per task and layout: 'task', 'frames', 'loss'.
     """
     rows, schedule, mesh = [], config.schedule, sharding.mesh_of(params)
-    encoded = data.EncodedClips(config, coders, config.data.held_out or config.data.encoded)
+    encoded = data.EncodedClips(config, coders.latent_shape, config.data.held_out or config.data.encoded)
     size, total = config.eval.batch_size, config.eval.stories
     spread = sharding.batch_sharding(mesh)
     for frames in dict.fromkeys(config.data.layouts):
