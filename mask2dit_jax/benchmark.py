@@ -5,6 +5,7 @@
   python -m mask2dit_jax.benchmark sample
   python -m mask2dit_jax.benchmark scenes
   python -m mask2dit_jax.benchmark compile
+  python -m mask2dit_jax.benchmark loader
 
 `attention`: forward and gradients of q, k and v under the dual mask, three scenes of equal length, at video lengths of
 L, 2L and 4L tokens: the backends that the device runs, the reference's formulation ('repeated': two dense calls, video
@@ -20,6 +21,9 @@ case is a process of its own; its memory is the most that it held in a run beyon
 of queries and keys and per head, in blocks that are wholly visible and in those whose mask is evaluated. A bundle takes
 about a cycle where nothing stalls.
 
+`loader`: reading batches of encoded clips of CogVideoX-5B's size (random values, written to --out or to temporary
+files) as the trainer does, with one thread: scenes and bytes per second of a host.
+
 Cases take turns, so that a busy machine slows all alike; times are only comparable within one run.
 """
 import functools
@@ -33,21 +37,26 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import safetensors.numpy
 import tqdm
 from absl import app, flags
 
-from mask2dit_jax import attention, metric_writer, scenes, sharding, splash
+from mask2dit_jax import attention, data, metric_writer, scenes, sharding, splash
 from mask2dit_jax import config as config_lib
+from mask2dit_jax.datasets import clips
 
 HEADS, HEAD_DIM, TEXT_TOKENS, GRID, SCENES = 2, 64, 32, 8, 3
 COLUMNS = {
     'attention': ('formulation', 'video tokens', 'ms', 'spread ms', 'time ratio', 'MB', 'MB growth'),
     'model': ('scenes', 'what', 'formulation', 'remat', 'ms', 'spread ms', 'time ratio', 'MB', 'MB ratio', 'value'),
     'profile': ('scenes', 'what', 'formulation', 'remat', 'attention', 'matmuls', 'rest'),
+    'loader': ('scenes/s', 'spread scenes/s', 'MB/s'),
     'compile': ('chip', 'kernel', 'head size', 'direction', 'visible', 'masked'),
 }
 
@@ -260,8 +269,50 @@ def bench_compile() -> list[dict]:
             for direction, (visible, masked) in kernel_bundles(topology, head_dim, kernel).items()]
 
 
+def write_random_clips(folder: pathlib.Path, count: int) -> config_lib.Config:
+    """A data set of stories of three clips with the shapes of 49 frames at 480x720 and CogVideoX-5B's text, and a
+    configuration to train on it."""
+    (folder / 'vae').mkdir(parents=True)
+    (folder / 'vae/config.json').write_text('{}')
+    config = config_lib.Config(data=config_lib.DataConfig(
+        encoded=str(folder / 'data'), codec='vae', layouts=((49,) * 3,), height_px=480, width_px=720))
+    latent_frames, (h, w, channels) = data.latent_shape(config, (49,))
+    m, rng = config.model, np.random.default_rng(0)
+    settings = {'kind': clips.MULTI_SCENE, 'store': 'moments', 'parts': 1, 'moments_shape': [h, w, 2 * channels],
+                'text_shape': [m.max_text_seq_length, m.text_embed_dim], 'scaling_factor': 0.7, 'folder': str(folder),
+                'vae': data.network_digest(folder / 'vae')}
+    clips.write_settings(folder / 'data', settings)
+
+    def random(*shape):
+        return rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+
+    safetensors.numpy.save_file({'text': random(*settings['text_shape'])}, folder / 'data/null_text.safetensors')
+    examples = ({'story': i // 3, 'scene': i % 3, 'frames': 49, 'caption': '', 'path': '',
+                 'moments': random(*latent_frames, h, w, 2 * channels), 'text': random(*settings['text_shape'])}
+                for i in tqdm.trange(count, desc='writing', unit='clip'))
+    clips.write_part(folder / 'data', settings, 0, examples, [])
+    clips.write_info(folder / 'data', settings)
+    return config
+
+
+def bench_loader(runs: int, folder) -> list[dict]:
+    """One row: what a thread of the trainer reads."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        config = write_random_clips(pathlib.Path(work), 48)
+        _, shape = data.latent_shape(config, (49,))
+        batches, speeds = data.train_batches(config, work, types.SimpleNamespace(latent_shape=shape)), []
+        for step in tqdm.trange(runs + 1, desc='loader', unit='batch'):
+            start = time.perf_counter()
+            _, batch = batches(step, range(8))
+            speeds.append(batch['text'].shape[0] * batch['text'].shape[1] / (time.perf_counter() - start))
+        stored = 2 * (2 * batch['latents'].size + batch['text'].size)  # bytes: mean and log-variance, and text
+    speed = float(np.median(speeds[1:]))
+    return [{'scenes/s': speed, 'spread scenes/s': f'{min(speeds[1:]):.3g}...{max(speeds[1:]):.3g}',
+             'MB/s': speed * stored / batch['text'].shape[0] / batch['text'].shape[1] / 1e6}]
+
+
 def main(argv):
-    names = ('attention', *TASKS, 'compile')
+    names = ('attention', *TASKS, 'compile', 'loader')
     if len(argv) != 2 or argv[1] not in names:
         raise app.UsageError(f'Give the name of one task, {", ".join(names)}; got {" ".join(argv[1:]) or "none"}.')
     task, runs = argv[1], _RUNS.value
@@ -276,6 +327,10 @@ def main(argv):
     elif task == 'compile':
         tables[task] = bench_compile()
         note = 'Bundles per head and block of 1024 queries and keys, dual mask. Compiled, not run.'
+    elif task == 'loader':
+        tables[task] = bench_loader(runs, _OUT.value)
+        note = (f'Batches of 8 stories of 3 scenes of 49 frames at 480x720; {os.cpu_count()} processors; median of {runs} '
+                'batches, after one that does not count; files are in the page cache.')
     else:
         tables['model'], tables['profile'] = bench_model(task, runs)
         note = (f'{device}. Times are medians of {runs} runs, memory is that of the last, ratios are to diffusers if '
