@@ -217,7 +217,7 @@ def dump_kernel(topology: str, block: int, head_dim: int, kernel: str, folder: s
     In a process of its own: libtpu reads its arguments once.
     """
     os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
-    from mask2dit_jax import aot
+    from mask2dit_jax import aot  # which imports this module
     mesh = sharding.make_mesh(config_lib.MeshConfig(), aot.topology_devices(topology)[:1])
     layout = scenes.SceneLayout((2,) * SCENES, 30, 45, 226)  # two frames each: a block's code does not depend on it
     x = jax.ShapeDtypeStruct((1, layout.num_tokens, 1, head_dim), jnp.bfloat16,
@@ -243,12 +243,12 @@ def count_bundles(text: str) -> list[int]:
     return sorted((b - a for a, b in itertools.pairwise([*marks, address])), reverse=True)
 
 
-def kernel_bundles(topology: str, head_dim: int, kernel: str) -> dict[str, tuple[int, int]]:
-    """Bundles per head and block of 1024 queries and keys: 'forward' and 'backward', (visible, masked)."""
+def kernel_bundles(topology: str, head_dim: int, kernel: str, block: int = 1024) -> dict[str, tuple[int, int]]:
+    """Bundles per head and block of so many queries and keys: 'forward' and 'backward', (visible, masked)."""
     bundles = {}
     with tempfile.TemporaryDirectory() as folder:
         code = ('import sys; from absl import flags; flags.FLAGS.mark_as_parsed(); from mask2dit_jax import benchmark; '
-                f'benchmark.dump_kernel({topology!r}, 1024, {head_dim}, {kernel!r}, {folder!r})')
+                f'benchmark.dump_kernel({topology!r}, {block}, {head_dim}, {kernel!r}, {folder!r})')
         subprocess.run([sys.executable, '-c', code], check=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'},
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for direction, name in (('forward', 'fwd'), ('backward', 'dkv')):
@@ -329,8 +329,8 @@ def main(argv):
         note = 'Bundles per head and block of 1024 queries and keys, dual mask. Compiled, not run.'
     elif task == 'loader':
         tables[task] = bench_loader(runs, _OUT.value)
-        note = (f'Batches of 8 stories of 3 scenes of 49 frames at 480x720; {os.cpu_count()} processors; median of {runs} '
-                'batches, after one that does not count; files are in the page cache.')
+        note = (f'Batches of 8 stories of 3 scenes of 49 frames at 480x720; {os.cpu_count()} processors; median of '
+                f'{runs} batches, after one that does not count; files are in the page cache.')
     else:
         tables['model'], tables['profile'] = bench_model(task, runs)
         note = (f'{device}. Times are medians of {runs} runs, memory is that of the last, ratios are to diffusers if '
