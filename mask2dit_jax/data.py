@@ -1,10 +1,14 @@
 """Batches as a pure function of the step, and the coders between captions or pixels and what the model sees."""
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import grain
 import jax
@@ -260,3 +264,25 @@ def train_batches(config: config_lib.Config, workdir, coders: Coders) -> Batches
                 .seed(config.seed).shuffle().repeat() for f, s in sources.items()}
     digest = hashlib.sha256(repr([(f, s.fingerprint) for f, s in sources.items()]).encode()).hexdigest()
     return Batches(config.data.layouts, datasets, config.train.batch_size, digest)
+
+
+@contextlib.contextmanager
+def prefetched(function: Callable, items: Iterable, ahead: int = 2):
+    """An iterator over function(item) in the order of items, made by one thread while the last one is in use.
+
+    What the function raises is raised where its item's turn comes. Leaving the context waits for the item in work.
+    """
+    items = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+
+        def results():
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+                yield result
+
+        try:
+            yield results()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -16,12 +16,14 @@ dropout, given scenes), sample (sampler, steps, guidance), eval, mesh (devices: 
 mask2dit_jax/config.py documents each. Compiled programs are kept for the next start where JAX_COMPILATION_CACHE_DIR
 names a folder; XLA flags for TPU are in launch/env.sh.
 """
+import math
+
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import convert, metric_writer, train
+from mask2dit_jax import convert, metric_writer, processes, sharding, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Single values are '
@@ -32,18 +34,32 @@ _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Model folder, released or
                                   'schedule, VAE and text encoder come from there.')
 _TRACE_STEP = flags.DEFINE_integer('trace_step', None, f'Record {train.TRACED_STEPS} steps from this one with '
                                    'jax.profiler, to <workdir>/trace (for TensorBoard or Perfetto).', lower_bound=0)
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, for several processes. On TPU slices '
+                                   'of several hosts none of these three flags is needed.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes share the run, each started by this '
+                                      'command.', lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
+    given = [f.value is not None for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)]
+    if any(given) and not all(given):
+        raise app.UsageError('--coordinator, --num_processes and --process_id belong together: give all or none.')
+    if all(given) and _PROCESS_ID.value >= _NUM_PROCESSES.value:
+        raise app.UsageError(f'--process_id={_PROCESS_ID.value} must be less than --num_processes='
+                             f'{_NUM_PROCESSES.value}.')
     config = config_lib.parse(_CONFIG.value)
     if _CHECKPOINT.value:
         config = convert.adopt(config, _CHECKPOINT.value)
     metric_writer.quiet_libraries()
     jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
-    train.train_and_evaluate(config, _WORKDIR.value, _TRACE_STEP.value)
+    devices = math.prod(getattr(config.mesh, axis) for axis in sharding.AXES)
+    processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, devices)
+    with processes.ending_together():
+        train.train_and_evaluate(config, _WORKDIR.value, _TRACE_STEP.value)
 
 
 if __name__ == '__main__':
