@@ -3,9 +3,9 @@
 Component i is scaled by std_i^(-1/2), half way between raw (colours are learnt early, actions late) and whitened (the
 other way round), and all of them by one factor for unit variance overall.
 """
-import os
 import dataclasses
 import functools
+import os
 
 import numpy as np
 import safetensors.numpy
