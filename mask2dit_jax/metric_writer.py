@@ -120,8 +120,10 @@ class MetricWriter:
             logging.info("No TensorBoard files are written: pip install 'mask2dit_jax[tensorboard]' for them.")
             return
         import tensorboardX
-        # TensorBoard forgets what an earlier file says of this step and later ones.
-        self._board = tensorboardX.SummaryWriter(os.fspath(path.parent / 'tensorboard'), purge_step=start_step + 1)
+        # TensorBoard forgets what earlier files say of purge_step and later. Its thread writes within flush_secs (its
+        # flush does not wait for the thread), so that a kill costs it a record at most.
+        self._board = tensorboardX.SummaryWriter(os.fspath(path.parent / 'tensorboard'), purge_step=start_step + 1,
+                                                 flush_secs=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one record and logs one line.
@@ -153,7 +155,6 @@ class MetricWriter:
         if self._board is not None:
             for name, value in values.items() if speed is None else [*values.items(), ('steps_per_second', speed)]:
                 self._board.add_scalar(name, value, step)
-            self._board.flush()  # what comes before a checkpoint must not be lost with the process
         logging.info('%s', self._log_line(step, values, speed))
 
     def _log_line(self, step: int, values: dict[str, float], speed: float | None) -> str:
@@ -169,7 +170,6 @@ class MetricWriter:
             return
         for name, path in images.items():
             self._board.add_image(name, np.asarray(PIL.Image.open(path).convert('RGB')), step, dataformats='HWC')
-        self._board.flush()
 
     def close(self) -> None:
         """Closes the files; later writes do nothing."""

@@ -31,10 +31,11 @@ SCORE_COLUMNS = ('task', 'frames', 'action', 'identity', 'background', 'consiste
 TRACED_STEPS = 3  # enough to see one that is not the first
 
 
-def _initial_state(config: config_lib.Config, batches: data.Batches, coders: data.Coders, mesh):
+def _initial_state(config: config_lib.Config, coders: data.Coders, mesh):
     """State straight into its shardings; from the EMA of another run if the configuration says so."""
-    layout, batch = batches(0, [0])
-    inputs = batch['latents'][0], batch['text'][0], coders.latent_frames(layout)
+    frames, m = coders.latent_frames(config.data.layouts[0]), config.model
+    text = np.zeros((len(frames), m.max_text_seq_length, m.text_embed_dim), np.float32)
+    inputs = np.zeros((sum(frames), *coders.latent_shape), np.float32), text, frames
     abstract = jax.eval_shape(lambda: train_step.init_state(config, inputs))
     shardings = sharding.shardings(abstract, mesh)
     state = jax.jit(lambda: train_step.init_state(config, inputs), out_shardings=shardings)()
@@ -187,7 +188,7 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
         coders.latent_frames(layout)  # a scene that cannot be coded is an error now, not after encoding
     batches = data.train_batches(config, workdir, coders)
     null_text = coders.encode_text([''])[0]
-    state, shardings = _initial_state(config, batches, coders, mesh)
+    state, shardings = _initial_state(config, coders, mesh)
     logging.info('%d parameters on mesh %s.', sum(x.size for x in jax.tree.leaves(state.params)), dict(mesh.shape))
 
     # 2. Resume.
