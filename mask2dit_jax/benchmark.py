@@ -22,8 +22,8 @@ of queries and keys and per head, in blocks that are wholly visible and in those
 about a cycle where nothing stalls.
 
 `checkpoint`: saving and restoring a state of random values by the trainer's functions, on the file system of --out (or
-of temporary files), in seconds per GB: how long the training loop stands still, until all is written, and restoring with
-its checksums. What was just written is read from the page cache where it fits.
+of temporary files), in seconds per GB: how long the training loop stands still, until all is written, and restoring
+with its checksums. What was just written is read from the page cache where it fits.
 
 Cases take turns, so that a busy machine slows all alike; times are only comparable within one run.
 """

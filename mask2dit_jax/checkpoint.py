@@ -31,6 +31,12 @@ def folders(workdir) -> list[pathlib.Path]:
     return sorted(found, key=lambda p: int(p.name))
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: Orbax asks for past steps in its saving thread, which JAX would take for where the process is."""
+        return False
+
+
 def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointManager:
     """What saves the checkpoints of a run that goes on at a step. The caller decides when, and calls `finish`.
 
@@ -54,7 +60,7 @@ def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointMa
     kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
     options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True,
                                            cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / FOLDER, options=options)
+    return _Manager(pathlib.Path(workdir).absolute() / FOLDER, options=options)
 
 
 @jax.jit

@@ -5,11 +5,13 @@ and then ends the others. It cannot notice one whose Python hangs while its thre
 answer): `meet` does.
 """
 import contextlib
+import itertools
 import os
 import signal
 import sys
 import threading
 import traceback
+import zlib
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 60  # without a sign of life, a process counts as dead
-PEER_SECONDS = 60  # by which the others may come later to a step that nothing slow precedes
+PEER_SECONDS = 90  # by which the others may come later to a step that nothing slow precedes
 _UNLIMITED_SECONDS = 7 * 24 * 3600
 
 
@@ -52,6 +54,22 @@ def agree(good: bool) -> bool:
     return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(good)).all())
 
 
+def require_same(**things) -> None:
+    """Checks that all processes, which all call this, have the same things (compared by repr).
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = np.array([zlib.crc32(repr(thing).encode()) for thing in things.values()], np.uint32)
+    gathered = multihost_utils.process_allgather(digests)  # [processes, things]
+    different = [name for name, column in zip(things, gathered.T) if len(set(column.tolist())) > 1]
+    if different:
+        raise ValueError(f'Processes differ in {", ".join(different)}: start all by the same command, with a --workdir '
+                         'that they share.')
+
+
 def meet(step: int, limited: bool) -> None:
     """Waits for all processes before a step.
 
@@ -75,21 +93,22 @@ def meet(step: int, limited: bool) -> None:
 
 @contextlib.contextmanager
 def termination():
-    """A function of the number of steps done: whether to stop there, since SIGTERM came to one of the processes.
+    """A function that says whether to stop, since SIGTERM came to one of the processes.
 
-    It must be asked after every step, and says True at the same one on all. While Python waits (for the compiler, say)
-    the signal waits, too. Outside of this context SIGTERM ends the process at once, as ever.
+    It must be asked after every step, and says True after the same one on all. While Python waits (for the compiler,
+    say) the signal waits, too. Afterwards SIGTERM ends the process at once; before, too, if it is the only one.
     """
     if jax.distributed.is_initialized():
+        asked = itertools.count(1)  # from the start on: JAX takes the first one as 0 if the signal comes before it
         try:
-            yield multihost_utils.reached_preemption_sync_point
+            yield lambda: multihost_utils.reached_preemption_sync_point(next(asked))
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler, which nobody asks any more, ignores it
         return
     received = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
-        yield lambda step: received.is_set()
+        yield received.is_set
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -192,8 +192,9 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     logging.info('%d parameters on mesh %s.', sum(x.size for x in jax.tree.leaves(state.params)), dict(mesh.shape))
 
     # 2. Resume.
-    meta, start = _run_meta(config, batches), 0
-    if checkpoint.folders(workdir):
+    meta, start, found = _run_meta(config, batches), 0, checkpoint.folders(workdir)
+    processes.require_same(configuration=config, data=batches.fingerprint, checkpoints=[p.name for p in found])
+    if found:
         # Only shapes and places stay of the state, so that it is not held twice.
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         path, items = checkpoint.latest(workdir, {k: getattr(state, k) for k in checkpoint.ITEMS}, meta)
@@ -224,12 +225,10 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
 
     with contextlib.ExitStack() as stack:
         terminated = stack.enter_context(processes.termination())
-        stopped = terminated(start)
-        todo = range(start, start if stopped else cfg.steps)
-        ready = stack.enter_context(data.prefetched(prepare, todo))
-        pending, compiled, done = [], set(), start
+        ready = stack.enter_context(data.prefetched(prepare, range(start, cfg.steps)))
+        pending, compiled, stopped = [], set(), False
         waited, since, steady = 0.0, None, False  # steady: nothing slow came before this step
-        for step in todo:
+        for step in range(start, cfg.steps):
             if step == trace_step:
                 jax.profiler.start_trace(workdir / 'trace')
             asked = time.monotonic()
@@ -240,12 +239,13 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
             pending.append((layout, metrics))
             steady, done = layout in compiled, step + 1
             compiled.add(layout)
-            if trace_step is not None and done == trace_step + TRACED_STEPS:
+            traced = trace_step is not None and done == trace_step + TRACED_STEPS
+            if traced:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
                 logging.info('Trace of steps %d to %d: %s.', trace_step, step, workdir / 'trace')
             last, due = done == cfg.steps, lambda every, done=done: done % every == 0
-            stopped = terminated(done)
+            stopped = terminated()
             saves, samples = last or stopped or due(cfg.checkpoint_every_steps), due(cfg.sample_every_steps)
             if saves or due(cfg.log_every_steps):
                 means = {k: _checked_mean([m[k] for _, m in pending], done) for k in metrics}
@@ -262,7 +262,7 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
                 break
             if samples and not last:
                 writer.write_images(done, _by_task(write_sheets(config, state.ema, coders, workdir, done)))
-            steady &= not (saves or samples)
+            steady &= not (saves or samples or traced)
         checkpoint.finish(checkpoints)
     if stopped:
         writer.close()
@@ -271,7 +271,7 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
 
     # 4. Sheets and scores of the EMA parameters.
     sheets = write_sheets(config, state.ema, coders, workdir, cfg.steps)
-    if todo:  # a finished run's are in TensorBoard already
+    if start < cfg.steps:  # a finished run's are in TensorBoard already
         writer.write_images(cfg.steps, _by_task(sheets))
     writer.close()
     rows = score_stories(config, state.ema, coders, workdir)
