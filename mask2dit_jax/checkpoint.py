@@ -7,7 +7,9 @@ on the devices before saving and after restoring; it is the same on every mesh.
 """
 import contextlib
 import itertools
+import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +97,10 @@ def _saving(checkpoints: ocp.CheckpointManager):
 
 
 def _brief(error: Exception) -> str:
-    """The part of a message that says what happened; tensorstore goes on with specifications of many lines."""
+    """What happened, of messages that go on with specifications of many lines."""
     text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    if found := re.search(r"os_error_code='(\d+)'", text):  # tensorstore's; the first cause
+        return os.strerror(int(found[1]))
     return text if len(text) <= 300 else text[:300] + '...'
 
 

@@ -277,7 +277,7 @@ def test_a_full_disk_is_an_error_that_names_the_folder_and_costs_no_checkpoint(s
     code = 'import resource\ndisturb = lambda s: s == 5 and resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))\n'
     process, = run.start(disturb={0: code})
     assert process.wait(200) == 1
-    assert f'RuntimeError: Saving to {run.workdir}/checkpoints failed' in run.log()
+    assert f'RuntimeError: Saving to {run.workdir}/checkpoints failed (File too large): ' in run.log()
     kept = run.saved()[-1]
     assert kept in (2, 4)  # batches are made ahead of steps
     run.finish()
