@@ -45,7 +45,8 @@ GIB = 2 ** 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the compiler may use of a chip's memory (GiB, from its own error messages) and the peak in bf16 FLOP/s."""
+    """JAX's name, what the compiler may use of memory (GiB, from its own error messages), and peak bf16 FLOP/s."""
+    device_kind: str
     hbm_gib: float
     peak_flops: float
     topology_options: tuple = ()
@@ -53,10 +54,10 @@ class Chip:
 
 CHIPS = {
     # v4 has two cores that show as one device; the compiler must be told.
-    'v4': Chip(30.75, 275e12, (('chip_config_name', 'megacore'), ('chips_per_host_bounds', (2, 2, 1)))),
-    'v5e': Chip(15.75, 197e12),
-    'v5p': Chip(95.74, 459e12),
-    'v6e': Chip(31.25, 918e12),
+    'v4': Chip('TPU v4', 30.75, 275e12, (('chip_config_name', 'megacore'), ('chips_per_host_bounds', (2, 2, 1)))),
+    'v5e': Chip('TPU v5 lite', 15.75, 197e12),
+    'v5p': Chip('TPU v5', 95.74, 459e12),
+    'v6e': Chip('TPU v6 lite', 31.25, 918e12),
 }
 
 

@@ -6,6 +6,7 @@
   python -m mask2dit_jax.benchmark scenes
   python -m mask2dit_jax.benchmark compile
   python -m mask2dit_jax.benchmark loader
+  python -m mask2dit_jax.benchmark checkpoint --gb=4
 
 `attention`: forward and gradients of q, k and v under the dual mask, three scenes of equal length, at video lengths of
 L, 2L and 4L tokens: the backends that the device runs, the reference's formulation ('repeated': two dense calls, video
@@ -23,6 +24,10 @@ about a cycle where nothing stalls.
 
 `loader`: reading batches of encoded clips of CogVideoX-5B's size (random values, written to --out or to temporary
 files) as the trainer does, with one thread: scenes and bytes per second of a host.
+
+`checkpoint`: saving and restoring a state of random values by the trainer's functions, on the file system of --out (or
+of temporary files), in seconds per GB: how long the training loop stands still, until all is written, and restoring
+with its checksums. What was just written is read from the page cache where it fits.
 
 Cases take turns, so that a busy machine slows all alike; times are only comparable within one run.
 """
@@ -47,7 +52,7 @@ import safetensors.numpy
 import tqdm
 from absl import app, flags
 
-from mask2dit_jax import attention, data, metric_writer, scenes, sharding, splash
+from mask2dit_jax import attention, checkpoint, data, metric_writer, scenes, sharding, splash, train_step
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.datasets import clips
 
@@ -57,6 +62,7 @@ COLUMNS = {
     'model': ('scenes', 'what', 'formulation', 'remat', 'ms', 'spread ms', 'time ratio', 'MB', 'MB ratio', 'value'),
     'profile': ('scenes', 'what', 'formulation', 'remat', 'attention', 'matmuls', 'rest'),
     'loader': ('scenes/s', 'spread scenes/s', 'MB/s'),
+    'checkpoint': ('what', 'GB', 's/GB', 'spread s/GB'),
     'compile': ('chip', 'kernel', 'head size', 'direction', 'visible', 'masked'),
 }
 
@@ -311,8 +317,34 @@ def bench_loader(runs: int, folder) -> list[dict]:
              'MB/s': speed * stored / batch['text'].shape[0] / batch['text'].shape[1] / 1e6}]
 
 
+def bench_checkpoint(gb: float, runs: int, folder) -> list[dict]:
+    """One row for what saving holds up, saving, and restoring; parameters, EMA and two moments of equal size."""
+    arrays = max(1, round(gb * 1e9 / 4 / 2 ** 26))  # of 64 MiB, in each of the four
+    gb = 4 * arrays * 2 ** 26 / 1e9
+    trees = [[jax.random.normal(jax.random.key(arrays * i + j), (4096, 4096)) for j in range(arrays)] for i in range(4)]
+    state = train_step.TrainState(jnp.int32(0), trees[0], trees[1], trees[2:])
+    targets = {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                                  getattr(state, item)) for item in checkpoint.ITEMS}
+    times = {'save: the loop waits': [], 'save: all': [], 'restore': []}
+    with tempfile.TemporaryDirectory(dir=folder) as workdir:
+        manager = checkpoint.manager(workdir, keep=1, keep_every=0, start=0)
+        for run in tqdm.trange(runs + 1, desc='checkpoint', unit='run'):
+            marks = [time.perf_counter()]
+            checkpoint.save(manager, run, state, {})
+            marks.append(time.perf_counter())
+            manager.wait_until_finished()
+            marks.append(time.perf_counter())
+            jax.block_until_ready(checkpoint.latest(workdir, targets)[1])
+            marks.append(time.perf_counter())
+            for values, (a, b) in zip(times.values(), ((0, 1), (0, 2), (2, 3))):
+                values.append((marks[b] - marks[a]) / gb)
+        checkpoint.finish(manager)
+    return [{'what': what, 'GB': gb, 's/GB': float(np.median(values[1:])),
+             'spread s/GB': f'{min(values[1:]):.3g}...{max(values[1:]):.3g}'} for what, values in times.items()]
+
+
 def main(argv):
-    names = ('attention', *TASKS, 'compile', 'loader')
+    names = ('attention', *TASKS, 'compile', 'loader', 'checkpoint')
     if len(argv) != 2 or argv[1] not in names:
         raise app.UsageError(f'Give the name of one task, {", ".join(names)}; got {" ".join(argv[1:]) or "none"}.')
     task, runs = argv[1], _RUNS.value
@@ -331,6 +363,9 @@ def main(argv):
         tables[task] = bench_loader(runs, _OUT.value)
         note = (f'Batches of 8 stories of 3 scenes of 49 frames at 480x720; {os.cpu_count()} processors; median of '
                 f'{runs} batches, after one that does not count; files are in the page cache.')
+    elif task == 'checkpoint':
+        tables[task] = bench_checkpoint(_GB.value, runs, _OUT.value)
+        note = f'{device}. Medians of {runs} runs, after one that does not count.'
     else:
         tables['model'], tables['profile'] = bench_model(task, runs)
         note = (f'{device}. Times are medians of {runs} runs, memory is that of the last, ratios are to diffusers if '
@@ -350,5 +385,6 @@ if __name__ == '__main__':  # only here, since tests import this next to sample,
     _DENSE_TOKENS = flags.DEFINE_integer('dense_tokens', 4096, 'Longest video of the dense backend, whose memory is '
                                          'quadratic.', lower_bound=0)
     _RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=5)
+    _GB = flags.DEFINE_float('gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.0)
     _OUT = flags.DEFINE_string('out', None, 'Folder for TASK.json and TASK.md; default: print only.')
     app.run(main)

@@ -91,6 +91,7 @@ class TrainConfig:
       conditional_from_step: updates before this one give no scenes.
       ema_decay: limit of the decay min((1 + k) / (10 + k), ema_decay).
       keep_checkpoints: the newest ones that stay on disk.
+      keep_every_steps: checkpoints of multiples of this stay for good; 0 for none.
     """
     steps: int = 1000
     batch_size: int = 8
@@ -104,6 +105,7 @@ class TrainConfig:
     checkpoint_every_steps: int = 1000
     sample_every_steps: int = 1000
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +218,9 @@ def _check(config: Config) -> None:
     for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
         if not 0 <= getattr(t, name) <= 1:
             raise ValueError(f'config.train.{name} must lie in 0...1, got {getattr(t, name)}.')
+    if t.keep_checkpoints < 1 or t.keep_every_steps % t.checkpoint_every_steps:
+        raise ValueError(f'config.train.keep_checkpoints {t.keep_checkpoints} must be at least 1 and keep_every_steps '
+                         f'{t.keep_every_steps} a multiple of checkpoint_every_steps {t.checkpoint_every_steps}.')
     doubled = {'eval.batch_size': config.eval.batch_size, 'sample.sheet_stories': config.sample.sheet_stories}
     for name, size in doubled.items():
         if 2 * size % (m.data * m.fsdp):  # both halves of classifier-free guidance
@@ -232,8 +237,10 @@ def _check(config: Config) -> None:
 
 
 def save(config: Config, path: pathlib.Path) -> None:
-    """Writes the configuration as JSON."""
-    path.write_text(json.dumps(_plain(config), indent=2) + '\n')
+    """Writes the configuration as JSON, at once, so that a kill leaves no half of it."""
+    whole = path.with_name(path.name + '.tmp')
+    whole.write_text(json.dumps(_plain(config), indent=2) + '\n')
+    whole.replace(path)
 
 
 def load(path: pathlib.Path) -> Config:

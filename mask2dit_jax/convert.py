@@ -35,8 +35,8 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
+from mask2dit_jax import checkpoint, diffusion, metric_writer, weights
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import diffusion, metric_writer, weights
 from mask2dit_jax.models import dit, t5, vae
 
 # config.json keys that DiTConfig takes over under the same name.
@@ -534,11 +534,11 @@ def _to_safetensors(kind: str, cfg, params: pathlib.Path, target: pathlib.Path) 
     return count
 
 
-def _export_run(checkpoint: pathlib.Path, target: pathlib.Path) -> int:
+def _export_run(run: pathlib.Path, target: pathlib.Path) -> int:
     """The EMA of a training run's checkpoint as target/transformer and target/scheduler."""
-    cfg = config_lib.load(checkpoint.absolute().parent.parent / 'config.json')
+    cfg = config_lib.load(run.absolute().parent.parent / 'config.json')
     config, folder = transformer_json(cfg.model), target / 'transformer'
-    count = _to_safetensors('transformer', cfg.model, checkpoint / 'ema', folder)
+    count = _to_safetensors('transformer', cfg.model, run / 'ema', folder)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     (target / 'scheduler').mkdir(exist_ok=True)
     (target / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule_json(cfg.schedule), indent=2) + '\n')
@@ -565,9 +565,9 @@ def convert_folder(source, target) -> dict[str, int]:
     found = [k for k in NETWORKS if (source / k / 'config.json').is_file()]
     run = source if (source / 'ema').is_dir() else None
     if not found and run is None:
-        if not (source / 'checkpoints').is_dir():
+        if not checkpoint.folders(source):
             raise FileNotFoundError(f'{source} holds neither {", ".join(k + "/" for k in NETWORKS)} nor checkpoints.')
-        run = max((source / 'checkpoints').glob('[0-9]*'), key=lambda p: int(p.name))
+        run = checkpoint.folders(source)[-1]
     if run is not None:
         return {'transformer': _export_run(run, target)}
     counts = {}

@@ -137,7 +137,8 @@ def test_fine_tuning_and_handing_back(folder, tmp_path):
     convert.convert_folder(workdir, tmp_path / 'exported')
     model, params = convert.load_transformer(tmp_path / 'exported/transformer')
     assert model.cfg == dataclasses.replace(TRANSFORMER, attention_backend=model.cfg.attention_backend)
-    ema = checkpoint.restore_ema(checkpoint.latest(workdir), convert.on_one_device(convert.abstract_params(model.cfg)))
+    target = convert.on_one_device(convert.abstract_params(model.cfg))
+    ema = checkpoint.latest(workdir, {'ema': target})[1]['ema']
     jax.tree.map(np.testing.assert_array_equal, params, ema)
     assert convert.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json') == cfg.schedule
 
