@@ -24,8 +24,20 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from mask2dit_jax import (
+    benchmark,
+    convert,
+    data,
+    generate,
+    hlo,
+    metric_writer,
+    presets,
+    scenes,
+    sharding,
+    splash,
+    train_step,
+)
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import convert, data, generate, hlo, metric_writer, presets, scenes, sharding, splash, train_step
 
 WHAT = ('train', 'sample')
 GIB = 2 ** 30
@@ -33,7 +45,8 @@ GIB = 2 ** 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the compiler may use of a chip's memory (GiB, from its own error messages) and the peak in bf16 FLOP/s."""
+    """JAX's name, what the compiler may use of memory (GiB, from its own error messages), and peak bf16 FLOP/s."""
+    device_kind: str
     hbm_gib: float
     peak_flops: float
     topology_options: tuple = ()
@@ -41,10 +54,10 @@ class Chip:
 
 CHIPS = {
     # v4 has two cores that show as one device; the compiler must be told.
-    'v4': Chip(30.75, 275e12, (('chip_config_name', 'megacore'), ('chips_per_host_bounds', (2, 2, 1)))),
-    'v5e': Chip(15.75, 197e12),
-    'v5p': Chip(95.74, 459e12),
-    'v6e': Chip(31.25, 918e12),
+    'v4': Chip('TPU v4', 30.75, 275e12, (('chip_config_name', 'megacore'), ('chips_per_host_bounds', (2, 2, 1)))),
+    'v5e': Chip('TPU v5 lite', 15.75, 197e12),
+    'v5p': Chip('TPU v5', 95.74, 459e12),
+    'v6e': Chip('TPU v6 lite', 31.25, 918e12),
 }
 
 
@@ -136,23 +149,36 @@ def _tokens(layout, scene, is_text):
     return stop - start
 
 
-def kernel_flops(kernels, visited_keys: float) -> float:
-    """FLOPs of splash kernels per device: two products per query and key that it visits forward, five backward."""
-    total = 0.0
+def kernel_work(kernels, blocks: tuple[int, float, float], bundles: dict | None = None) -> tuple[float, float]:
+    """FLOPs of splash kernels per device, two products per visited query and key forward and five backward; and their
+    cycles if bundles are given, one each where nothing stalls.
+
+    Args:
+      kernels: hlo.Program's.
+      blocks: of splash.visited_blocks.
+      bundles: of benchmark.kernel_bundles at the same block size.
+    """
+    block, visible, evaluated = blocks
+    flops = cycles = 0.0
     for (name, shape), times in kernels.items():
         *heads, length, dim = shape
         if '_fwd' in name:
-            products = 2
+            products, direction = 2, 'forward'
         elif '_dkv' in name:
-            products = 5
+            products, direction = 5, 'backward'
             heads = heads[1:]  # dq's slots
         else:
             raise ValueError(f'Unknown kernel {name}.')
-        total += times * products * 2.0 * math.prod(heads) * length * dim * visited_keys
-    return total
+        rows = times * math.prod(heads) * length / block  # of blocks
+        flops += rows * (visible + evaluated) * products * 2.0 * block ** 2 * dim
+        if bundles:
+            plain, masked = bundles[direction]
+            cycles += rows * (visible * plain + evaluated * masked)
+    return flops, cycles
 
 
-def compile_report(config: config_lib.Config, what: str, topology: str, slices: int, frames, effort: float) -> dict:
+def compile_report(config: config_lib.Config, what: str, topology: str, slices: int, frames, effort: float,
+                   schedules: bool = False) -> dict:
     """Compiles one of WHAT and collects what is known of it.
 
     Args:
@@ -162,6 +188,7 @@ def compile_report(config: config_lib.Config, what: str, topology: str, slices: 
       slices: number of such slices.
       frames: pixel frames per scene.
       effort: the compiler's exec_time_optimization_effort; -1 is quick, with the same memory but slow schedules.
+      schedules: also count the bundles of the attention kernels, for their cycles.
 
     Returns:
       A JSON-like dict; 'fits' says whether memory suffices.
@@ -191,16 +218,19 @@ def compile_report(config: config_lib.Config, what: str, topology: str, slices: 
     report['gib'] = {k: v / GIB for k, v in gib.items()}
     report['arguments_gib'] = {k: v / GIB for k, v in arguments.items()}
     report['fits'] = total <= chip.hbm_gib * GIB
-    report |= _work(config, layout, what, mesh, chip, compiled.as_text())
+    report |= _work(config, layout, what, mesh, chip, compiled.as_text(), topology if schedules else None)
     return report
 
 
-def _work(config, layout, what, mesh, chip, text) -> dict:
+def _work(config, layout, what, mesh, chip, text, schedules: str | None) -> dict:
     program = hlo.analyze(text)
-    keys = 0.0
-    if config.model.attention_backend in ('splash', 'jax_splash'):
-        keys = splash.visited_keys(layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind])
-    attention = kernel_flops(program.kernels, keys)
+    attention, backend = 0.0, config.model.attention_backend
+    if backend in ('splash', 'jax_splash'):
+        blocks = splash.visited_blocks(layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind])
+        bundles = schedules and benchmark.kernel_bundles(
+            schedules, config.model.attention_head_dim, 'tokamax' if backend == 'splash' else 'jax', blocks[0])
+        attention, cycles = kernel_work(program.kernels, blocks, bundles)
+        program.cycles |= {'attention kernels': cycles} if schedules else {}
     examples = config.train.batch_size if what == 'train' else max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2)
     model = model_flops(config, layout, what)
     executed = program.flops + attention
@@ -235,9 +265,9 @@ def to_markdown(r: dict) -> str:
               'Largest all-reduces inside loops: ' + ('; '.join(
                   f'{a["mb"]:.2f} MB {a["operation"].split("/", 3)[-1][-70:]}' for a in r['largest_loop_all_reduces'])
                   or 'none') + '.', '',
-              f'Estimated cycles outside kernels and collectives: dense {r["cycles"]["dense"] / 1e6:.0f} M, rest '
-              f'{r["cycles"]["rest"] / 1e6:.0f} M' + (' (quick schedules: --effort=0 for real ones)'
-                                                     if r['effort'] < 0 else '') + '.',
+              'Estimated cycles outside collectives: ' + ', '.join(
+                  f'{k} {v / 1e6:.0f} M' for k, v in r['cycles'].items()) + (
+                      ' (quick schedules: --effort=0 for real ones)' if r['effort'] < 0 else '') + '.',
               f'At least {r["lower_limit_seconds"]:.2f} s: executed FLOPs / peak FLOP/s of the chip.', '']
     return '\n'.join(lines)
 
@@ -258,7 +288,8 @@ def main(argv):
     strange = sorted(set(_WHAT.value) - set(WHAT))
     if strange:
         raise app.UsageError(f'--what={",".join(strange)} is unknown: use {" or ".join(WHAT)}, or both.')
-    reports = [compile_report(config, what, topology, slices, frames, _EFFORT.value) for what in _WHAT.value]
+    reports = [compile_report(config, what, topology, slices, frames, _EFFORT.value, _KERNEL_CYCLES.value)
+               for what in _WHAT.value]
     text = '\n'.join(map(to_markdown, reports))
     print(text)
     if _OUT.value:
@@ -278,6 +309,8 @@ if __name__ == '__main__':
     _SCENES = flags.DEFINE_integer('scenes', None, 'So many scenes of the length of the first.', lower_bound=1)
     _EFFORT = flags.DEFINE_float('effort', 0.0, "The compiler's effort; -1 takes half the time: the same memory, but "
                                  'slow schedules.', -1.0, 1.0)
+    _KERNEL_CYCLES = flags.DEFINE_bool('kernel_cycles', False, "Count the attention kernels' cycles in their "
+                                       'schedules, too; takes a minute longer.')
     _OUT = flags.DEFINE_string('out', None, 'Folder for aot.md and aot.json; default: print only.')
     flags.mark_flag_as_required('config')
     app.run(main)

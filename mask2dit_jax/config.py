@@ -15,15 +15,21 @@ from mask2dit_jax.models import dit
 
 OPTIMIZERS = ('adamw', 'muon')
 CODECS = ('stories', 'vae')
+SCENES = ('consecutive', 'unrelated')
+GIVEN = ('leading', 'any')
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Stories to train on.
+    """What to train on: real videos that mask2dit_jax.encode has coded, or rendered stories.
 
     Attributes:
       layouts: frames per scene of each kind of story; batches of one kind alternate in this order, so that a kind
         listed twice is seen twice as often.
+      encoded: folder of clips that encode wrote; empty for rendered stories.
+      held_out: another such folder, for the sheets and the last losses; empty to take the one that is trained on.
+      scenes: what makes a story of clips: 'consecutive' ones of one story from a random start (SFT), or 'unrelated'
+        ones (pretraining).
       codec: what makes latents of pixels: 'stories', a fixed linear codec, or 'vae', that of a model folder.
       height_px, width_px: size of the videos; stories are square.
       caption_style: 'first' names character and place in the first caption only, 'every' in each.
@@ -34,6 +40,9 @@ class DataConfig:
       dir: where data sets are kept; empty for <workdir>/../data.
     """
     layouts: tuple[tuple[int, ...], ...] = ((4, 4, 4),)
+    encoded: str = ''
+    held_out: str = ''
+    scenes: str = 'consecutive'
     codec: str = 'stories'
     height_px: int = 16
     width_px: int = 16
@@ -96,22 +105,26 @@ class TrainConfig:
       batch_size: global, over all devices and accumulated micro-batches.
       grad_accumulation: micro-batches per update.
       caption_dropout: share of stories trained on empty captions, for classifier-free guidance.
-      conditional_probability: share of stories in which leading scenes are given (clean, timestep 0).
+      conditional_probability: share of stories in which some scenes are given (clean, timestep 0), but never all.
+      given: which, 'leading' ones as in extension, or 'any' subset.
       conditional_from_step: updates before this one give no scenes.
       ema_decay: limit of the decay min((1 + k) / (10 + k), ema_decay).
       keep_checkpoints: the newest ones that stay on disk.
+      keep_every_steps: checkpoints of multiples of this stay for good; 0 for none.
     """
     steps: int = 1000
     batch_size: int = 8
     grad_accumulation: int = 1
     caption_dropout: float = 0.1
     conditional_probability: float = 0.0
+    given: str = 'leading'
     conditional_from_step: int = 0
     ema_decay: float = 0.9999
     log_every_steps: int = 50
     checkpoint_every_steps: int = 1000
     sample_every_steps: int = 1000
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +170,8 @@ class Config:
 
     Attributes:
       init_from: where training starts: a workdir or one of its checkpoints, for its EMA parameters, or a model folder,
-        released or converted, whose VAE and text encoder are then used, too (set by `main --checkpoint`). Empty for
-        random parameters.
+        released or converted, whose VAE and text encoder are then used, too. Empty for random parameters. `main
+        --checkpoint` sets it, and takes the model's sizes from there.
     """
     seed: int = 0
     init_from: str = ''
@@ -216,14 +229,21 @@ def _check(config: Config) -> None:
             raise ValueError(f'config.lora.{name} must not be negative, got {getattr(config.lora, name)}.')
     if config.optimizer.name not in OPTIMIZERS:
         raise ValueError(f'config.optimizer.name is {config.optimizer.name!r}: use one of {", ".join(OPTIMIZERS)}.')
-    if config.data.codec not in CODECS:
-        raise ValueError(f'config.data.codec is {config.data.codec!r}: use one of {", ".join(CODECS)}.')
+    for name, value, known in (('data.codec', config.data.codec, CODECS), ('data.scenes', config.data.scenes, SCENES),
+                               ('train.given', t.given, GIVEN)):
+        if value not in known:
+            raise ValueError(f'config.{name} is {value!r}: use one of {", ".join(known)}.')
+    if config.data.held_out and not config.data.encoded:
+        raise ValueError('config.data.held_out goes with config.data.encoded: give both, or neither.')
     if t.batch_size % (t.grad_accumulation * m.data * m.fsdp):
         raise ValueError(f'config.train.batch_size {t.batch_size} does not divide into grad_accumulation '
                          f'{t.grad_accumulation} x data {m.data} x fsdp {m.fsdp}: make it a multiple.')
     for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
         if not 0 <= getattr(t, name) <= 1:
             raise ValueError(f'config.train.{name} must lie in 0...1, got {getattr(t, name)}.')
+    if t.keep_checkpoints < 1 or t.keep_every_steps % t.checkpoint_every_steps:
+        raise ValueError(f'config.train.keep_checkpoints {t.keep_checkpoints} must be at least 1 and keep_every_steps '
+                         f'{t.keep_every_steps} a multiple of checkpoint_every_steps {t.checkpoint_every_steps}.')
     doubled = {'eval.batch_size': config.eval.batch_size, 'sample.sheet_stories': config.sample.sheet_stories}
     for name, size in doubled.items():
         if 2 * size % (m.data * m.fsdp):  # both halves of classifier-free guidance
@@ -240,8 +260,10 @@ def _check(config: Config) -> None:
 
 
 def save(config: Config, path: pathlib.Path) -> None:
-    """Writes the configuration as JSON."""
-    path.write_text(json.dumps(_plain(config), indent=2) + '\n')
+    """Writes the configuration as JSON, at once, so that a kill leaves no half of it."""
+    whole = path.with_name(path.name + '.tmp')
+    whole.write_text(json.dumps(_plain(config), indent=2) + '\n')
+    whole.replace(path)
 
 
 def load(path: pathlib.Path) -> Config:

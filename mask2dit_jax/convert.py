@@ -38,8 +38,8 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
+from mask2dit_jax import checkpoint, diffusion, lora, metric_writer, weights
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import diffusion, lora, metric_writer, weights
 from mask2dit_jax.models import dit, t5, vae
 
 # config.json keys that DiTConfig takes over under the same name.
@@ -493,13 +493,18 @@ def schedule_json(schedule: diffusion.Schedule) -> dict:
 
 
 def adopt(config: config_lib.Config, folder) -> config_lib.Config:
-    """`config` with init_from, transformer, schedule and VAE of a model folder; dtype, remat and attention stay."""
-    folder, own = pathlib.Path(folder), config.model
-    model = read_config('transformer', folder / 'transformer', dtype=own.dtype, remat=own.remat,
-                        attention_backend=own.attention_backend)
-    schedule = load_schedule(folder / 'scheduler/scheduler_config.json')
+    """`config` with init_from, transformer, schedule and codec of a model folder or of the run in a workdir; dtype,
+    remat and attention stay."""
+    folder = pathlib.Path(folder)
+    kept = {name: getattr(config.model, name) for name in ('dtype', 'remat', 'attention_backend')}
+    if (folder / 'transformer').is_dir():
+        model = read_config('transformer', folder / 'transformer', **kept)
+        schedule, codec = load_schedule(folder / 'scheduler/scheduler_config.json'), 'vae'
+    else:
+        run = config_lib.load_run(folder)
+        model, schedule, codec = dataclasses.replace(run.model, **kept), run.schedule, run.data.codec
     return dataclasses.replace(config, init_from=str(folder), model=model, schedule=schedule,
-                               data=dataclasses.replace(config.data, codec='vae'))
+                               data=dataclasses.replace(config.data, codec=codec))
 
 
 def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:
@@ -545,10 +550,10 @@ def _orbax_tensors(kind: str, cfg, params: pathlib.Path) -> dict[str, weights.Te
     return export_params(kind, cfg, _nested(weights.open_orbax(params)))
 
 
-def _run_tensors(checkpoint: pathlib.Path, cfg: config_lib.Config) -> dict[str, weights.Tensor]:
-    """The EMA of a checkpoint, under the reference's names; LoRA merged into its base."""
+def _run_tensors(run: pathlib.Path, cfg: config_lib.Config) -> dict[str, weights.Tensor]:
+    """The EMA of a run's checkpoint, under the reference's names; LoRA merged into its base."""
     if not cfg.lora.rank:
-        return _orbax_tensors('transformer', cfg.model, checkpoint / 'ema')
+        return _orbax_tensors('transformer', cfg.model, run / 'ema')
     folder = pathlib.Path(cfg.init_from)
     if not (folder / 'transformer').is_dir():
         base = _run_tensors(folder, config_lib.load_run(folder))
@@ -556,17 +561,17 @@ def _run_tensors(checkpoint: pathlib.Path, cfg: config_lib.Config) -> dict[str, 
         base = _orbax_tensors('transformer', cfg.model, folder / 'transformer/params')
     else:
         base = _matched('transformer', cfg.model, weights.open_safetensors(folder / 'transformer'))[1]
-    tree = _nested(weights.open_orbax(checkpoint / 'ema'))
+    tree = _nested(weights.open_orbax(run / 'ema'))
     return lora.merge_tensors(base, tree, cfg.lora, _entries('transformer', cfg.model))
 
 
-def _export_run(checkpoint: pathlib.Path, target: pathlib.Path) -> dict[str, int]:
+def _export_run(run: pathlib.Path, target: pathlib.Path) -> dict[str, int]:
     """The EMA of a training run's checkpoint as target/transformer and target/scheduler, LoRA also on its own."""
-    cfg = config_lib.load_run(checkpoint)
+    cfg = config_lib.load_run(run)
     config, folder = transformer_json(cfg.model), target / 'transformer'
-    counts = {'transformer': _to_safetensors('transformer', _run_tensors(checkpoint, cfg), folder)}
+    counts = {'transformer': _to_safetensors('transformer', _run_tensors(run, cfg), folder)}
     if cfg.lora.rank:
-        counts['LoRA'] = write_lora(target, cfg.model, _nested(weights.open_orbax(checkpoint / 'ema')), cfg.lora)
+        counts['LoRA'] = write_lora(target, cfg.model, _nested(weights.open_orbax(run / 'ema')), cfg.lora)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     (target / 'scheduler').mkdir(exist_ok=True)
     (target / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule_json(cfg.schedule), indent=2) + '\n')
@@ -593,9 +598,9 @@ def convert_folder(source, target) -> dict[str, int]:
     found = [k for k in NETWORKS if (source / k / 'config.json').is_file()]
     run = source if (source / 'ema').is_dir() else None
     if not found and run is None:
-        if not (source / 'checkpoints').is_dir():
+        if not checkpoint.folders(source):
             raise FileNotFoundError(f'{source} holds neither {", ".join(k + "/" for k in NETWORKS)} nor checkpoints.')
-        run = max((source / 'checkpoints').glob('[0-9]*'), key=lambda p: int(p.name))
+        run = checkpoint.folders(source)[-1]
     if run is not None:
         return _export_run(run, target)
     counts = {}

@@ -1,18 +1,27 @@
-"""Batches as a pure function of the step, and the coders between captions or pixels and what the model sees."""
+"""Batches as a pure function of the step: of rendered stories, encoded at the start, or of clips that encode has coded.
+
+And the coders between captions or pixels and what the model sees.
+"""
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import grain
 import jax
 import numpy as np
+from absl import logging
+from safetensors.numpy import load_file
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import convert
-from mask2dit_jax.datasets import stories
+from mask2dit_jax.datasets import clips, stories
 from mask2dit_jax.models import dit, t5, vae
 
 
@@ -59,19 +68,40 @@ def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
     return None
 
 
+def model_folder(config: config_lib.Config) -> pathlib.Path | None:
+    """Where the VAE and the text encoder of a run are: the folder that it descends from, or that its clips were encoded
+    with, or None for the codec and word vectors of the stories."""
+    folder = pretrained_folder(config)
+    if folder is None and config.data.encoded:
+        folder = pathlib.Path(clips.read_settings(config.data.encoded)['folder'])
+    return folder
+
+
 def coders(config: config_lib.Config, workdir) -> Coders:
-    """VAE and T5 of the model folder that a run descends from, or the codec and word vectors of the stories.
+    """VAE and T5 of model_folder, or the codec and word vectors of the stories.
 
     Raises:
       ValueError: if the configuration says 'vae' and there is no such folder, or the other way round.
     """
-    folder = pretrained_folder(config)
+    folder = model_folder(config)
     if (folder is None) != (config.data.codec == 'stories'):
         raise ValueError(f'config.data.codec is {config.data.codec!r}, but the run descends from '
                          f'{folder or "no model folder"}: give one by --checkpoint, which sets the codec.')
     if folder is None:
         return stories_coders(config, workdir)
     return pretrained_coders(folder, config.model, (config.data.height_px, config.data.width_px))
+
+
+def network_digest(folder) -> str:
+    """Of the configuration of a network, to tell one VAE from another."""
+    return hashlib.sha256((pathlib.Path(folder) / 'config.json').read_bytes()).hexdigest()[:16]
+
+
+def adopt(config: config_lib.Config) -> config_lib.Config:
+    """`config` with the size of the clips that it is to train on."""
+    made = clips.read_settings(config.data.encoded)
+    return dataclasses.replace(config, data=dataclasses.replace(
+        config.data, codec='vae', height_px=made['height_px'], width_px=made['width_px']))
 
 
 def _square(data: config_lib.DataConfig) -> int:
@@ -222,11 +252,13 @@ class Batches:
       layouts: frames per scene of each kind of story, in the order in which steps take turns.
       datasets: an endless, shuffled grain data set per distinct layout.
       batch_size: global.
+      null_text: of the empty caption, float32 [M, E].
       fingerprint: of the data, to be checked on resuming.
     """
     layouts: tuple[tuple[int, ...], ...]
     datasets: dict[tuple[int, ...], grain.MapDataset]
     batch_size: int
+    null_text: np.ndarray
     fingerprint: str
 
     def __call__(self, step: int, rows):
@@ -254,9 +286,149 @@ def open_stories(config: config_lib.Config, workdir, frames: tuple[int, ...], sp
 
 
 def train_batches(config: config_lib.Config, workdir, coders: Coders) -> Batches:
-    """Training batches of the stories of every layout in the configuration."""
-    sources = {f: open_stories(config, workdir, f, 'train') for f in dict.fromkeys(config.data.layouts)}
+    """Training batches of every layout in the configuration.
+
+    Raises:
+      FileNotFoundError, ValueError: naming what the data lacks.
+    """
+    layouts, size = config.data.layouts, config.train.batch_size
+    if config.data.encoded:
+        encoded = EncodedClips(config, coders.latent_shape, config.data.encoded)
+        datasets = {f: encoded.endless(f) for f in dict.fromkeys(layouts)}
+        return Batches(layouts, datasets, size, encoded.null_text, encoded.fingerprint)
+    sources = {f: open_stories(config, workdir, f, 'train') for f in dict.fromkeys(layouts)}
     datasets = {f: grain.MapDataset.source(EncodedStories(s, coders, f, config.data.caption_style))
                 .seed(config.seed).shuffle().repeat() for f, s in sources.items()}
     digest = hashlib.sha256(repr([(f, s.fingerprint) for f, s in sources.items()]).encode()).hexdigest()
-    return Batches(config.data.layouts, datasets, config.train.batch_size, digest)
+    return Batches(layouts, datasets, size, coders.encode_text([''])[0], digest)
+
+
+class EncodedClips:
+    """Stories made of the clips of a data set that encode wrote.
+
+    Attributes:
+      null_text: of the empty caption, float32 [M, E].
+      fingerprint: of the data and of how stories are made of it.
+    """
+
+    def __init__(self, config: config_lib.Config, latent_shape: tuple[int, int, int], folder):
+        """Opens the data set in a folder.
+
+        Args:
+          config: the configuration.
+          latent_shape: (h, w, C) of the VAE.
+          folder: that encode wrote.
+
+        Raises:
+          FileNotFoundError, ValueError: if it is none, or does not fit the model or the VAE.
+        """
+        self._records, self._config = clips.Records(folder), config
+        self._folder, made = self._records.folder, self._records.settings
+        if made['store'] != 'moments':
+            raise ValueError(f'{self._folder} holds {made["store"]}: encode the videos again with --store=moments.')
+        model, (h, w, channels) = config.model, latent_shape
+        want = [h, w, 2 * channels], [model.max_text_seq_length, model.text_embed_dim]
+        have = made['moments_shape'], made['text_shape']
+        if have != want:
+            raise ValueError(f'{self._folder} has moments {have[0]} and text {have[1]}, and the configuration asks for '
+                             f'{want[0]} and {want[1]}: check config.data.height_px, width_px, the model and the data.')
+        vae_folder = model_folder(config) / 'vae'
+        if network_digest(vae_folder) != made['vae']:
+            raise ValueError(f'{self._folder} was encoded with another VAE than {vae_folder}: encode the videos again '
+                             'with it.')
+        self._scale = np.float32(made['scaling_factor'])
+        self.null_text = load_file(self._folder / 'null_text.safetensors')['text'].astype(np.float32)
+        self.fingerprint = hashlib.sha256(f'{self._records.fingerprint} {config.data.scenes}'.encode()).hexdigest()
+
+    def candidates(self, layout: tuple[int, ...]) -> list[np.ndarray]:
+        """What an example of this layout may start from: per story the records of first scenes of windows that fit, or
+        per clip that fits the first scene itself.
+
+        Raises:
+          ValueError: if nothing fits, naming what there is.
+        """
+        rows, need = self._records.rows, len(layout)
+        if self._config.data.scenes == 'unrelated':
+            found = [np.array([i]) for i in np.flatnonzero(rows[:, 2] == layout[0])]
+            fits = [int(np.sum(rows[:, 2] == n)) >= layout.count(n) for n in layout]
+            found = found if all(fits) else []
+        else:
+            # Windows of neighbouring records: the same story, scenes in a row, frames as the layout has them.
+            starts = np.arange(len(rows) - need + 1)
+            for i, frames in enumerate(layout):
+                here = rows[starts + i]
+                same = (here[:, 0] == rows[starts, 0]) & (here[:, 1] == rows[starts, 1] + i) & (here[:, 2] == frames)
+                starts = starts[same]
+            groups = np.unique(rows[starts, 0])
+            found = [starts[rows[starts, 0] == story] for story in groups]
+        if not found:
+            lengths, counts = np.unique(rows[:, 2], return_counts=True)
+            listed = ', '.join(f'{n} of {f} frames' for f, n in zip(lengths, counts))
+            raise ValueError(f'{self._folder} has no {self._config.data.scenes} scenes of {layout} frames; its clips '
+                             f'are {listed} in {len(np.unique(rows[:, 0]))} stories: change config.data.layouts or '
+                             'config.data.scenes, or encode other clips.')
+        return found
+
+    def _story(self, starts: np.ndarray, rng: np.random.Generator, layout: tuple[int, ...]) -> np.ndarray:
+        """Records of one example."""
+        first = int(rng.choice(starts))
+        if self._config.data.scenes == 'consecutive':
+            return first + np.arange(len(layout))
+        lengths, picked = self._records.rows[:, 2], [first]
+        for frames in layout[1:]:
+            picked.append(int(rng.choice(np.setdiff1d(np.flatnonzero(lengths == frames), picked))))
+        return np.array(picked)
+
+    def example(self, records, rng: np.random.Generator | None) -> dict:
+        """Latents [T, h, w, C], drawn from the posterior, or its mean without rng, and text [S, M, E], float32."""
+        read = [self._records[i] for i in records]
+        latents = []
+        for r in read:
+            mean, logvar = np.split(r['moments'].astype(np.float32), 2, axis=-1)
+            if rng is not None:
+                mean = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
+            latents.append(mean * self._scale)
+        return {'latents': np.concatenate(latents), 'text': np.stack([r['text'].astype(np.float32) for r in read])}
+
+    def captions(self, records) -> list[str]:
+        """Of these records."""
+        return [self._records[i]['caption'].decode() for i in records]
+
+    def endless(self, layout: tuple[int, ...]) -> grain.MapDataset:
+        """Shuffled examples without end; windows, companions and the posterior are drawn anew every time."""
+        found = self.candidates(layout)
+        used = len(np.unique(np.concatenate(found)))
+        logging.info('%s: %d examples of %s frames per epoch; %d of %d clips begin one.', self._folder, len(found),
+                     '+'.join(map(str, layout)), used, len(self._records))
+
+        def draw(starts, rng):
+            return self.example(self._story(starts, rng, layout), rng)
+
+        return grain.MapDataset.source(found).seed(self._config.seed).shuffle().repeat().random_map(draw)
+
+    def fixed(self, layout: tuple[int, ...], count: int) -> list[np.ndarray]:
+        """Records of `count` stories, always the same ones; they come again if there are fewer."""
+        found = self.candidates(layout)
+        return [self._story(found[i % len(found)], np.random.default_rng([1, i]), layout) for i in range(count)]
+
+
+@contextlib.contextmanager
+def prefetched(function: Callable, items: Iterable, ahead: int = 2):
+    """An iterator over function(item) in the order of items, made by one thread while the last one is in use.
+
+    What the function raises is raised where its item's turn comes. Leaving the context waits for the item in work.
+    """
+    items = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+
+        def results():
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+                yield result
+
+        try:
+            yield results()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

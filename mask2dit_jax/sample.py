@@ -18,11 +18,23 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from mask2dit_jax import checkpoint, config, convert, data, generate, lora, metric_writer, samplers, sharding, video
+from mask2dit_jax import (
+    config,
+    convert,
+    data,
+    generate,
+    lora,
+    metric_writer,
+    runs,
+    samplers,
+    sharding,
+    video,
+)
+from mask2dit_jax.datasets import clips
 from mask2dit_jax.models import dit, vae
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest checkpoint is '
-                               'used.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest good '
+                               'checkpoint is used.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Instead: one checkpoint of a workdir, e.g. '
                                   'runs/tiny/checkpoints/2000, or a model folder, released (transformer/, vae/, '
                                   'text_encoder/, tokenizer/, scheduler/) or converted to Orbax.')
@@ -32,6 +44,9 @@ _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Caption of a scene; repeat it
                                     'clips included.')
 _STORY = flags.DEFINE_string('story', None, 'JSON file with scenes of caption and frames, instead of --prompt.')
 _GIVEN = flags.DEFINE_multi_string('given', [], 'Video of a leading scene that is given; repeat it in story order.')
+_GIVEN_FRAMES = flags.DEFINE_integer('given_frames', None, 'Cut so many frames from every given clip, as encode '
+                                     'cuts those of stories, from a start that --seed draws; default: all.',
+                                     lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the noise; the same seed gives the same video.')
 _STEPS = flags.DEFINE_integer('steps', None, 'Sampling steps; default: the configuration of the run.', lower_bound=1)
 _GUIDANCE = flags.DEFINE_list('guidance', None, 'Classifier-free guidance scale: one number, or one per scene, '
@@ -79,6 +94,22 @@ def read_story(path) -> tuple[list[str], list[int | None]]:
     return captions, frames
 
 
+def read_given(path, height_px: int, width_px: int, frames: int | None, seed: int) -> np.ndarray:
+    """A given clip uint8 [F, H, W, 3]: all of a video, or so many frames of it, at most every third.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and what is wrong with it.
+    """
+    if frames is None:
+        return video.read_video(path, height_px=height_px, width_px=width_px)[0]
+    info = video.probe(path)
+    try:
+        indices = clips.choose_frames(clips.MULTI_SCENE, len(info.times), frames, 3, np.random.default_rng(seed))
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return video.read_frames(path, info, indices, height_px=height_px, width_px=width_px)
+
+
 def plan_frames(frames: list[int | None], given: list[np.ndarray], default: int) -> tuple[int, ...]:
     """Pixel frames per scene: a given clip's own, else the story's, else the default.
 
@@ -105,15 +136,20 @@ def _mesh() -> jax.sharding.Mesh:
 
 
 def load_run(path: pathlib.Path):
-    """Configuration, coders and a function that loads the EMA parameters, of a training run's checkpoint."""
-    workdir = path.absolute().parent.parent
+    """As `load_folder`, of a workdir, the newest good checkpoint of which is used, or of one checkpoint in it."""
+    workdir = path.absolute() if _WORKDIR.value else path.absolute().parent.parent
     cfg = config.load(workdir / 'config.json')
     target = sharding.targets(convert.abstract_params(cfg.model), _mesh())
-    return cfg, data.coders(cfg, workdir), lambda: checkpoint.restore_run(path, cfg, target)
+
+    def load():
+        return (runs.newest(path, cfg, target) if _WORKDIR.value
+                else (path, runs.restore(path, cfg, target)))
+
+    return cfg, data.coders(cfg, workdir), load
 
 
 def load_folder(folder: pathlib.Path):
-    """Configuration, coders and a function that loads the transformer, of a model folder."""
+    """Configuration, coders and a function that loads the transformer and says from where, of a model folder."""
     base = config.Config(data=config.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=_DTYPE.value))
     cfg = convert.adopt(base, folder)
     frames, factor = cfg.model.sample_frames, convert.read_config('vae', folder / 'vae').spatial_factor
@@ -122,7 +158,7 @@ def load_folder(folder: pathlib.Path):
     coders = data.pretrained_coders(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
                                     mask_padding=_MASK_PADDING.value)
     target = sharding.targets(convert.abstract_params(cfg.model), _mesh(), cfg.model.dtype)
-    return cfg, coders, lambda: convert.read_params('transformer', folder / 'transformer', cfg.model, target)
+    return cfg, coders, lambda: (folder, convert.read_params('transformer', folder / 'transformer', cfg.model, target))
 
 
 def write_outputs(out: pathlib.Path, videos, captions, frames, num_given: int, fps: float, record: dict) -> None:
@@ -150,17 +186,17 @@ def main(argv):
         raise app.UsageError('Give either --workdir or --checkpoint.')
     metric_writer.quiet_libraries()
     captions, asked = _inputs()
-    path = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else checkpoint.latest(_WORKDIR.value)
+    path = pathlib.Path(_CHECKPOINT.value or _WORKDIR.value)
     is_folder, chosen = (path / 'transformer').is_dir(), {n: flags.FLAGS[n] for n in _FOLDER_FLAGS}
     if not is_folder and (useless := [f'--{n}' for n, flag in chosen.items() if flag.present]):
         raise app.UsageError(f'Only for model folders, and {path} is none: {", ".join(useless)}.')
-    if not is_folder and not (path / 'ema').is_dir():
+    if not is_folder and _CHECKPOINT.value and not (path / 'ema').is_dir():
         raise FileNotFoundError(f'{path} is neither a checkpoint of a workdir (with ema/) nor a model folder (with '
                                 'transformer/): check --checkpoint.')
     cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
     low_rank = convert.read_lora(_LORA.value, cfg.model) if _LORA.value else None
     height, width = coders.size_px
-    given = [video.read_video(g, height_px=height, width_px=width)[0] for g in _GIVEN.value]
+    given = [read_given(g, height, width, _GIVEN_FRAMES.value, _SEED.value) for g in _GIVEN.value]
     frames = plan_frames(asked, given, _FRAMES.value or cfg.data.layouts[0][0])
     guidance = [float(g) for g in _GUIDANCE.value or [cfg.sample.guidance]]
     settings = {'seed': _SEED.value, 'sampler': _SAMPLER.value or cfg.sample.sampler,
@@ -170,7 +206,7 @@ def main(argv):
     logging.info('Sampling %d video(s) of %s frames from %s.', _NUM_VIDEOS.value, '+'.join(map(str, frames)), path)
     # One network in memory at a time: text encoder and VAE in here, the transformer, then the VAE again.
     inputs = generate.encode_inputs(coders, [captions], frames, clips, _NEGATIVE.value)
-    params = load_params()
+    path, params = load_params()
     if _LORA.value:
         params = lora.merge_placed(params, *low_rank)
     latents = np.concatenate([generate.sample_latents(cfg, params, inputs, first_index=i, **settings)
@@ -180,7 +216,8 @@ def main(argv):
     record = {'scenes': [{'caption': c, 'frames': f} for c, f in zip(captions, frames)],
               'checkpoint': str(path), 'lora': _LORA.value, 'given': [{'file': g, 'sha256': hashlib.sha256(
                   pathlib.Path(g).read_bytes()).hexdigest()} for g in _GIVEN.value],
-              'num_videos': _NUM_VIDEOS.value, 'negative_prompt': _NEGATIVE.value, **settings,
+              'given_frames': _GIVEN_FRAMES.value, 'num_videos': _NUM_VIDEOS.value,
+              'negative_prompt': _NEGATIVE.value, **settings,
               'model': dataclasses.asdict(cfg.model),
               'jax': jax.__version__}
     if is_folder:

@@ -8,6 +8,7 @@ The mask is computed by comparisons alone: kernels on the TPU have no fast integ
 """
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,8 @@ class SceneMask(splash_attention_mask.Mask):
         return len(self.q_sequence), len(self._segment_of)
 
     def __getitem__(self, index):
-        index = [slice(*(offset + x for x in i.indices(n)[:2])) for i, n, offset in zip(index, self.shape, self._offsets)]
+        index = [slice(*(offset + x for x in i.indices(n)[:2]))
+                 for i, n, offset in zip(index, self.shape, self._offsets)]
         rows, columns = (self._touched(i) for i in index)
         touched = self._visible[rows[0]:rows[1], columns[0]:columns[1]]
         if touched.all() or not touched.any():
@@ -141,13 +143,16 @@ def block_of_chip() -> int:
     return BLOCKS[kind]
 
 
-def visited_keys(layout: scenes.SceneLayout, pattern: str, block: int) -> float:
-    """Keys that kernels visit for a query, on average: those of blocks that hold anything visible, padding included."""
+def visited_blocks(layout: scenes.SceneLayout, pattern: str, block: int) -> tuple[int, float, float]:
+    """What kernels visit: tokens per block, and for a block of queries, on average, the number of wholly visible blocks
+    of keys and of those whose mask is evaluated."""
     block = min(block, -(-layout.num_tokens // _LANES) * _LANES)
     segments = _Segments(layout, block)
     length = segments.starts[-1]
     mask, starts = SceneMask(segments, pattern, (0, length)), range(0, length, block)
-    return length * float(np.mean([mask[i:i + block, j:j + block].any() for i in starts for j in starts]))
+    windows = [mask[i:i + block, j:j + block] for i in starts for j in starts]
+    visible, seen = sum(bool(w.all()) for w in windows), sum(bool(w.any()) for w in windows)
+    return block, visible / len(starts), (seen - visible) / len(starts)
 
 
 def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, *, block: int, kernel: str = 'tokamax',
@@ -174,7 +179,7 @@ def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, *, block: int, ker
     edges = [block * (blocks * i // parts) for i in range(parts + 1)]
     q, k, v = enter(q * q.shape[-1] ** -0.5), enter(k), enter(v)
     out = []
-    for queries in zip(edges, edges[1:]):
+    for queries in itertools.pairwise(edges):
         # The mask is a constant: its tables must not become tracers of the layer that asked first.
         with jax.ensure_compile_time_eval():
             mask = SceneMask(segments, pattern, queries)

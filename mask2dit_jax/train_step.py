@@ -57,14 +57,18 @@ def stratified_timesteps(key, batch: int, num_timesteps: int):
     return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
 
 
-def random_given(key, batch: int, num_scenes: int, probability: float):
-    """Given scenes bool [B, S]: with this probability, per story, a random number of leading ones but never all."""
+def random_given(key, batch: int, num_scenes: int, probability: float, which: str = 'leading'):
+    """Given scenes bool [B, S]: with this probability, per story, a random number of them but never all; the 'leading'
+    ones, or 'any'."""
     if num_scenes == 1 or not probability:
         return jnp.zeros((batch, num_scenes), bool)
-    coin_key, count_key = jax.random.split(key)
+    coin_key, count_key, *order_key = jax.random.split(key, 3 if which == 'any' else 2)
     count = jax.random.randint(count_key, (batch, 1), 1, num_scenes)
     coin = jax.random.bernoulli(coin_key, probability, (batch, 1))
-    return coin & (jnp.arange(num_scenes) < count)
+    order = jnp.broadcast_to(jnp.arange(num_scenes), (batch, num_scenes))
+    if which == 'any':
+        order = jax.random.permutation(order_key[0], order, axis=1, independent=True)
+    return coin & (order < count)
 
 
 def make_optimizer(cfg: config_lib.OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -122,7 +126,8 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
     x, (b, s) = batch['latents'], batch['text'].shape[:2]
     noise = jax.random.normal(noise_key, x.shape, jnp.float32)
     t = stratified_timesteps(time_key, b, schedule.num_train_timesteps)
-    given = random_given(given_key, b, s, cfg.conditional_probability) & (state.step >= cfg.conditional_from_step)
+    given = random_given(given_key, b, s, cfg.conditional_probability, cfg.given)
+    given &= state.step >= cfg.conditional_from_step
     drop = jax.random.bernoulli(drop_key, cfg.caption_dropout, (b, 1, 1, 1))
     text = jnp.where(drop, null_text, batch['text'])
     model = dit.DiT(config.model)

@@ -1,4 +1,6 @@
-"""Video files and pictures of videos: read, resize, crop, write mp4 / gif / png, contact sheets of scenes."""
+"""Video files and pictures of videos: probe, read, resize, crop, write mp4 / gif / png, contact sheets of scenes."""
+import contextlib
+import dataclasses
 import fractions
 import os
 import pathlib
@@ -56,17 +58,139 @@ def _fit(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
     return np.asarray(image if size is None else ImageOps.fit(image, size, Image.Resampling.BILINEAR))
 
 
-def _decode(path, size: tuple[int, int] | None) -> tuple[list[np.ndarray], float]:
-    with av.open(os.fspath(path)) as container:
-        if not container.streams.video:
-            raise ValueError(f'{path} has no video stream: pass a video file such as mp4 or gif.')
-        stream = container.streams.video[0]
-        frames = [_fit(frame.to_image(), size) for frame in container.decode(stream)]
-        return frames, float(stream.average_rate or stream.guessed_rate or 0)
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a video file really holds, whatever a manifest says of it.
+
+    Attributes:
+      times: presentation times of its frames in seconds, ascending.
+      fps: frames per second, on average.
+      height_px, width_px: as shown, that is after the rotation.
+      rotation_deg: counter-clockwise, as the file asks for it.
+      variable_rate: whether frames last for different times.
+    """
+    times: np.ndarray
+    fps: float
+    height_px: int
+    width_px: int
+    rotation_deg: int
+    variable_rate: bool
+
+    @property
+    def timeline(self) -> np.ndarray:
+        """The frame shown at each tick of a constant rate, int [frames]; 0, 1, 2, ... unless the rate is variable."""
+        if not self.variable_rate:
+            return np.arange(len(self.times))
+        ticks = self.times[0] + np.arange(len(self.times)) / self.fps
+        return np.maximum(np.searchsorted(self.times, ticks + 1e-6, 'right') - 1, 0)
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Container and stream of a video; what FFmpeg would paper over is an error.
+
+    Raises:
+      FileNotFoundError, ValueError: as read_video.
+    """
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f'{path} is not a file: check the path of the video.')
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f'{path} has no video stream: pass a video file such as mp4 or gif.')
+            stream = container.streams.video[0]
+            # Without this, H.264 conceals what it cannot read by copying from its neighbours; threads drop the error.
+            stream.codec_context.options = {'err_detect': 'explode'}
+            stream.thread_type, stream.codec_context.thread_count = 'NONE', 1
+            yield container, stream
+    except av.FFmpegError as error:
+        raise ValueError(f'{path} cannot be decoded ({error.strerror}): replace or re-encode the file.') from error
+
+
+def _packets(container, stream):
+    """Packets that hold a picture to show."""
+    return (p for p in container.demux(stream) if p.size and not p.is_discard)
+
+
+def probe(path) -> Info:
+    """Reads a file's index and its first frame, without decoding the rest.
+
+    Raises:
+      FileNotFoundError, ValueError: as read_video.
+    """
+    with _opened(path) as (container, stream):
+        packets = [(p.pts, p.dts) for p in _packets(container, stream)]
+        stamps = [pts for pts, _ in packets]
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if not packets or not rate:
+            raise ValueError(f'{path} has {len(packets)} frames at {rate:g} fps: replace or re-encode the file.')
+        if len(packets) < stream.frames:
+            raise ValueError(f'{path} is cut off: it has {len(packets)} of the {stream.frames} frames that its index '
+                             'lists; replace or re-encode the file.')
+        times = (np.arange(len(stamps)) / rate if None in stamps
+                 else np.sort(np.array(stamps, np.float64)) * float(stream.time_base))
+    with _opened(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise ValueError(f'{path} has no frame that can be decoded: replace or re-encode the file.')
+        height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+        steps = np.diff(times)
+        # Rates that are no whole number of ticks make steps differ by one tick.
+        uneven = len(steps) > 1 and np.ptp(steps) > max(2.5 * float(stream.time_base or 0), 0.1 * np.median(steps))
+        fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else rate
+        return Info(times, float(fps) if uneven else rate, height, width, int(frame.rotation), bool(uneven))
+
+
+def _upright(path, frame, size: tuple[int, int] | None) -> np.ndarray:
+    """Pixels of a decoded frame as it is to be shown.
+
+    Raises:
+      ValueError: if the decoder had to guess at some of it.
+    """
+    if frame.is_corrupt:
+        at = '' if frame.time is None else f' at {frame.time:.2f} s'
+        raise ValueError(f'{path} is damaged{at}: replace or re-encode the file.')
+    image = frame.to_image()
+    if frame.rotation:
+        image = image.rotate(frame.rotation, expand=True)
+    return _fit(image, size)
+
+
+def read_frames(path, info: Info, indices, *, height_px: int, width_px: int) -> np.ndarray:
+    """Some frames of a video, decoding from the last key frame before the first of them.
+
+    Args:
+      path: the file.
+      info: of probe.
+      indices: ascending positions in info.timeline.
+      height_px, width_px: as in read_video.
+
+    Returns:
+      uint8 [len(indices), H, W, 3].
+
+    Raises:
+      FileNotFoundError, ValueError: as read_video, and for a frame that is damaged or missing.
+    """
+    wanted = info.timeline[np.asarray(indices)]
+    found = {}
+    with _opened(path) as (container, stream):
+        base = float(stream.time_base)
+        if wanted[0]:
+            container.seek(round(info.times[wanted[0]] / base), stream=stream)
+        for count, frame in enumerate(container.decode(stream)):
+            index = count if frame.pts is None else int(np.searchsorted(info.times, frame.pts * base - 1e-6))
+            if index in wanted and index not in found:
+                found[index] = _upright(path, frame, (width_px, height_px))
+            if index >= wanted[-1]:
+                break
+    missing = sorted(set(wanted.tolist()) - set(found))
+    if missing:
+        raise ValueError(f'{path}: frame {missing[0]} of {len(info.times)} is missing: replace or re-encode the file.')
+    return np.stack([found[i] for i in wanted.tolist()])
 
 
 def read_video(path, *, height_px: int | None = None, width_px: int | None = None) -> tuple[np.ndarray, float]:
-    """Decodes all frames of a video file (mp4, gif and whatever else FFmpeg reads).
+    """Decodes all frames of a video file (mp4, gif and whatever else FFmpeg reads), turned as the file asks.
 
     Args:
       path: the file.
@@ -82,12 +206,13 @@ def read_video(path, *, height_px: int | None = None, width_px: int | None = Non
     """
     if (height_px is None) != (width_px is None):
         raise ValueError(f'height_px={height_px} and width_px={width_px}: give both or neither.')
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f'{path} is not a file: check the path of the video.')
-    try:
-        frames, fps = _decode(path, None if height_px is None else (width_px, height_px))
-    except av.FFmpegError as error:
-        raise ValueError(f'{path} cannot be decoded ({error.strerror}): replace or re-encode the file.') from error
+    with _opened(path) as (container, stream):
+        size = None if height_px is None else (width_px, height_px)
+        frames = [_upright(path, frame, size) for frame in container.decode(stream)]
+        if len(frames) < stream.frames:
+            raise ValueError(f'{path} is cut off: it has {len(frames)} of the {stream.frames} frames that its index '
+                             'lists; replace or re-encode the file.')
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
     if not frames or not fps:
         raise ValueError(f'{path} has {len(frames)} frames at {fps} fps: replace or re-encode the file.')
     return np.stack(frames), fps  # uint8 [F, H, W, 3]

@@ -176,16 +176,26 @@ def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
         raise ValueError(f'{path} is no complete Orbax checkpoint ({str(error)[:200]}).') from error
 
 
+def _shapes(target) -> dict[str, tuple[int, ...]]:
+    return {'/'.join(k.key for k in keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(target)}
+
+
+def misshapen(path, target) -> list[str]:
+    """What has another shape in an Orbax checkpoint item than in `target`, in words."""
+    want = _shapes(target)
+    have = {name: t.shape for keys, t in open_orbax(path).items() if (name := '/'.join(keys)) in want}
+    return [f'{n} has shape {shape}, expected {want[n]}' for n, shape in have.items() if shape != want[n]]
+
+
 def restore_orbax(path, target):
     """An Orbax checkpoint item, cast and laid out like `target` (ShapeDtypeStructs with shardings).
 
     Raises:
       ValueError: naming arrays that are missing, unexpected or of another shape.
     """
-    have = {'/'.join(n): t.shape for n, t in open_orbax(path).items()}
-    want = {'/'.join(k.key for k in keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(target)}
+    have, want = ['/'.join(n) for n in open_orbax(path)], _shapes(target)
     problems = [f'missing {n}' for n in want if n not in have] + [f'unexpected {n}' for n in have if n not in want]
-    problems += [f'{n} has shape {have[n]}, expected {want[n]}' for n in want if n in have and have[n] != want[n]]
+    problems += misshapen(path, target)
     if problems:
         raise ValueError(f'{path} does not fit the configuration: {"; ".join(problems)}.')
     with ocp.StandardCheckpointer() as checkpointer:

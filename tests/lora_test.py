@@ -16,7 +16,20 @@ from absl.testing import flagsaver
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from mask2dit_jax import checkpoint, config, convert, data, lora, sample, sharding, train, train_step, video, weights
+from mask2dit_jax import (
+    checkpoint,
+    config,
+    convert,
+    data,
+    lora,
+    runs,
+    sample,
+    sharding,
+    train,
+    train_step,
+    video,
+    weights,
+)
 from mask2dit_jax.models import dit
 
 MODEL = dit.DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=48, out_channels=48,
@@ -60,8 +73,9 @@ def write_run(workdir, cfg, params):
     """Workdir as a run of 3 steps would leave it."""
     workdir.mkdir()
     config.save(cfg, workdir / 'config.json')
-    with checkpoint.manager(workdir, 1) as checkpoints:
-        checkpoint.save(checkpoints, 3, train_step.TrainState(np.int32(3), params, params, {'unused': np.ones(1)}), {})
+    checkpoints = checkpoint.manager(workdir, 1, 0, 0)
+    checkpoint.save(checkpoints, 3, train_step.TrainState(np.int32(3), params, params, {'unused': np.ones(1)}), {})
+    checkpoint.finish(checkpoints)
     return workdir
 
 
@@ -84,8 +98,8 @@ def test_only_lora_is_trained_and_the_loss_falls(base):
     cfg = run_config(steps=40, init_from=str(base), lora=LORA)
     coders = data.coders(cfg, base)
     batches, mesh = data.train_batches(cfg, base, coders), sharding.make_mesh(cfg.mesh)
-    state, shardings = train._initial_state(cfg, batches, coders, mesh)
-    whole = checkpoint.restore_ema(checkpoint.latest(base), target(cfg))
+    state, shardings = train._initial_state(cfg, coders, mesh)
+    _, whole = runs.newest(base, run_config(), target(cfg))
     assert_equal(train_step.model_ema(cfg, state), whole)  # B is zero
     (layout, batch), null = batches(0, range(8)), coders.encode_text([''])[0]
     frames = coders.latent_frames(layout)
@@ -205,7 +219,7 @@ def test_checkpoints_hold_lora_alone(finished, base):
     items = read_items(finished[0])
     assert set(traverse_util.flatten_dict(items['params'])) == set(traverse_util.flatten_dict(items['ema'])) == PAIRS
     assert {x.shape for x in jax.tree.leaves(items)} == {(), (2, 32, 8), (2, 8, 32)}
-    assert config.load(finished[0] / 'config.json').init_from == str(checkpoint.latest(base))
+    assert config.load(finished[0] / 'config.json').init_from == str(checkpoint.folders(base)[-1])
 
 
 def test_resume_is_bit_equal(finished, tmp_path):
@@ -221,17 +235,17 @@ def test_resume_is_bit_equal(finished, tmp_path):
 
 def ema_of(workdir):
     """LoRA tensors of a run's last EMA."""
-    flat = weights.open_orbax(checkpoint.latest(workdir) / 'ema')
+    flat = weights.open_orbax(checkpoint.folders(workdir)[-1] / 'ema')
     return traverse_util.unflatten_dict({p: x.read().result() for p, x in flat.items()})
 
 
 def test_lora_on_lora(finished, base, tmp_path):
     """The base of a run may be a run of LoRA, merged into its own base."""
     cfg = run_config(init_from=str(finished[0]), lora=config.LoraConfig(2, layers='ff_in/kernel$'))
-    workdir = write_run(tmp_path / 'second', checkpoint.pin_base(cfg), random_lora(cfg.lora))
-    path = checkpoint.latest(workdir)
-    whole = checkpoint.restore_run(path, config.load_run(path), target(cfg))
-    first = lora.merge(checkpoint.restore_ema(checkpoint.latest(base), target(cfg)), ema_of(finished[0]), LORA)
+    workdir = write_run(tmp_path / 'second', runs.pin_base(cfg), random_lora(cfg.lora))
+    path = checkpoint.folders(workdir)[-1]
+    whole = runs.restore(path, config.load_run(path), target(cfg))
+    first = lora.merge(runs.newest(base, run_config(), target(cfg))[1], ema_of(finished[0]), LORA)
     want = lora.merge(first, ema_of(workdir), cfg.lora)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole, want)
     convert.convert_folder(workdir, tmp_path / 'out')
@@ -250,10 +264,10 @@ def test_lora_on_a_model_folder(converted, tmp_path):
         convert.convert_folder(tmp_path / 'released', tmp_path / 'orbax')
         folder = tmp_path / 'orbax/transformer'
     cfg, tree = run_config(init_from=str(folder.parent), lora=LORA), random_lora()
-    workdir = write_run(tmp_path / 'run', checkpoint.pin_base(cfg), tree)
+    workdir = write_run(tmp_path / 'run', runs.pin_base(cfg), tree)
     want = lora.merge(jax.tree.map(lambda x: x.astype(np.float32), params), tree, LORA)
-    path = checkpoint.latest(workdir)
-    whole = checkpoint.restore_run(path, config.load_run(path), target(cfg))
+    path = checkpoint.folders(workdir)[-1]
+    whole = runs.restore(path, config.load_run(path), target(cfg))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole, want)
     convert.convert_folder(workdir, tmp_path / 'out')
     exported = convert.load_transformer(tmp_path / 'out/transformer')[1]
@@ -264,14 +278,14 @@ def test_export_is_merged_and_alone(finished, base, tmp_path):
     counts = convert.convert_folder(finished[0], tmp_path / 'out')
     model, params = convert.load_transformer(tmp_path / 'out/transformer')
     assert counts == {'transformer': sum(x.size for x in jax.tree.leaves(params)), 'LoRA': 2 * 2 * 4 * 32 * 8}
-    merged = checkpoint.restore_run(checkpoint.latest(finished[0]), config.load(finished[0] / 'config.json'),
+    merged = runs.restore(checkpoint.folders(finished[0])[-1], config.load(finished[0] / 'config.json'),
                                     target(run_config()))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), params, merged)
     rng = np.random.default_rng(0)
     inputs = (rng.standard_normal((1, 2, 4, 4, 48), np.float32), rng.standard_normal((1, 2, 6, 16), np.float32),
               np.array([[300, 0]]))
     apply = jax.jit(model.apply, static_argnums=4)
-    whole = checkpoint.restore_ema(checkpoint.latest(base), convert.on_one_device(convert.abstract_params(MODEL)))
+    _, whole = runs.newest(base, run_config(), convert.on_one_device(convert.abstract_params(MODEL)))
     trained = apply({'params': lora.merge(whole, ema_of(finished[0]), LORA)}, *inputs, (1, 1))
     np.testing.assert_allclose(apply({'params': params}, *inputs, (1, 1)), trained, atol=2e-5)
     assert np.abs(apply({'params': whole}, *inputs, (1, 1)) - trained).max() > 1e-3
@@ -369,7 +383,7 @@ def test_bases_that_cannot_be_are_named(finished, base, tmp_path):
 
     with pytest.raises(ValueError, match=r'config\.lora\.rank is 8, but there is no base: give a workdir by'):
         start(init_from='')
-    with pytest.raises(FileNotFoundError, match='nowhere/checkpoints holds no checkpoint'):
+    with pytest.raises(FileNotFoundError, match='nowhere, the base of LoRA, holds no checkpoint'):
         start(init_from='nowhere')
     with pytest.raises(FileNotFoundError, match=r'checkpoints/77, the base of LoRA, does not exist'):
         start(init_from=str(base / 'checkpoints/77'))
@@ -383,6 +397,6 @@ def test_bases_that_cannot_be_are_named(finished, base, tmp_path):
     shutil.copytree(finished[0], moved)
     text = (moved / 'config.json').read_text()
     (moved / 'config.json').write_text(text.replace(str(base), str(tmp_path / 'gone')))
-    path = checkpoint.latest(moved)
+    path = checkpoint.folders(moved)[-1]
     with pytest.raises(FileNotFoundError, match=r'gone/config\.json does not exist'):
-        checkpoint.restore_run(path, config.load_run(path), target(run_config()))
+        runs.restore(path, config.load_run(path), target(run_config()))

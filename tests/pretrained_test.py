@@ -1,6 +1,5 @@
 """A model folder in the released layout, tiny and random: sampled, extended, converted, fine-tuned, handed back."""
 import dataclasses
-import io
 import json
 import shutil
 
@@ -12,56 +11,18 @@ import sentencepiece
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from mask2dit_jax import checkpoint, config, convert, data, lora, sample, train, video, weights
-from mask2dit_jax.datasets import stories
-from mask2dit_jax.models import dit, t5, vae
+from mask2dit_jax import checkpoint, config, convert, data, lora, random_model, sample, train, video, weights
+from mask2dit_jax.models import t5, vae
 
-TRANSFORMER = dit.DiTConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=24,
-    time_embed_dim=16, max_text_seq_length=12, sample_height=4, sample_width=4, sample_frames=5,
-    position_rule='reference', dtype='float32', attention_backend='dense')
-VAE = vae.VAEConfig(latent_channels=4, block_out_channels=(4, 8, 8, 12), layers_per_block=1, norm_num_groups=2,
-                    sample_height=96, sample_width=80)
-VAE_JSON = {f.name: getattr(VAE, f.name) for f in dataclasses.fields(VAE) if f.name != 'dtype'} | {
-    '_class_name': 'AutoencoderKLCogVideoX', 'down_block_types': ['CogVideoXDownBlock3D'] * 4,
-    'up_block_types': ['CogVideoXUpBlock3D'] * 4, 'act_fn': 'silu', 'use_quant_conv': False}
-T5 = t5.T5Config(vocab_size=96, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=3)
-T5_JSON = {f.name: getattr(T5, f.name) for f in dataclasses.fields(T5) if f.name != 'dtype'} | {
-    'model_type': 't5', 'feed_forward_proj': 'gated-gelu', 'architectures': ['T5EncoderModel']}
+TRANSFORMER, VAE = random_model.TRANSFORMER, random_model.VAE
 CAPTIONS = 'red ring on gray moves left', 'it grows'
-
-
-def write_network(folder, kind, cfg, config_json, seed, dtype=np.float32, **kwargs):
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(dtype), convert.abstract_params(cfg, kind))
-    tensors = convert.export_params(kind, cfg, params)
-    weights.write_safetensors(folder / kind, convert.NETWORKS[kind].stem, tensors, **kwargs)
-    (folder / kind / 'config.json').write_text(json.dumps(config_json))
-
-
-def write_tokenizer(folder):
-    captions = [c for i in range(200) for c in stories.captions(stories.sample_story(
-        np.random.default_rng(i), (4, 4), split='train'), 'every')]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions), model_writer=model, vocab_size=90, hard_vocab_limit=False, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, minloglevel=2)
-    folder.mkdir()
-    (folder / 'spiece.model').write_bytes(model.getvalue())
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """transformer/ (bf16, in several files), vae/, text_encoder/, tokenizer/, scheduler/."""
     folder = tmp_path_factory.mktemp('models') / 'released'
-    write_network(folder, 'transformer', TRANSFORMER, convert.transformer_json(TRANSFORMER), 0, ml_dtypes.bfloat16,
-                  shard_bytes=20_000)
-    write_network(folder, 'vae', VAE, VAE_JSON, 1)
-    write_network(folder, 'text_encoder', T5, T5_JSON, 2)
-    write_tokenizer(folder / 'tokenizer')
-    (folder / 'scheduler').mkdir()
-    schedule = convert.schedule_json(config.Config().schedule) | {'snr_shift_scale': 3.0}
-    (folder / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule))
+    random_model.write(folder, dtype=ml_dtypes.bfloat16, shard_bytes=20_000)
     return folder
 
 
@@ -192,7 +153,8 @@ def test_fine_tuning_and_handing_back(folder, tmp_path):
     convert.convert_folder(workdir, tmp_path / 'exported')
     model, params = convert.load_transformer(tmp_path / 'exported/transformer')
     assert model.cfg == dataclasses.replace(TRANSFORMER, attention_backend=model.cfg.attention_backend)
-    ema = checkpoint.restore_ema(checkpoint.latest(workdir), convert.on_one_device(convert.abstract_params(model.cfg)))
+    target = convert.on_one_device(convert.abstract_params(model.cfg))
+    ema = checkpoint.latest(workdir, {'ema': target})[1]['ema']
     jax.tree.map(np.testing.assert_array_equal, params, ema)
     assert convert.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json') == cfg.schedule
 

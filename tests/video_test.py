@@ -131,7 +131,7 @@ def test_a_cut_off_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r'cut\.mp4 cannot be decoded'):
         video.read_video(tmp_path / 'cut.mp4')
     (tmp_path / 'empty.mp4').write_bytes(content[:content.index(b'mdat') + 4])  # the header comes first
-    with pytest.raises(ValueError, match=r'empty\.mp4 has 0 frames'):
+    with pytest.raises(ValueError, match=r'empty\.mp4 is cut off: it has 0 of the 6 frames'):
         video.read_video(tmp_path / 'empty.mp4')
 
 

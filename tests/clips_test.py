@@ -1,0 +1,215 @@
+"""Manifests, the frames that make a clip, and what video files really hold."""
+import fractions
+import json
+import struct
+
+import av
+import numpy as np
+import pytest
+
+from mask2dit_jax import video
+from mask2dit_jax.datasets import clips
+
+
+def moving(frames=20, height=32, width=48):
+    """A video whose frames can be told apart: a bright column moves, the left half is red, the top row white."""
+    out = np.zeros((frames, height, width, 3), np.uint8)
+    out[:, :, :width // 2, 0] = 160
+    out[:, :4] = 255
+    for i in range(frames):
+        out[i, :, (2 * i) % width:(2 * i) % width + 4] = 255
+    return out
+
+
+def write_times(path, frames, ticks, rate=10):
+    """An mp4 whose frames are shown at `ticks` of 1/rate s."""
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=rate, options={'crf': '4'})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
+        stream.codec_context.time_base = fractions.Fraction(1, rate)
+        for pixels, tick in zip(frames, ticks):
+            frame = av.VideoFrame.from_ndarray(pixels, format='rgb24')
+            frame.pts, frame.time_base = tick, fractions.Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def turn(source, target):
+    """A copy that asks to be shown turned by 90 degrees clockwise, as telephones write them."""
+    content = bytearray(source.read_bytes())
+    matrix = content.index(b'tkhd') + 4 + 4 + 20 + 16  # after version 0's times, ids and layers
+    assert struct.unpack('>9i', content[matrix:matrix + 36])[:5] == (65536, 0, 0, 0, 65536)
+    content[matrix:matrix + 36] = struct.pack('>9i', 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    target.write_bytes(content)
+
+
+def panned(frames=40, side=128):
+    """A smooth landscape that the camera moves over."""
+    land = np.cumsum(np.cumsum(np.random.default_rng(0).normal(size=(side + 3 * frames,) * 2 + (3,)), 0), 1)
+    land = (255 * (land - land.min()) / np.ptp(land)).astype(np.uint8)
+    return np.stack([land[2 * i:2 * i + side, 3 * i:3 * i + side] for i in range(frames)])
+
+
+def damage(source, target, at=0.5):
+    """A copy with some bytes of its pictures changed."""
+    content = bytearray(source.read_bytes())
+    first = content.index(b'mdat') + 800  # after the encoder's own remarks
+    place = first + int((len(content) - first - 800) * at)
+    content[place:place + 40] = bytes(range(200, 240))
+    target.write_bytes(content)
+
+
+def test_chosen_frames_are_those_of_a_whole_decoding(tmp_path):
+    video.write_mp4(tmp_path / 'a.mp4', moving(60), 25)
+    info = video.probe(tmp_path / 'a.mp4')
+    assert (len(info.times), info.fps, info.height_px, info.width_px) == (60, 25, 32, 48)
+    assert not info.rotation_deg and not info.variable_rate
+    whole, _ = video.read_video(tmp_path / 'a.mp4', height_px=16, width_px=16)
+    for indices in ([0, 1, 2], [17, 20, 41], [59]):
+        some = video.read_frames(tmp_path / 'a.mp4', info, indices, height_px=16, width_px=16)
+        np.testing.assert_array_equal(some, whole[indices])
+
+
+def test_rotated_videos_are_turned(tmp_path):
+    video.write_mp4(tmp_path / 'a.mp4', moving(), 25)
+    turn(tmp_path / 'a.mp4', tmp_path / 'turned.mp4')
+    info = video.probe(tmp_path / 'turned.mp4')
+    assert (info.rotation_deg, info.height_px, info.width_px) == (-90, 48, 32)
+    upright = np.rot90(video.read_video(tmp_path / 'a.mp4')[0], -1, (1, 2))
+    np.testing.assert_array_equal(video.read_video(tmp_path / 'turned.mp4')[0], upright)
+    some = video.read_frames(tmp_path / 'turned.mp4', info, [3, 9], height_px=48, width_px=32)
+    np.testing.assert_array_equal(some, upright[[3, 9]])
+
+
+def test_variable_rates_are_read_at_a_constant_one(tmp_path):
+    ticks = [0, 1, 2, 3, 4, 5, 15, 16, 17, 18, 19, 20]  # the sixth frame lasts ten times as long
+    write_times(tmp_path / 'a.mp4', moving(12), ticks)
+    info = video.probe(tmp_path / 'a.mp4')
+    assert info.variable_rate and len(info.times) == 12
+    shown = [max(i for i, t in enumerate(ticks) if t <= tick * 20 / 11 + 1e-3) for tick in range(12)]
+    assert info.timeline.tolist() == shown and shown.count(5) > 3
+    write_times(tmp_path / 'b.mp4', moving(12), range(12))
+    assert not video.probe(tmp_path / 'b.mp4').variable_rate
+
+
+@pytest.mark.parametrize('at', [0.0, 0.2, 0.6, 1.0])
+def test_damage_is_not_read_over(at, tmp_path):
+    """FFmpeg alone would copy what it cannot read from the frame before. Bytes changed elsewhere can make another legal
+    video, which nobody can tell."""
+    video.write_mp4(tmp_path / 'a.mp4', panned(), 25)
+    damage(tmp_path / 'a.mp4', tmp_path / 'b.mp4', at)
+    info = video.probe(tmp_path / 'a.mp4')
+    with pytest.raises(ValueError, match=r'b\.mp4.*replace or re-encode'):
+        video.read_frames(tmp_path / 'b.mp4', info, range(40), height_px=64, width_px=64)
+    with pytest.raises(ValueError, match=r'b\.mp4.*replace or re-encode'):
+        video.read_video(tmp_path / 'b.mp4')
+
+
+def reference_single(n, frames, rng):
+    """The reference's draw for the pretraining set, as its constants say."""
+    v = int(0.95 * n)
+    return int(rng.integers(int(0.05 * v), v - ((frames - 1) * 3 + 1) + 1)) + 3 * np.arange(frames)
+
+
+@pytest.mark.parametrize('n', [164, 170, 300])
+def test_frames_of_single_clips(n):
+    for seed in range(20):
+        got = clips.choose_frames(clips.SINGLE_SCENE, n, 49, 3, np.random.default_rng(seed))
+        np.testing.assert_array_equal(got, reference_single(n, 49, np.random.default_rng(seed)))
+        assert got[0] >= int(0.05 * int(0.95 * n)) and got[-1] < int(0.95 * n)
+    starts = {clips.choose_frames(clips.SINGLE_SCENE, 164, 49, 3, np.random.default_rng(s))[0] for s in range(300)}
+    assert starts == set(range(7, 11))  # int(.05 * 155) ... 155 - 145
+    with pytest.raises(ValueError, match='163 frames and 49 were asked for'):
+        clips.choose_frames(clips.SINGLE_SCENE, 163, 49, 3, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize('n, stride', [(145, 3), (200, 3), (144, 2), (97, 2), (96, 1), (49, 1)])
+def test_frames_of_story_clips(n, stride):
+    for seed in range(20):
+        got = clips.choose_frames(clips.MULTI_SCENE, n, 49, 3, np.random.default_rng(seed))
+        assert set(np.diff(got)) == {stride} and len(got) == 49 and got[0] >= 0 and got[-1] < n
+    with pytest.raises(ValueError, match='48 frames and 49 were asked for'):
+        clips.choose_frames(clips.MULTI_SCENE, 48, 49, 3, np.random.default_rng(0))
+
+
+def test_csv_manifest(tmp_path):
+    path = tmp_path / 'clips.csv'
+    path.write_text('\ufefffps,width,height,caption,path,num_frame\n'
+                    '25,640,480,"a cat, asleep",sub/a.mp4,200\n'
+                    '25,640,480,a dog,/b.mp4,\n')
+    found = clips.read(path)
+    assert found.kind == clips.SINGLE_SCENE and not found.problems
+    a, b = found.clips
+    assert (a.path, a.caption, a.claims) == (tmp_path / 'sub/a.mp4', 'a cat, asleep', {
+        'frames': 200, 'height_px': 480, 'width_px': 640})
+    assert str(b.path) == '/b.mp4' and 'frames' not in b.claims and (a.story, b.story) == (0, 1)
+    assert clips.read(path, root='/videos').clips[0].path.as_posix() == '/videos/sub/a.mp4'
+
+
+def test_json_manifests(tmp_path):
+    """The reference's list, and stories with scenes of their own lengths: together, or one alone."""
+    path = tmp_path / 'stories.json'
+    path.write_text(json.dumps([{'prefix': 'x', 'values': [{'vid': 1, 'url': 'a.mp4', 'caption': 'A', 'duration': 2.5},
+                                                           {'url': 'b.mp4', 'caption': 'B', 'width': 64}]}]))
+    assert [(c.story, c.scene, c.path.name, c.caption, c.frames, c.claims) for c in clips.read(path).clips] == [
+        (0, 0, 'a.mp4', 'A', None, {}), (0, 1, 'b.mp4', 'B', None, {'width_px': 64})]
+    story = {'scenes': [{'video': 'a.mp4', 'caption': 'A', 'frames': 9}, {'video': 'b.mp4', 'caption': 'B'}]}
+    for content, stories in ((story, [0, 0]), ({'stories': [story, story]}, [0, 0, 1, 1])):
+        path.write_text(json.dumps(content))
+        found = clips.read(path)
+        assert found.kind == clips.MULTI_SCENE and [c.story for c in found.clips] == stories
+        assert [c.frames for c in found.clips] == [9, None] * (len(stories) // 2)
+
+
+BAD_MANIFESTS = {
+    'no columns': ('m.csv', 'a,b\n1,2\n', 'm.csv has no column caption, path'),
+    'nothing in it': ('m.csv', 'caption,path\n', 'm.csv lists no usable clip'),
+    'not UTF-8': ('m.csv', b'caption,path\n\xff\xfe,a.mp4\n', 'm.csv is not UTF-8'),
+    'kind unknown': ('m.tsv', 'caption\tpath\n', 'm.tsv is neither .csv nor .json'),
+    'no JSON': ('m.json', '[{"values": ', r'm.json is no JSON \(.*line 1'),
+    'JSON of another kind': ('m.json', '7', 'm.json holds neither a list nor an object'),
+    'JSON without clips': ('m.json', '[{"prefix": "a"}]', 'no usable clip; first of 1 problems: no list "values"'),
+}
+
+
+@pytest.mark.parametrize('case', BAD_MANIFESTS)
+def test_bad_manifests_are_named(case, tmp_path):
+    name, content, message = BAD_MANIFESTS[case]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        clips.read(tmp_path / name)
+
+
+def test_a_missing_manifest_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'm\.csv is not a file: check --manifest'):
+        clips.read(tmp_path / 'm.csv')
+
+
+BAD_ROWS = [
+    ('m.csv', 'a,b,c', 'line 3', '3 fields instead of 2: quote captions'),
+    ('m.csv', ' ,a.mp4', 'line 3', 'it has no caption'),
+    ('m.csv', 'a cat,', 'line 3', 'it names no video'),
+    ('m.json', {'values': []}, 'story 1', 'no list "values" or "scenes"'),
+    ('m.json', 'a.mp4', 'story 1', 'no list "values" or "scenes"'),
+    ('m.json', {'values': ['a.mp4']}, 'story 1 scene 0', 'must be an object'),
+    ('m.json', {'values': [{'url': 'a.mp4'}]}, 'story 1 scene 0', 'it has no caption'),
+    ('m.json', {'values': [{'caption': 'a'}]}, 'story 1 scene 0', 'it names no video'),
+    ('m.json', {'scenes': [{'video': 'a.mp4', 'caption': 'a', 'frames': 4.5}]}, 'story 1 scene 0', 'frames is 4.5'),
+]
+
+
+@pytest.mark.parametrize('name, row, where, message', BAD_ROWS, ids=str)
+def test_bad_rows_are_counted_and_the_rest_is_kept(name, row, where, message, tmp_path):
+    good = {'values': [{'url': 'good.mp4', 'caption': 'good'}]}
+    (tmp_path / name).write_text(f'caption,path\ngood,good.mp4\n{row}\n' if name == 'm.csv'
+                                 else json.dumps([good, row, good]))
+    found = clips.read(tmp_path / name)
+    problem, = found.problems
+    assert problem.kind == 'malformed row' and problem.where == f'{name} {where}' and message in problem.message
+    assert {c.path.name for c in found.clips} == {'good.mp4'}
+
+
+def test_strange_numbers_are_noted(tmp_path):
+    (tmp_path / 'm.csv').write_text('caption,path,num_frame\na cat,a.mp4,many\n')
+    found = clips.read(tmp_path / 'm.csv')
+    assert len(found.clips) == 1 and found.problems[0].used and "frames is 'many'" in found.problems[0].message
