@@ -123,7 +123,7 @@ def test_another_run_is_no_damage(workdir):
 
 
 def test_what_a_killed_save_left_is_removed(workdir):
-    left = workdir / 'checkpoints/8.orbax-checkpoint-tmp'
+    left = workdir / 'checkpoints/7.orbax-checkpoint-tmp'  # a step that is not saved again
     shutil.copytree(workdir / 'checkpoints/6', left)
     assert checkpoint.latest(workdir, targets())[0].name == '6'
     save(workdir, 8, start=6)

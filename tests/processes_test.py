@@ -31,7 +31,8 @@ CODE = '''
     except ValueError as error:
         different = str(error)
     if process == 1:
-        os.kill(os.getpid(), signal.SIGTERM)  # before anybody asks
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(4)  # JAX hears of it before anybody asks
     with processes.termination() as terminated:
         asked = 1
         while not terminated() and asked < 100:

@@ -36,7 +36,8 @@ def mesh_of(*axes):
 
 def child_environment():
     """For scripts that import this file."""
-    return os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parent), 'JAX_PLATFORMS': 'cpu'}
+    here = pathlib.Path(__file__).parent
+    return os.environ | {'PYTHONPATH': f'{here}{os.pathsep}{here.parent}', 'JAX_PLATFORMS': 'cpu'}
 
 
 def run(cfg, mesh, steps=3):

@@ -242,7 +242,9 @@ def test_one_process_is_resumed_on_two(straight, base):
         shutil.rmtree(run.workdir / f'checkpoints/{step}')
     for path in run.workdir.glob('seen.*'):
         path.unlink()
-    run.finish(TWO, count=2)
+    # One comes to its first step, which is to be compiled, later than a peer may come to others: the other one waits.
+    late = 'processes.PEER_SECONDS = 12\ndisturb = lambda s: time.sleep(16 if s == 4 else 0)\n'
+    run.finish(TWO, count=2, disturb={0: 'processes.PEER_SECONDS = 12', 1: late})
     assert f'Resuming {run.workdir}/checkpoints/4.' in run.log(1)
     seen = run.batches()
     assert {step for step, _ in seen} == set(range(4, STEPS)) and seen.items() <= straight.batches().items()

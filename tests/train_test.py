@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import checkpoint, config, convert, data, sample, sharding, train, video
+from mask2dit_jax import aot, checkpoint, config, convert, data, sample, sharding, train, video
 from mask2dit_jax.models import dit
 
 
@@ -89,6 +90,16 @@ def test_resume_is_bit_equal(finished, tmp_path):
         jax.devices()[0])), convert.abstract_params(smoke_config().model))
     a, b = (checkpoint.restore(w / 'checkpoints/6', {'ema': target}) for w in (workdir, other))
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
+    cfg = smoke_config()
+    coders, device = data.stories_coders(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
+    shares = train._peak_share(cfg, types.SimpleNamespace(size=4, devices=np.array([device])), coders)
+    flops = aot.model_flops(cfg, cfg.model.layout((1, 2), 4, 4), 'train')
+    assert shares.keys() == {(4, 4), (4, 8)}
+    assert shares[4, 8] == pytest.approx(8 * sum(flops.values()) / (4 * 459e12))
+    assert train._peak_share(cfg, sharding.make_mesh(cfg.mesh), coders) == {}
 
 
 def test_steps_that_are_not_run_cannot_be_recorded(finished):
