@@ -8,7 +8,6 @@ The very functions that main and sample run are compiled by the TPU's own compil
 alone. Printed and, with --out, written as Markdown and JSON: memory per chip, FLOPs, collectives, estimated cycles.
 Nothing runs: seconds are lower limits, with their formula. The exit code is 0 if everything fits, else 1.
 """
-import dataclasses
 import importlib.util
 import json
 import math
@@ -20,19 +19,18 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
 from mask2dit_jax import (
     benchmark,
+    chips,
     convert,
     data,
     generate,
     hlo,
     metric_writer,
     presets,
-    scenes,
     sharding,
     splash,
     train_step,
@@ -41,24 +39,6 @@ from mask2dit_jax import config as config_lib
 
 WHAT = ('train', 'sample')
 GIB = 2 ** 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """JAX's name, what the compiler may use of memory (GiB, from its own error messages), and peak bf16 FLOP/s."""
-    device_kind: str
-    hbm_gib: float
-    peak_flops: float
-    topology_options: tuple = ()
-
-
-CHIPS = {
-    # v4 has two cores that show as one device; the compiler must be told.
-    'v4': Chip('TPU v4', 30.75, 275e12, (('chip_config_name', 'megacore'), ('chips_per_host_bounds', (2, 2, 1)))),
-    'v5e': Chip('TPU v5 lite', 15.75, 197e12),
-    'v5p': Chip('TPU v5', 95.74, 459e12),
-    'v6e': Chip('TPU v6 lite', 31.25, 918e12),
-}
 
 
 def topology_devices(topology: str, slices: int = 1):
@@ -74,9 +54,9 @@ def topology_devices(topology: str, slices: int = 1):
                       ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_LOG_DIR='disabled', TF_CPP_MIN_LOG_LEVEL='2')
     from jax.experimental import topologies
     generation = topology.split(':')[0]
-    if generation not in CHIPS:
-        raise ValueError(f'{topology!r} is no topology: write one of {", ".join(CHIPS)}, a colon and its shape.')
-    options = dict(CHIPS[generation].topology_options) | ({'num_slices': slices} if slices > 1 else {})
+    if generation not in chips.CHIPS:
+        raise ValueError(f'{topology!r} is no topology: write one of {", ".join(chips.CHIPS)}, a colon and its shape.')
+    options = dict(chips.CHIPS[generation].topology_options) | ({'num_slices': slices} if slices > 1 else {})
     try:
         return topologies.get_topology_desc(platform='tpu', topology_name=topology, **options).devices
     except Exception as error:  # libtpu raises several kinds
@@ -126,29 +106,6 @@ def _bytes_by_kind(parts: dict) -> dict[str, int]:
             for kind, tree in parts.items()}
 
 
-def model_flops(config: config_lib.Config, layout: scenes.SceneLayout, what: str) -> dict[str, float]:
-    """FLOPs that one example needs, 'dense' and 'attention'.
-
-    Forward, dense: 24·E² per layer and token, and the projections at both ends; attention: 4·E per visible pair. A
-    training step takes 3 times the dense products and 3.5 times the attention's, whose backward pass has five products
-    of the size of a forward pass's two. Sampling takes two forward passes a step.
-    """
-    m, e = config.model, config.model.width
-    visible = sum(_tokens(layout, i, a) * _tokens(layout, j, b) for i in range(layout.num_scenes)
-                  for j in range(layout.num_scenes) for a in (0, 1) for b in (0, 1)
-                  if scenes.visible(m.pattern, np.int32(i), np.bool_(a), np.int32(j), np.bool_(b)))
-    ends = 2 * e * (layout.num_video * m.patch_size ** 2 * (m.patch_size_t or 1) * (m.in_channels + m.out_channels)
-                    + layout.num_text * m.text_embed_dim)
-    dense, pairs = m.num_layers * 24 * e ** 2 * layout.num_tokens + ends, m.num_layers * 4.0 * e * visible
-    times = (3, 3.5) if what == 'train' else (2 * config.sample.steps,) * 2
-    return {'dense': times[0] * dense, 'attention': times[1] * pairs}
-
-
-def _tokens(layout, scene, is_text):
-    start, stop = layout.text_range(scene) if is_text else layout.video_range(scene)
-    return stop - start
-
-
 def kernel_work(kernels, blocks: tuple[int, float, float], bundles: dict | None = None) -> tuple[float, float]:
     """FLOPs of splash kernels per device, two products per visited query and key forward and five backward; and their
     cycles if bundles are given, one each where nothing stalls.
@@ -193,7 +150,7 @@ def compile_report(config: config_lib.Config, what: str, topology: str, slices: 
     Returns:
       A JSON-like dict; 'fits' says whether memory suffices.
     """
-    chip = CHIPS[topology.split(':')[0]]
+    chip = chips.CHIPS[topology.split(':')[0]]
     latent_frames, latent = data.latent_shape(config, frames)
     layout = config.model.layout(latent_frames, *latent[:2])
     mesh = sharding.make_mesh(config.mesh, topology_devices(topology, slices))
@@ -232,7 +189,7 @@ def _work(config, layout, what, mesh, chip, text, schedules: str | None) -> dict
         attention, cycles = kernel_work(program.kernels, blocks, bundles)
         program.cycles |= {'attention kernels': cycles} if schedules else {}
     examples = config.train.batch_size if what == 'train' else max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2)
-    model = model_flops(config, layout, what)
+    model = chips.model_flops(config, layout, what)
     executed = program.flops + attention
     return {
         'flops_per_chip': {'executed': executed, 'attention kernels': attention,
@@ -283,8 +240,8 @@ def main(argv):
         raise app.UsageError('The configuration names no slice: give one after the colon, or --topology.')
     frames = config.data.layouts[0]
     frames = frames if _SCENES.value is None else (frames[0],) * _SCENES.value
-    chips = math.prod(map(int, topology.split(':')[1].split('x'))) if re.fullmatch(r'\w+:\d+(x\d+)*', topology) else 0
-    slices = max(1, math.prod(getattr(config.mesh, a) for a in sharding.AXES) // chips) if chips else 1
+    count = math.prod(map(int, topology.split(':')[1].split('x'))) if re.fullmatch(r'\w+:\d+(x\d+)*', topology) else 0
+    slices = max(1, math.prod(getattr(config.mesh, a) for a in sharding.AXES) // count) if count else 1
     strange = sorted(set(_WHAT.value) - set(WHAT))
     if strange:
         raise app.UsageError(f'--what={",".join(strange)} is unknown: use {" or ".join(WHAT)}, or both.')

@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from mask2dit_jax import processes, weights
-from mask2dit_jax.train_step import TrainState
 
 FOLDER = 'checkpoints'
 ITEMS = ('params', 'ema', 'opt')
@@ -104,8 +103,8 @@ def _brief(error: Exception) -> str:
     return text if len(text) <= 300 else text[:300] + '...'
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, meta: dict) -> None:
-    """Starts saving in the background; the arrays are copied before it returns.
+def save(checkpoints: ocp.CheckpointManager, step: int, state, meta: dict) -> None:
+    """Starts saving ITEMS of a train_step.TrainState in the background; the arrays are copied before it returns.
 
     Raises:
       RuntimeError: if this cannot be written, or the one before could not.

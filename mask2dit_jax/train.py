@@ -12,8 +12,8 @@ import tqdm
 from absl import logging
 
 from mask2dit_jax import (
-    aot,
     checkpoint,
+    chips,
     data,
     generate,
     metric_writer,
@@ -206,15 +206,15 @@ def _write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> No
 def _peak_share(config: config_lib.Config, mesh, coders: data.Coders) -> dict[tuple[int, ...], float]:
     """Model FLOPs of a step on stories of each layout, as a share of what the devices do in a second at their peak.
 
-    Times steps per second that is MFU: steps/s x batch_size x aot.model_flops / (devices x peak bf16 FLOP/s of one).
-    Nothing that is computed again counts. Empty where the device's peak is not in aot.CHIPS.
+    Times steps per second that is MFU: steps/s x batch_size x chips.model_flops / (devices x peak bf16 FLOP/s of one).
+    Nothing that is computed again counts. Empty where the device's peak is not in chips.CHIPS.
     """
-    peaks = {chip.device_kind: chip.peak_flops for chip in aot.CHIPS.values()}
+    peaks = {chip.device_kind: chip.peak_flops for chip in chips.CHIPS.values()}
     kind = mesh.devices.flat[0].device_kind
     if kind not in peaks:
         return {}
     layouts = {f: config.model.layout(coders.latent_frames(f), *coders.latent_shape[:2]) for f in config.data.layouts}
-    return {f: config.train.batch_size * sum(aot.model_flops(config, layout, 'train').values())
+    return {f: config.train.batch_size * sum(chips.model_flops(config, layout, 'train').values())
             / (mesh.size * peaks[kind]) for f, layout in layouts.items()}
 
 

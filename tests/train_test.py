@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import aot, checkpoint, config, convert, data, sample, sharding, train, video
+from mask2dit_jax import checkpoint, chips, config, convert, data, sample, sharding, train, video
 from mask2dit_jax.models import dit
 
 
@@ -96,7 +96,7 @@ def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
     cfg = smoke_config()
     coders, device = data.stories_coders(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
     shares = train._peak_share(cfg, types.SimpleNamespace(size=4, devices=np.array([device])), coders)
-    flops = aot.model_flops(cfg, cfg.model.layout((1, 2), 4, 4), 'train')
+    flops = chips.model_flops(cfg, cfg.model.layout((1, 2), 4, 4), 'train')
     assert shares.keys() == {(4, 4), (4, 8)}
     assert shares[4, 8] == pytest.approx(8 * sum(flops.values()) / (4 * 459e12))
     assert train._peak_share(cfg, sharding.make_mesh(cfg.mesh), coders) == {}
