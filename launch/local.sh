@@ -40,7 +40,10 @@ for ((i = 0; i < count; i++)); do
     echo "${command[*]@Q}"
     continue
   fi
-  exec {lines}> >(trap '' TERM INT; exec sed -u "s/^/[$i] /")
+  exec {lines}> >(
+    trap '' TERM INT
+    while IFS= read -r line || [[ $line ]]; do printf '[%d] %s\n' "$i" "$line"; done
+  )
   printers+=($!)
   PYTHONUNBUFFERED=1 "${command[@]}" >&"$lines" 2>&1 {lines}>&- &
   pids+=($!)
@@ -52,21 +55,21 @@ if [[ $stopped ]]; then stop; fi  # those that were started after the signal
 failed=0 killer=''
 running=("${pids[@]}")
 while ((${#running[@]})); do
-  code=0
-  wait -n "${running[@]}" || code=$?
   still=()
   for pid in "${running[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then still+=("$pid"); fi
+    if kill -0 "$pid" 2>/dev/null; then still+=("$pid"); continue; fi
+    code=0
+    wait "$pid" || code=$?
+    if ((!failed)); then failed=$code; fi
   done
-  if ((${#still[@]} == ${#running[@]})); then continue; fi  # wait ended because of a signal
   running=("${still[@]}")
-  if ((code && !failed)); then
-    failed=$code
-    echo "launch/local.sh: a process failed with exit code $code: stopping the others." >&2
+  if ((failed && ${#running[@]})) && [[ ! $killer ]]; then
+    echo "launch/local.sh: a process failed with exit code $failed: stopping the others." >&2
     stop
     (sleep 10; kill -KILL "${running[@]}") >/dev/null 2>&1 &
     killer=$!
   fi
+  sleep 0.3
 done
 if [[ $killer ]]; then kill "$killer" 2>/dev/null || true; fi
 wait "${printers[@]}" || true

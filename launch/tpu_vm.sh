@@ -37,7 +37,7 @@ again="mend what gcloud says above, then give the same command again."
 
 read_arguments() {
   local words=() slice=''
-  queued='' spot=() create_flags=() setup='' worker=0 remote_command=()
+  queued='' spot=() create_flags=() setup='' which=0 remote_command=()
   while (($#)); do
     case $1 in
       --slice=*) slice=${1#*=} ;;
@@ -47,7 +47,7 @@ read_arguments() {
       --queued) queued=1 ;;
       --create-flag=*) create_flags+=("${1#*=}") ;;
       --setup=*) setup=${1#*=} ;;
-      --worker=*) worker=${1#*=} ;;
+      --worker=*) which=${1#*=} ;;
       --dry-run) dry_run=1 ;;
       -h | --help) usage; exit ;;
       --) remote_command=("${@:2}"); break ;;
@@ -122,7 +122,9 @@ on_workers() {
   for node in "${nodes[@]}"; do tpus "$1" tpu-vm ssh "$node" "--worker=$2" "--command=$3"; done
 }
 
-on_all() { on_workers "$1" all "bash mask2dit_jax/launch/worker.sh $(quote "${@:2}")"; }
+worker=mask2dit_jax/launch/worker.sh  # on the workers, once `run` has copied it
+on_all() { on_workers "$1" all "bash $worker $(quote "${@:2}")"; }
+states() { on_workers "$again" all "if test -e $worker; then bash $worker state; else echo 'not running'; fi"; }
 
 run() {
   local archive=$HOME/.cache/mask2dit_jax/$name.tar.gz parts=(mask2dit_jax configs launch) node
@@ -132,7 +134,7 @@ run() {
   for node in "${nodes[@]}"; do
     tpus "$again" tpu-vm scp "$archive" "$node:mask2dit_jax.tar.gz" --worker=all
   done
-  local install='{ ! test -e mask2dit_jax/launch/worker.sh || bash mask2dit_jax/launch/worker.sh idle; }'
+  local install="{ ! test -e $worker || bash $worker idle; }"
   install+=" && mkdir -p mask2dit_jax && cd mask2dit_jax && rm -rf ${parts[*]} && tar -xzf ../mask2dit_jax.tar.gz"
   install+=" && bash launch/worker.sh install${setup:+ $(quote "$setup")}"
   on_workers "a worker's own message is above; if a command runs there, stop it first; else $again" all "$install"
@@ -152,7 +154,7 @@ step() {
       exit $hopeless
       ;;
     READY | ACTIVE)
-      lines=$(on_all "$again" state) || exit 1
+      lines=$(states) || exit 1
       case $(sort -u <<<"$lines") in
         running | 'done'$'\n'running) ;;
         'not running') run ;;
@@ -178,7 +180,7 @@ train() {
     run
     echo '# Every minute:'
     look
-    on_all "$again" state
+    states
     echo '# After a preemption, before all of this again:'
     delete
     return
@@ -206,9 +208,9 @@ case $action in
   status)
     look
     [[ $dry_run ]] || echo "$name: ${state:-does not exist}"
-    if ready; then on_all "$again" state; fi
+    if ready; then states; fi
     ;;
-  logs) on_workers "$again" "$worker" "bash mask2dit_jax/launch/worker.sh log" ;;
+  logs) on_workers "$again" "$which" "bash $worker log" ;;
   stop) on_all "some may still run: $again" stop ;;
   delete)
     look
