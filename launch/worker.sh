@@ -79,7 +79,7 @@ case ${1:-} in
     ;;
   start)
     exec 9>"$folder/lock"
-    flock --timeout 10 9 || die "a command runs already: stop it first."
+    flock --timeout 2 9 || die "a command runs already: stop it first."
     rm -f "$folder/state"
     setsid nohup bash "$tree/launch/worker.sh" supervise "${@:2}" >>"$folder/log" 2>&1 </dev/null &
     ;;
