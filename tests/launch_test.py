@@ -1,4 +1,5 @@
-"""launch/: flags that libtpu takes; commands to the letter; failures in words; runs on stand-ins for cloud and machines."""
+"""launch/: flags that libtpu takes; commands to the letter; errors in words; runs on stand-ins for the cloud."""
+import contextlib
 import json
 import os
 import pathlib
@@ -7,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import pytest
@@ -104,7 +104,8 @@ case "$*" in
   '-m site --user-base') echo "$HOME/.local" ;;
   '-m pip install --quiet --user uv')
     mkdir -p "$HOME/.local/bin"
-    printf '#!/bin/bash\\necho "$*" >>"$HOME/uv.txt"\\nif [ "$1" = venv ]; then mkdir -p "${@: -1}/bin"; fi\\n' >"$HOME/.local/bin/uv"
+    printf '#!/bin/bash\\necho "$*" >>"$HOME/uv.txt"\\nif [ "$1" = venv ]; then mkdir -p "${@: -1}/bin"; fi\\n' \\
+      >"$HOME/.local/bin/uv"
     chmod +x "$HOME/.local/bin/uv" ;;
   *) exit 1 ;;
 esac
@@ -168,10 +169,8 @@ def cloud(tmp_path):
     cloud = Cloud(tmp_path)
     yield cloud
     for pid in tmp_path.glob('**/mask2dit_jax_run/pid'):  # what a test left running
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def wait_until(true, seconds=60):
@@ -184,21 +183,21 @@ def wait_until(true, seconds=60):
 PLACE = ['--project=p', '--zone=z']
 END = [*PLACE, '--quiet']
 TPUS = ['gcloud', 'compute', 'tpus']
-INSTALL = ('{ ! test -e mask2dit_jax/launch/worker.sh || bash mask2dit_jax/launch/worker.sh idle; } && mkdir -p mask2dit_jax'
-           ' && cd mask2dit_jax && rm -rf mask2dit_jax configs launch && tar -xzf ../mask2dit_jax.tar.gz'
-           ' && bash launch/worker.sh install')
-COMMAND = ['python', '-m', 'mask2dit_jax.main', "--config.data.path=it's a \"path\" with $HOME, `x` and ; \\ in it", '', '*']
+INSTALL = ('{ ! test -e mask2dit_jax/launch/worker.sh || bash mask2dit_jax/launch/worker.sh idle; }'
+           ' && mkdir -p mask2dit_jax && cd mask2dit_jax && rm -rf mask2dit_jax configs launch'
+           ' && tar -xzf ../mask2dit_jax.tar.gz && bash launch/worker.sh install')
+COMMAND = ['python', '-m', 'module', "--config.data.path=it's a \"path\" with $HOME, `x` and ; \\ in it", '', '*']
 LABELS = '--labels=created-by=mask2dit-jax'
-
-
-def dry(cloud, *args):
-    return [shlex.split(line) for line in cloud.good('tpu_vm.sh', *args, *PLACE[:2], '--dry-run').splitlines()]
 
 
 def insert(args, *more):
     """Arguments with more before the --."""
     at = args.index('--') if '--' in args else len(args)
     return [*args[:at], *more, *args[at:]]
+
+
+def dry(cloud, *args):
+    return [shlex.split(line) for line in cloud.good('tpu_vm.sh', *insert(args, *PLACE, '--dry-run')).splitlines()]
 
 
 def test_commands_for_one_slice(cloud):
@@ -212,8 +211,7 @@ def test_commands_for_one_slice(cloud):
         [*TPUS, 'queued-resources', 'create', 'pod', '--accelerator-type=v4-8', '--runtime-version=tpu-ubuntu2204-base',
          '--node-id=pod', LABELS, *END]]
     look = [*TPUS, 'tpu-vm', 'list', '--filter=name~/pod$', '--format=value(state,labels.created-by)', *END]
-    out = cloud.good('tpu_vm.sh', 'run', 'pod', '--slice=v5p-128', *PLACE, '--setup=mount a', '--dry-run', '--', 'a', 'b c')
-    assert [shlex.split(line) for line in out.splitlines()] == [
+    assert dry(cloud, 'run', 'pod', '--slice=v5p-128', '--setup=mount a', '--', 'a', 'b c') == [
         look,
         ['mkdir', '-p', f'{cloud.home}/.cache/mask2dit_jax'],
         ['tar', '-C', str(LAUNCH.parent), '--exclude=__pycache__', '-czf', archive, 'mask2dit_jax', 'configs', 'launch',
@@ -279,8 +277,9 @@ def running(cloud):
 
 def test_arguments_arrive_intact_on_every_worker_and_outlive_the_connection(cloud):
     write_script(cloud.bin / 'python', f'#!/bin/bash\nexec "{sys.executable}" -c "$SHOW" "$@"\n')
-    show = 'import json, os, sys; open(os.path.expanduser("~/argv"), "w").write(json.dumps(['\
-           'sys.argv[1:], os.getcwd(), os.environ["LIBTPU_INIT_ARGS"]])); os.read(os.open(os.path.expanduser("~/go"), 0), 1)'
+    show = ('import json, os, sys; home = os.environ["HOME"]; '
+            'json.dump([sys.argv[1:], os.getcwd(), os.environ["LIBTPU_INIT_ARGS"]], open(home + "/argv", "w")); '
+            'open(home + "/go").read()')
     size = '--slice=v6e-256x2'
     cloud.good('tpu_vm.sh', 'create', 'pod', size)
     homes = [cloud.folder / 'homes' / f'pod-{i}' for i in range(2)]
@@ -373,8 +372,10 @@ def test_project_and_zone_are_asked_for(cloud, script, args):
 @pytest.mark.parametrize('args, message', [
     (['create', 'pod'], 'give --slice='), (['create', 'pod', '--slice=v5p'], "--slice='v5p' is no slice"),
     (['create', 'pod', '--slice=v9-8'], 'unknown generation v9: use v4, v5e, v5p or v6e'),
-    (['create', '--slice=v5p-8'], 'give an action and a name'), (['fly', 'pod', '--slice=v5p-8'], "unknown action 'fly'"),
-    (['create', 'My Pod', '--slice=v5p-8'], 'use lower case letters'), (['run', 'pod', '--slice=v5p-8'], 'a command after --'),
+    (['create', '--slice=v5p-8'], 'give an action and a name'),
+    (['fly', 'pod', '--slice=v5p-8'], "unknown action 'fly'"),
+    (['create', 'My Pod', '--slice=v5p-8'], 'use lower case letters'),
+    (['run', 'pod', '--slice=v5p-8'], 'a command after --'),
     (['create', 'pod', '--slice=v5p-8', '--', 'true'], 'takes no command'), (['create', 'pod', '--zome=z'], '--zome=z'),
     (['run', 'pod', '--slice=v5p-8', '--', 'true'], 'there is no pod: create it')], ids=str)
 def test_errors_name_the_argument(cloud, args, message):
@@ -383,7 +384,7 @@ def test_errors_name_the_argument(cloud, args, message):
 
 
 def test_commands_for_gke(cloud):
-    write_script(cloud.bin / 'xpk', f'#!/bin/bash\nprintf "%s\\n" "$@" >"{cloud.folder}/xpk.txt"\nexit "${{XPK_CODE:-0}}"\n')
+    write_script(cloud.bin / 'xpk', f'#!/bin/bash\nprintf "%s\\n" "$@" >"{cloud.folder}/xpk.txt"\n')
     cloud.good('gke.sh', 'cluster', 'c', '--slice=v5p-128', '--spot', *PLACE)
     assert (cloud.folder / 'xpk.txt').read_text().splitlines() == [
         'cluster', 'create', '--cluster=c', '--tpu-type=v5p-128', '--num-slices=1', '--spot', *PLACE]
