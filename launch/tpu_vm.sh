@@ -124,7 +124,9 @@ on_workers() {
 
 worker=mask2dit_jax/launch/worker.sh  # on the workers, once `run` has copied it
 on_all() { on_workers "$1" all "bash $worker $(quote "${@:2}")"; }
-states() { on_workers "$again" all "if test -e $worker; then bash $worker state; else echo 'not running'; fi"; }
+states() {
+  on_workers "$again" all "if test -e $worker; then bash $worker $(quote state "$@"); else echo 'not running'; fi"
+}
 
 run() {
   local archive=$HOME/.cache/mask2dit_jax/$name.tar.gz parts=(mask2dit_jax configs launch) node
@@ -154,11 +156,15 @@ step() {
       exit $hopeless
       ;;
     READY | ACTIVE)
-      lines=$(states) || exit 1
+      lines=$(states "$generation" "${remote_command[@]}") || exit 1
       case $(sort -u <<<"$lines") in
         running | 'done'$'\n'running) ;;
         'not running') run ;;
         'done') exit $finished ;;
+        *another*)
+          echo "Another command runs on $name: stop it first." >&2
+          exit $hopeless
+          ;;
         *'gave up'*)
           printf '%s\n' "$lines" "Workers gave up: see logs --worker=all, mend it, stop, then train again." >&2
           exit $hopeless
@@ -180,7 +186,7 @@ train() {
     run
     echo '# Every minute:'
     look
-    states
+    states "$generation" "${remote_command[@]}"
     echo '# After a preemption, before all of this again:'
     delete
     return

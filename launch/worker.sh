@@ -4,7 +4,8 @@
 #   worker.sh install [SETUP]              runs SETUP in bash, then installs the package into ~/mask2dit_jax_env
 #   worker.sh start GENERATION COMMAND...  in the background, from ~/mask2dit_jax; again until it exits with 0
 #   worker.sh once GENERATION COMMAND...   in the foreground, once
-#   worker.sh state                        running, done, stopped, 'gave up: ...' or 'not running' (never was, or cut off)
+#   worker.sh state [GENERATION COMMAND...]  running, done, stopped, 'gave up: ...' or 'not running' (never was, or cut
+#                                          off); of that command, if one is given
 #   worker.sh idle                         fails if a command runs
 #   worker.sh stop                         SIGTERM, by which training saves, and waits for the end
 #   worker.sh log                          the last lines that the command printed
@@ -81,6 +82,7 @@ case ${1:-} in
     exec 9>"$folder/lock"
     flock --timeout 2 9 || die "a command runs already: stop it first."
     rm -f "$folder/state"
+    printf '%q ' "${@:2}" >"$folder/command"
     setsid nohup bash "$tree/launch/worker.sh" supervise "${@:2}" >>"$folder/log" 2>&1 </dev/null &
     ;;
   supervise)  # from start
@@ -94,7 +96,15 @@ case ${1:-} in
     exit "$code"
     ;;
   state)
-    if running; then echo running; else cat "$folder/state" 2>/dev/null || echo 'not running'; fi
+    other=''
+    if (($# > 1)) && [[ $(printf '%q ' "${@:2}") != "$(cat "$folder/command" 2>/dev/null)" ]]; then other=1; fi
+    if running; then
+      if [[ $other ]]; then echo 'runs another command'; else echo 'running'; fi
+    elif [[ $other || ! -e $folder/state ]]; then
+      echo 'not running'
+    else
+      cat "$folder/state"
+    fi
     ;;
   idle)
     ! running || die "a command runs: stop it first."

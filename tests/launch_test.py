@@ -96,7 +96,10 @@ elif action == 'scp':
 elif action == 'ssh':
     os.chdir(home)
     os.execvpe('bash', ['bash', '-c', flags['--command']], os.environ | {'HOME': home})
-json.dump(cloud, open(f'{here}/cloud.json', 'w'))
+if action in ('create', 'delete'):  # at no other time, and at once: the training of a test changes it, too
+    with open(f'{here}/cloud.new', 'w') as f:
+        json.dump(cloud, f)
+    os.replace(f'{here}/cloud.new', f'{here}/cloud.json')
 """
 # pip and uv as the workers have them; python is the package's, after the installation.
 PYTHON3 = """#!/bin/bash
@@ -326,6 +329,11 @@ def test_train_goes_on_after_failures_and_preemption(cloud, flags, lost):
     assert actions == ['create', 'scp', 'delete', 'create', 'scp']
     cloud.good('tpu_vm.sh', *args)  # what has finished is not run again
     assert (cloud.folder / 'attempts').read_text() == '3\n'
+    cloud.good('tpu_vm.sh', *args, 'another command')
+    assert (cloud.folder / 'attempts').read_text() == '4\n'
+    cloud.good('tpu_vm.sh', 'run', *args[1:-5], '/bin/sleep', '1000')
+    done = cloud.run('tpu_vm.sh', *args)
+    assert done.returncode == 1 and 'Another command runs on pod: stop it first.' in done.stderr
 
 
 def test_train_outlives_a_failure_of_any_call_but_not_five_in_a_row(cloud):
