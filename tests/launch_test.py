@@ -331,7 +331,7 @@ def test_train_goes_on_after_failures_and_preemption(cloud, flags, lost):
     assert (cloud.folder / 'attempts').read_text() == '3\n'
     cloud.good('tpu_vm.sh', *args, 'another command')
     assert (cloud.folder / 'attempts').read_text() == '4\n'
-    cloud.good('tpu_vm.sh', 'run', *args[1:-5], '/bin/sleep', '1000')
+    cloud.good('tpu_vm.sh', 'run', *args[1:-6], '/bin/sleep', '1000')
     done = cloud.run('tpu_vm.sh', *args)
     assert done.returncode == 1 and 'Another command runs on pod: stop it first.' in done.stderr
 
