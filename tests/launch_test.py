@@ -437,11 +437,13 @@ def test_a_worker_stops_on_sigterm_without_starting_again(cloud):
 def test_once_tells_stopped_from_finished(cloud):
     for code in (0, 3):
         assert worker(cloud, 'once', 'v5e', 'bash', '-c', f'exit {code}').returncode == code
-    process = subprocess.Popen(['bash', LAUNCH / 'worker.sh', 'once', 'v5e', 'bash', '-c', UNTIL_TERM],
+    saved = cloud.folder / 'saved'
+    saves = UNTIL_TERM.replace('exit 0', f'/bin/sleep 0.5; touch {saved}; exit 0')
+    process = subprocess.Popen(['bash', LAUNCH / 'worker.sh', 'once', 'v5e', 'bash', '-c', saves],
                                env=cloud.environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == 'begun\n'
     process.terminate()
-    assert process.wait(60) == 143
+    assert process.wait(60) == 143 and saved.exists()
 
 
 # Stands in for python: says what it was given; then does what $DO says, unless it is process 1.
