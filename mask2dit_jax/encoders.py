@@ -359,7 +359,7 @@ def _in_batches(run: Callable, batch: int, *arrays) -> np.ndarray:
     return np.concatenate(parts)[:count]
 
 
-def encode_clips(encoder: Encoder, clips, frames_at_once: int = 16) -> np.ndarray:
+def encode_clips(encoder: Encoder, clips, frames_at_once: int = 8) -> np.ndarray:
     """Clips uint8 [N, cfg.frames, H, W, 3], for pictures of one frame each, to features float32 [N, D].
 
     Raises:

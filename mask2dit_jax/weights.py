@@ -55,7 +55,7 @@ def open_safetensors(folder, unused: str = '(?!)') -> dict[str, Tensor]:
                                 'again.')
     tensors = {}
     for path in files:
-        for name, tensor in _open_file(path, unused).items():
+        for name, tensor in open_file(path, unused).items():
             if name in tensors:
                 raise ValueError(f'{folder} has {name} in two files, one of them {path.name}: remove one set of files.')
             tensors[name] = tensor
@@ -76,7 +76,8 @@ def _indexed(folder: pathlib.Path) -> dict[str, str]:
     return listed
 
 
-def _open_file(path: pathlib.Path, unused: str) -> dict[str, Tensor]:
+def open_file(path: pathlib.Path, unused: str = '(?!)') -> dict[str, Tensor]:
+    """As open_safetensors, of one file."""
     try:
         with safetensors.safe_open(path, 'np') as file:
             slices = {name: file.get_slice(name) for name in file.keys()  # noqa: SIM118 (no mapping)
