@@ -1,7 +1,7 @@
 """Scores multi-scene videos: consistency as in the paper's table, subject, captions, cuts, Fréchet distance.
 
   python -m mask2dit_jax.evaluate --videos=samples --encoder=clip-vit-large-patch14 --out=scores
-  python -m mask2dit_jax.evaluate --videos=samples --encoder=clip-vit-large-patch14 --frame_encoder=dinov2-base \
+  python -m mask2dit_jax.evaluate --videos=samples --encoder=clip-vit-large-patch14 --frame_encoder=dinov2-base \\
     --video_encoder=videomae-base-finetuned-kinetics --reference=real --out=scores
   python -m mask2dit_jax.evaluate --videos=samples --features=features.safetensors --out=scores
 
