@@ -94,6 +94,8 @@ def test_end_to_end_with_all_encoders(folders, tmp_path):
 def test_scene_features_are_means_over_frames(folders, tmp_path):
     """Of the frames asked for, first and last among them, whatever else is in the batch."""
     videos = write_videos(tmp_path / 'samples')
+    noise = np.random.default_rng(0).integers(0, 256, (14, 4, 4, 3), np.uint8)
+    video.write_mp4(videos / 'video_2.mp4', noise, 8, scale=8)
     evaluate.evaluate(videos, tmp_path / 'out', encoder=folders['clip'], frames=2)
     features = safetensors.numpy.load_file(tmp_path / 'out/features.safetensors')
     pixels = video.read_video(videos / 'video_2.mp4')[0]

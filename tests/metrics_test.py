@@ -173,6 +173,8 @@ def test_cut_by_hand_and_invisible_changes():
     scores = metrics.cut_scores(change, (2, 2, 2))
     assert scores['sharpness'].tolist() == pytest.approx([(.3 - .1) / .4, -1])
     assert scores['placed'].tolist() == [1, 0]
+    assert metrics.cut_scores([.3, .3, .3, .3, .1], (2, 2, 2))['placed'].tolist() == [0, 0]  # two rivals for two places
+    assert metrics.cut_scores([.3, .3, .2, .3, .1], (2, 2, 2))['placed'].tolist() == [1, 1]
 
 
 @settings(**SAFE)
