@@ -229,11 +229,13 @@ def report(result: dict) -> str:
     lines += [f'| {label} | {_cell(summary, name)} | {cuts} |' for name, label in _OTHERS.items()]
     lines += ['', 'Cut sharpness is 100 for hard cuts between still scenes and 0 where borders change no more than '
               'scenes do: without cuts, consistency is worth little. Cuts placed: borders that are among the largest '
-              'changes of the video.']
+              'changes of the video. Captions that leak into other scenes make these alike, which raises consistency '
+              'too: only the matches fall.']
     if distance:
         few = min(distance['videos'], distance['references']) <= distance['size']
-        lines += ['', f'FVD: {distance["videos"]} videos against {distance["references"]} of the reference, features '
-                  f'of size {distance["size"]}; no interval, as resampling biases it.' + (
+        lines += ['', "FVD is the Fréchet distance of the video encoder's features; papers take I3D's, with which it "
+                  f'does not compare. {distance["videos"]} videos against {distance["references"]} of the reference, '
+                  f'features of size {distance["size"]}; no interval, as resampling biases it.' + (
                       ' Fewer samples than that: compare only numbers of these same counts.' if few else '')]
     for count, matrix in result['confusion'].items():
         lines += ['', f'Cosine of scenes (rows) with captions, stories of {count} scenes:', '',

@@ -14,6 +14,13 @@ from mask2dit_jax import encoders, weights
 from mask2dit_jax.models import vit
 
 BLOCK = {'hidden_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 3, 'intermediate_size': 40}
+PICTURE = {'size': {'shortest_edge': 20}, 'crop_size': 20, 'image_mean': [.4] * 3, 'image_std': [.3] * 3}
+CONFIGS = {
+    'clip': {'text_config': BLOCK | {'max_position_embeddings': 12}, 'projection_dim': 16,
+             'vision_config': BLOCK | {'image_size': 20, 'patch_size': 10}},
+    'dinov2': BLOCK | {'image_size': 20, 'patch_size': 10},
+    'videomae': BLOCK | {'image_size': 20, 'patch_size': 10, 'num_frames': 4},
+}
 MERGES = ['r e', 're d</w>', 'm o', 'mo v', 'b a', 'l l</w>', 'ba ll</w>', "' s</w>", 'Ã ©</w>']
 
 
@@ -25,6 +32,23 @@ def write_vocabulary(folder: pathlib.Path) -> int:
     (folder / 'vocab.json').write_text(json.dumps({p: i for i, p in enumerate(dict.fromkeys(pieces))}))
     (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(MERGES) + '\n')
     return len(dict.fromkeys(pieces))
+
+
+def write_encoder(folder, kind):
+    """A folder with random tensors of the shapes that its configuration asks for."""
+    folder.mkdir()
+    config = json.loads(json.dumps(CONFIGS[kind] | {'model_type': kind}))
+    if kind == 'clip':
+        config['text_config']['vocab_size'] = write_vocabulary(folder)
+    cfg, names, text = encoders._PARSERS[kind](config, {})
+    networks = [(cfg, names)] + ([(text, encoders._CLIP_TEXT)] if text else [])
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(0, .3, shape).astype(np.float32) for network in networks
+               for _, theirs, shape in encoders._entries(*network) for name in theirs}
+    safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps(config))
+    (folder / 'preprocessor_config.json').write_text(json.dumps(PICTURE))
+    return folder
 
 
 def saved(folder, model):
@@ -143,18 +167,17 @@ def test_pictures_are_prepared_as_by_transformers(tmp_path, how, shape):
 
 def test_reading_is_strict_and_leaves_integers_of_no_use(tmp_path):
     """A float16 file with the position_ids of old checkpoints is read; then every wrong tensor is named at once."""
-    pytest.importorskip('torch')
-    clip(tmp_path)
-    file = tmp_path / 'model.safetensors'
+    folder = write_encoder(tmp_path / 'clip', 'clip')
+    file = folder / 'model.safetensors'
     tensors = {n: t.astype(np.float16) for n, t in safetensors.numpy.load_file(file).items()}
     ids = {f'{k}_model.embeddings.position_ids': np.arange(12)[None] for k in ('text', 'vision')}
     safetensors.numpy.save_file(tensors | ids, file)
-    assert np.isfinite(encoders.encode_clips(encoders.load(tmp_path), frames(1)[:, None])).all()
+    assert np.isfinite(encoders.encode_clips(encoders.load(folder), frames(1)[:, None])).all()
     lost = tensors.pop('text_projection.weight')
     wrong = 'vision_model.encoder.layers.1.mlp.fc1.bias'
     safetensors.numpy.save_file(tensors | {'new': lost, wrong: np.zeros(3, np.float16)}, file)
     with pytest.raises(ValueError, match='does not fit its config') as error:
-        encoders.load(tmp_path)
+        encoders.load(folder)
     for problem in 'missing text_projection.weight', f'{wrong} has shape (3,), expected (40,)', 'unexpected new':
         assert problem in str(error.value)
 
@@ -178,20 +201,18 @@ def broken(folder, name, text=None):
     ('tokenizer.json', '{', r'tokenizer\.json .*damaged'), ('model.safetensors', None, 'lacks a .safetensors file'),
 ])
 def test_damaged_folders_are_errors_that_name_the_file(tmp_path, name, text, message):
-    pytest.importorskip('torch')
-    clip(tmp_path)
-    broken(tmp_path, name, text)
+    folder = write_encoder(tmp_path / 'clip', 'clip')
+    broken(folder, name, text)
     with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
-        encoders.load(tmp_path)
+        encoders.load(folder)
     assert '\n' not in str(error.value)
 
 
 def test_a_crop_that_is_not_the_position_table_of_clip_is_an_error(tmp_path):
-    pytest.importorskip('torch')
-    clip(tmp_path)
-    processor_of(tmp_path, 'CLIPImageProcessor', size={'shortest_edge': 25}, crop_size=25)
-    with pytest.raises(ValueError, match='does not fit the 4 x 4'):
-        encoders.encode_clips(encoders.load(tmp_path), frames(1)[:, None])
+    folder = write_encoder(tmp_path / 'clip', 'clip')
+    (folder / 'preprocessor_config.json').write_text(json.dumps(PICTURE | {'crop_size': 10}))
+    with pytest.raises(ValueError, match='does not fit the 2 x 2'):
+        encoders.encode_clips(encoders.load(folder), frames(1)[:, None])
     how = encoders.Preprocess(10, 3, (20, 20), 1, (0,), (1,))
     with pytest.raises(ValueError, match='crop of'):
         encoders.prepare(how, frames(1))

@@ -10,36 +10,11 @@ import safetensors.numpy
 
 from mask2dit_jax import encoders, evaluate, metrics, video
 
-PICTURE = {'size': {'shortest_edge': 20}, 'crop_size': 20, 'image_mean': [.4] * 3, 'image_std': [.3] * 3}
-CONFIGS = {
-    'clip': {'text_config': encoders_test.BLOCK | {'max_position_embeddings': 12}, 'projection_dim': 16,
-             'vision_config': encoders_test.BLOCK | {'image_size': 20, 'patch_size': 10}},
-    'dinov2': encoders_test.BLOCK | {'image_size': 20, 'patch_size': 10},
-    'videomae': encoders_test.BLOCK | {'image_size': 20, 'patch_size': 10, 'num_frames': 4},
-}
-
-
-def write_encoder(folder, kind):
-    """A folder with random tensors of the shapes that its configuration asks for."""
-    folder.mkdir()
-    config = json.loads(json.dumps(CONFIGS[kind] | {'model_type': kind}))
-    if kind == 'clip':
-        config['text_config']['vocab_size'] = encoders_test.write_vocabulary(folder)
-    cfg, names, text = encoders._PARSERS[kind](config, {})
-    networks = [(cfg, names)] + ([(text, encoders._CLIP_TEXT)] if text else [])
-    rng = np.random.default_rng(0)
-    tensors = {name: rng.normal(0, .3, shape).astype(np.float32) for network in networks
-               for _, theirs, shape in encoders._entries(*network) for name in theirs}
-    safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
-    (folder / 'config.json').write_text(json.dumps(config))
-    (folder / 'preprocessor_config.json').write_text(json.dumps(PICTURE))
-    return folder
-
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp('encoders')
-    return {kind: write_encoder(root / kind, kind) for kind in CONFIGS}
+    return {kind: encoders_test.write_encoder(root / kind, kind) for kind in encoders_test.CONFIGS}
 
 
 def scene(color, frames):
