@@ -1,4 +1,4 @@
-"""Installs mask2dit_jax; extras: tpu, test, oracle."""
+"""Installs mask2dit_jax; extras: tpu, tensorboard, test, oracle."""
 import pathlib
 
 import setuptools
@@ -21,8 +21,9 @@ setuptools.setup(
     ],
     extras_require={
         'tpu': ['jax[tpu]>=0.10', 'tokamax>=0.0.12'],
+        'tensorboard': ['tensorboardX>=2.6'],
         'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.14', 'hypothesis>=6.100', 'tokamax>=0.0.12',
-                 'scikit-video>=1.1.11'],
-        'oracle': ['torch==2.13.0', 'diffusers==0.35.2', 'transformers>=4.46.2,<5'],
+                 'tensorboardX>=2.6', 'scikit-video>=1.1.11'],
+        'oracle': ['torch==2.13.0', 'diffusers==0.35.2', 'transformers>=4.46.2,<5', 'peft>=0.17,<0.18'],
     },
 )

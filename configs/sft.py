@@ -14,7 +14,7 @@ Recipe: Mask²DiT's (AdamW, rate 1e-5, warm-up 100 steps, weight decay 0.03, 3 s
 of the examples), put right where its published launch went wrong: gradient clipping acts, parameters and moments are
 float32, captions are dropped for guidance, the choice of given scenes is made per example, and there is an EMA.
 train.given='any' gives any subset instead of leading scenes. Parameters, EMA and Adam's moments take 16 bytes a
-parameter: 27 GB at 2B, 89 GB at 5B.
+parameter: 27 GB at 2B, 89 GB at 5B; with LoRA, --config.lora.rank=64, 7 GB and 23 GB.
 """
 from mask2dit_jax import presets
 

@@ -4,11 +4,12 @@
 
 Variants, after a colon: `dual` (the default), `full` (no mask), `isolated` (scenes see nothing of each other),
 `unconditional` (dual, but no scene is ever given in training), `conditional` (fine-tunes another run with given scenes:
---config.init_from=runs/unconditional), `mixed` (2 to 5 scenes of unequal length), `smoke` (seconds, checks the path).
+--config.init_from=runs/unconditional), `lora` (the same by LoRA of rank 8), `mixed` (2 to 5 scenes of unequal length),
+`smoke` (seconds, checks the path).
 """
 from mask2dit_jax import config as config_lib
 
-VARIANTS = ('dual', 'full', 'isolated', 'unconditional', 'conditional', 'mixed', 'smoke')
+VARIANTS = ('dual', 'full', 'isolated', 'unconditional', 'conditional', 'lora', 'mixed', 'smoke')
 
 
 def get_config(variant='dual'):
@@ -30,6 +31,10 @@ def get_config(variant='dual'):
         c.train.conditional_probability = 0.0
     if variant == 'conditional':
         c.optimizer.learning_rate = 3e-3
+        c.train.update(steps=800, conditional_from_step=0)
+    if variant == 'lora':
+        c.lora.rank = 8
+        c.optimizer.update(name='adamw', learning_rate=1e-2)
         c.train.update(steps=800, conditional_from_step=0)
     if variant == 'mixed':
         c.data.layouts = ((4, 4, 4), (8, 4), (4, 4, 4), (4, 8, 4, 4), (4, 4, 4), (4, 4, 8, 4, 4))

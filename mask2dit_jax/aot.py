@@ -8,7 +8,6 @@ The very functions that main and sample run are compiled by the TPU's own compil
 alone. Printed and, with --out, written as Markdown and JSON: memory per chip, FLOPs, collectives, estimated cycles.
 Nothing runs: seconds are lower limits, with their formula. The exit code is 0 if everything fits, else 1.
 """
-import dataclasses
 import importlib.util
 import json
 import math
@@ -20,32 +19,26 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from mask2dit_jax import (
+    benchmark,
+    chips,
+    convert,
+    data,
+    generate,
+    hlo,
+    metric_writer,
+    presets,
+    sharding,
+    splash,
+    train_step,
+)
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import convert, data, generate, hlo, metric_writer, presets, scenes, sharding, splash, train_step
 
 WHAT = ('train', 'sample')
 GIB = 2 ** 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the compiler may use of a chip's memory (GiB, from its own error messages) and the peak in bf16 FLOP/s."""
-    hbm_gib: float
-    peak_flops: float
-    topology_options: tuple = ()
-
-
-CHIPS = {
-    # v4 has two cores that show as one device; the compiler must be told.
-    'v4': Chip(30.75, 275e12, (('chip_config_name', 'megacore'), ('chips_per_host_bounds', (2, 2, 1)))),
-    'v5e': Chip(15.75, 197e12),
-    'v5p': Chip(95.74, 459e12),
-    'v6e': Chip(31.25, 918e12),
-}
 
 
 def topology_devices(topology: str, slices: int = 1):
@@ -61,9 +54,9 @@ def topology_devices(topology: str, slices: int = 1):
                       ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_LOG_DIR='disabled', TF_CPP_MIN_LOG_LEVEL='2')
     from jax.experimental import topologies
     generation = topology.split(':')[0]
-    if generation not in CHIPS:
-        raise ValueError(f'{topology!r} is no topology: write one of {", ".join(CHIPS)}, a colon and its shape.')
-    options = dict(CHIPS[generation].topology_options) | ({'num_slices': slices} if slices > 1 else {})
+    if generation not in chips.CHIPS:
+        raise ValueError(f'{topology!r} is no topology: write one of {", ".join(chips.CHIPS)}, a colon and its shape.')
+    options = dict(chips.CHIPS[generation].topology_options) | ({'num_slices': slices} if slices > 1 else {})
     try:
         return topologies.get_topology_desc(platform='tpu', topology_name=topology, **options).devices
     except Exception as error:  # libtpu raises several kinds
@@ -92,6 +85,7 @@ def lower_train(config: config_lib.Config, frames: tuple[int, ...], latent, mesh
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = train_step.jit_train_step(config, frames, shardings, sharding.batch_sharding(mesh))
     parts = {'parameters': state.params, 'EMA': state.ema, 'optimizer': state.opt, 'batch': batch}
+    parts |= {'frozen parameters': state.base} if config.lora.rank else {}
     return step.lower(state, batch, shape(text[1:], jnp.float32)), _bytes_by_kind(parts)
 
 
@@ -112,46 +106,36 @@ def _bytes_by_kind(parts: dict) -> dict[str, int]:
             for kind, tree in parts.items()}
 
 
-def model_flops(config: config_lib.Config, layout: scenes.SceneLayout, what: str) -> dict[str, float]:
-    """FLOPs that one example needs, 'dense' and 'attention'.
+def kernel_work(kernels, blocks: tuple[int, float, float], bundles: dict | None = None) -> tuple[float, float]:
+    """FLOPs of splash kernels per device, two products per visited query and key forward and five backward; and their
+    cycles if bundles are given, one each where nothing stalls.
 
-    Forward, dense: 24·E² per layer and token, and the projections at both ends; attention: 4·E per visible pair. A
-    training step takes 3 times the dense products and 3.5 times the attention's, whose backward pass has five products
-    of the size of a forward pass's two. Sampling takes two forward passes a step.
+    Args:
+      kernels: hlo.Program's.
+      blocks: of splash.visited_blocks.
+      bundles: of benchmark.kernel_bundles at the same block size.
     """
-    m, e = config.model, config.model.width
-    visible = sum(_tokens(layout, i, a) * _tokens(layout, j, b) for i in range(layout.num_scenes)
-                  for j in range(layout.num_scenes) for a in (0, 1) for b in (0, 1)
-                  if scenes.visible(m.pattern, np.int32(i), np.bool_(a), np.int32(j), np.bool_(b)))
-    ends = 2 * e * (layout.num_video * m.patch_size ** 2 * (m.patch_size_t or 1) * (m.in_channels + m.out_channels)
-                    + layout.num_text * m.text_embed_dim)
-    dense, pairs = m.num_layers * 24 * e ** 2 * layout.num_tokens + ends, m.num_layers * 4.0 * e * visible
-    times = (3, 3.5) if what == 'train' else (2 * config.sample.steps,) * 2
-    return {'dense': times[0] * dense, 'attention': times[1] * pairs}
-
-
-def _tokens(layout, scene, is_text):
-    start, stop = layout.text_range(scene) if is_text else layout.video_range(scene)
-    return stop - start
-
-
-def kernel_flops(kernels, visited_keys: float) -> float:
-    """FLOPs of splash kernels per device: two products per query and key that it visits forward, five backward."""
-    total = 0.0
+    block, visible, evaluated = blocks
+    flops = cycles = 0.0
     for (name, shape), times in kernels.items():
         *heads, length, dim = shape
         if '_fwd' in name:
-            products = 2
+            products, direction = 2, 'forward'
         elif '_dkv' in name:
-            products = 5
+            products, direction = 5, 'backward'
             heads = heads[1:]  # dq's slots
         else:
             raise ValueError(f'Unknown kernel {name}.')
-        total += times * products * 2.0 * math.prod(heads) * length * dim * visited_keys
-    return total
+        rows = times * math.prod(heads) * length / block  # of blocks
+        flops += rows * (visible + evaluated) * products * 2.0 * block ** 2 * dim
+        if bundles:
+            plain, masked = bundles[direction]
+            cycles += rows * (visible * plain + evaluated * masked)
+    return flops, cycles
 
 
-def compile_report(config: config_lib.Config, what: str, topology: str, slices: int, frames, effort: float) -> dict:
+def compile_report(config: config_lib.Config, what: str, topology: str, slices: int, frames, effort: float,
+                   schedules: bool = False) -> dict:
     """Compiles one of WHAT and collects what is known of it.
 
     Args:
@@ -161,11 +145,12 @@ def compile_report(config: config_lib.Config, what: str, topology: str, slices: 
       slices: number of such slices.
       frames: pixel frames per scene.
       effort: the compiler's exec_time_optimization_effort; -1 is quick, with the same memory but slow schedules.
+      schedules: also count the bundles of the attention kernels, for their cycles.
 
     Returns:
       A JSON-like dict; 'fits' says whether memory suffices.
     """
-    chip = CHIPS[topology.split(':')[0]]
+    chip = chips.CHIPS[topology.split(':')[0]]
     latent_frames, latent = data.latent_shape(config, frames)
     layout = config.model.layout(latent_frames, *latent[:2])
     mesh = sharding.make_mesh(config.mesh, topology_devices(topology, slices))
@@ -190,18 +175,21 @@ def compile_report(config: config_lib.Config, what: str, topology: str, slices: 
     report['gib'] = {k: v / GIB for k, v in gib.items()}
     report['arguments_gib'] = {k: v / GIB for k, v in arguments.items()}
     report['fits'] = total <= chip.hbm_gib * GIB
-    report |= _work(config, layout, what, mesh, chip, compiled.as_text())
+    report |= _work(config, layout, what, mesh, chip, compiled.as_text(), topology if schedules else None)
     return report
 
 
-def _work(config, layout, what, mesh, chip, text) -> dict:
+def _work(config, layout, what, mesh, chip, text, schedules: str | None) -> dict:
     program = hlo.analyze(text)
-    keys = 0.0
-    if config.model.attention_backend in ('splash', 'jax_splash'):
-        keys = splash.visited_keys(layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind])
-    attention = kernel_flops(program.kernels, keys)
+    attention, backend = 0.0, config.model.attention_backend
+    if backend in ('splash', 'jax_splash'):
+        blocks = splash.visited_blocks(layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind])
+        bundles = schedules and benchmark.kernel_bundles(
+            schedules, config.model.attention_head_dim, 'tokamax' if backend == 'splash' else 'jax', blocks[0])
+        attention, cycles = kernel_work(program.kernels, blocks, bundles)
+        program.cycles |= {'attention kernels': cycles} if schedules else {}
     examples = config.train.batch_size if what == 'train' else max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2)
-    model = model_flops(config, layout, what)
+    model = chips.model_flops(config, layout, what)
     executed = program.flops + attention
     return {
         'flops_per_chip': {'executed': executed, 'attention kernels': attention,
@@ -234,9 +222,9 @@ def to_markdown(r: dict) -> str:
               'Largest all-reduces inside loops: ' + ('; '.join(
                   f'{a["mb"]:.2f} MB {a["operation"].split("/", 3)[-1][-70:]}' for a in r['largest_loop_all_reduces'])
                   or 'none') + '.', '',
-              f'Estimated cycles outside kernels and collectives: dense {r["cycles"]["dense"] / 1e6:.0f} M, rest '
-              f'{r["cycles"]["rest"] / 1e6:.0f} M' + (' (quick schedules: --effort=0 for real ones)'
-                                                     if r['effort'] < 0 else '') + '.',
+              'Estimated cycles outside collectives: ' + ', '.join(
+                  f'{k} {v / 1e6:.0f} M' for k, v in r['cycles'].items()) + (
+                      ' (quick schedules: --effort=0 for real ones)' if r['effort'] < 0 else '') + '.',
               f'At least {r["lower_limit_seconds"]:.2f} s: executed FLOPs / peak FLOP/s of the chip.', '']
     return '\n'.join(lines)
 
@@ -252,12 +240,13 @@ def main(argv):
         raise app.UsageError('The configuration names no slice: give one after the colon, or --topology.')
     frames = config.data.layouts[0]
     frames = frames if _SCENES.value is None else (frames[0],) * _SCENES.value
-    chips = math.prod(map(int, topology.split(':')[1].split('x'))) if re.fullmatch(r'\w+:\d+(x\d+)*', topology) else 0
-    slices = max(1, math.prod(getattr(config.mesh, a) for a in sharding.AXES) // chips) if chips else 1
+    count = math.prod(map(int, topology.split(':')[1].split('x'))) if re.fullmatch(r'\w+:\d+(x\d+)*', topology) else 0
+    slices = max(1, math.prod(getattr(config.mesh, a) for a in sharding.AXES) // count) if count else 1
     strange = sorted(set(_WHAT.value) - set(WHAT))
     if strange:
         raise app.UsageError(f'--what={",".join(strange)} is unknown: use {" or ".join(WHAT)}, or both.')
-    reports = [compile_report(config, what, topology, slices, frames, _EFFORT.value) for what in _WHAT.value]
+    reports = [compile_report(config, what, topology, slices, frames, _EFFORT.value, _KERNEL_CYCLES.value)
+               for what in _WHAT.value]
     text = '\n'.join(map(to_markdown, reports))
     print(text)
     if _OUT.value:
@@ -277,6 +266,8 @@ if __name__ == '__main__':
     _SCENES = flags.DEFINE_integer('scenes', None, 'So many scenes of the length of the first.', lower_bound=1)
     _EFFORT = flags.DEFINE_float('effort', 0.0, "The compiler's effort; -1 takes half the time: the same memory, but "
                                  'slow schedules.', -1.0, 1.0)
+    _KERNEL_CYCLES = flags.DEFINE_bool('kernel_cycles', False, "Count the attention kernels' cycles in their "
+                                       'schedules, too; takes a minute longer.')
     _OUT = flags.DEFINE_string('out', None, 'Folder for aot.md and aot.json; default: print only.')
     flags.mark_flag_as_required('config')
     app.run(main)

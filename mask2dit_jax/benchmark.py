@@ -5,6 +5,8 @@
   python -m mask2dit_jax.benchmark sample
   python -m mask2dit_jax.benchmark scenes
   python -m mask2dit_jax.benchmark compile
+  python -m mask2dit_jax.benchmark loader
+  python -m mask2dit_jax.benchmark checkpoint --gb=4
 
 `attention`: forward and gradients of q, k and v under the dual mask, three scenes of equal length, at video lengths of
 L, 2L and 4L tokens: the backends that the device runs, the reference's formulation ('repeated': two dense calls, video
@@ -20,6 +22,13 @@ case is a process of its own; its memory is the most that it held in a run beyon
 of queries and keys and per head, in blocks that are wholly visible and in those whose mask is evaluated. A bundle takes
 about a cycle where nothing stalls.
 
+`loader`: reading batches of encoded clips of CogVideoX-5B's size (random values, written to --out or to temporary
+files) as the trainer does, with one thread: scenes and bytes per second of a host.
+
+`checkpoint`: saving and restoring a state of random values by the trainer's functions, on the file system of --out (or
+of temporary files), in seconds per GB: how long the training loop stands still, until all is written, and restoring
+with its checksums. What was just written is read from the page cache where it fits.
+
 Cases take turns, so that a busy machine slows all alike; times are only comparable within one run.
 """
 import functools
@@ -33,21 +42,27 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import safetensors.numpy
 import tqdm
 from absl import app, flags
 
-from mask2dit_jax import attention, metric_writer, scenes, sharding, splash
+from mask2dit_jax import attention, checkpoint, data, metric_writer, scenes, sharding, splash, train_step
 from mask2dit_jax import config as config_lib
+from mask2dit_jax.datasets import clips
 
 HEADS, HEAD_DIM, TEXT_TOKENS, GRID, SCENES = 2, 64, 32, 8, 3
 COLUMNS = {
     'attention': ('formulation', 'video tokens', 'ms', 'spread ms', 'time ratio', 'MB', 'MB growth'),
     'model': ('scenes', 'what', 'formulation', 'remat', 'ms', 'spread ms', 'time ratio', 'MB', 'MB ratio', 'value'),
     'profile': ('scenes', 'what', 'formulation', 'remat', 'attention', 'matmuls', 'rest'),
+    'loader': ('scenes/s', 'spread scenes/s', 'MB/s'),
+    'checkpoint': ('what', 'GB', 's/GB', 'spread s/GB'),
     'compile': ('chip', 'kernel', 'head size', 'direction', 'visible', 'masked'),
 }
 
@@ -208,7 +223,7 @@ def dump_kernel(topology: str, block: int, head_dim: int, kernel: str, folder: s
     In a process of its own: libtpu reads its arguments once.
     """
     os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
-    from mask2dit_jax import aot
+    from mask2dit_jax import aot  # which imports this module
     mesh = sharding.make_mesh(config_lib.MeshConfig(), aot.topology_devices(topology)[:1])
     layout = scenes.SceneLayout((2,) * SCENES, 30, 45, 226)  # two frames each: a block's code does not depend on it
     x = jax.ShapeDtypeStruct((1, layout.num_tokens, 1, head_dim), jnp.bfloat16,
@@ -234,12 +249,12 @@ def count_bundles(text: str) -> list[int]:
     return sorted((b - a for a, b in itertools.pairwise([*marks, address])), reverse=True)
 
 
-def kernel_bundles(topology: str, head_dim: int, kernel: str) -> dict[str, tuple[int, int]]:
-    """Bundles per head and block of 1024 queries and keys: 'forward' and 'backward', (visible, masked)."""
+def kernel_bundles(topology: str, head_dim: int, kernel: str, block: int = 1024) -> dict[str, tuple[int, int]]:
+    """Bundles per head and block of so many queries and keys: 'forward' and 'backward', (visible, masked)."""
     bundles = {}
     with tempfile.TemporaryDirectory() as folder:
         code = ('import sys; from absl import flags; flags.FLAGS.mark_as_parsed(); from mask2dit_jax import benchmark; '
-                f'benchmark.dump_kernel({topology!r}, 1024, {head_dim}, {kernel!r}, {folder!r})')
+                f'benchmark.dump_kernel({topology!r}, {block}, {head_dim}, {kernel!r}, {folder!r})')
         subprocess.run([sys.executable, '-c', code], check=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'},
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for direction, name in (('forward', 'fwd'), ('backward', 'dkv')):
@@ -260,8 +275,76 @@ def bench_compile() -> list[dict]:
             for direction, (visible, masked) in kernel_bundles(topology, head_dim, kernel).items()]
 
 
+def write_random_clips(folder: pathlib.Path, count: int) -> config_lib.Config:
+    """A data set of stories of three clips with the shapes of 49 frames at 480x720 and CogVideoX-5B's text, and a
+    configuration to train on it."""
+    (folder / 'vae').mkdir(parents=True)
+    (folder / 'vae/config.json').write_text('{}')
+    config = config_lib.Config(data=config_lib.DataConfig(
+        encoded=str(folder / 'data'), codec='vae', layouts=((49,) * 3,), height_px=480, width_px=720))
+    latent_frames, (h, w, channels) = data.latent_shape(config, (49,))
+    m, rng = config.model, np.random.default_rng(0)
+    settings = {'kind': clips.MULTI_SCENE, 'store': 'moments', 'parts': 1, 'moments_shape': [h, w, 2 * channels],
+                'text_shape': [m.max_text_seq_length, m.text_embed_dim], 'scaling_factor': 0.7, 'folder': str(folder),
+                'vae': data.network_digest(folder / 'vae')}
+    clips.write_settings(folder / 'data', settings)
+
+    def random(*shape):
+        return rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+
+    safetensors.numpy.save_file({'text': random(*settings['text_shape'])}, folder / 'data/null_text.safetensors')
+    examples = ({'story': i // 3, 'scene': i % 3, 'frames': 49, 'caption': '', 'path': '',
+                 'moments': random(*latent_frames, h, w, 2 * channels), 'text': random(*settings['text_shape'])}
+                for i in tqdm.trange(count, desc='writing', unit='clip'))
+    clips.write_part(folder / 'data', settings, 0, examples, [])
+    clips.write_info(folder / 'data', settings)
+    return config
+
+
+def bench_loader(runs: int, folder) -> list[dict]:
+    """One row: what a thread of the trainer reads."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        config = write_random_clips(pathlib.Path(work), 48)
+        _, shape = data.latent_shape(config, (49,))
+        batches, speeds = data.train_batches(config, work, types.SimpleNamespace(latent_shape=shape)), []
+        for step in tqdm.trange(runs + 1, desc='loader', unit='batch'):
+            start = time.perf_counter()
+            _, batch = batches(step, range(8))
+            speeds.append(batch['text'].shape[0] * batch['text'].shape[1] / (time.perf_counter() - start))
+        stored = 2 * (2 * batch['latents'].size + batch['text'].size)  # bytes: mean and log-variance, and text
+    speed = float(np.median(speeds[1:]))
+    return [{'scenes/s': speed, 'spread scenes/s': f'{min(speeds[1:]):.3g}...{max(speeds[1:]):.3g}',
+             'MB/s': speed * stored / batch['text'].shape[0] / batch['text'].shape[1] / 1e6}]
+
+
+def bench_checkpoint(gb: float, runs: int, folder) -> list[dict]:
+    """One row for what saving holds up, saving, and restoring; parameters, EMA and two moments of equal size."""
+    arrays = max(1, round(gb * 1e9 / 4 / 2 ** 26))  # of 64 MiB, in each of the four
+    gb = 4 * arrays * 2 ** 26 / 1e9
+    trees = [[jax.random.normal(jax.random.key(arrays * i + j), (4096, 4096)) for j in range(arrays)] for i in range(4)]
+    state = train_step.TrainState(jnp.int32(0), trees[0], trees[1], trees[2:])
+    targets = {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                                  getattr(state, item)) for item in checkpoint.ITEMS}
+    times = {'save: the loop waits': [], 'save: all': [], 'restore': []}
+    with tempfile.TemporaryDirectory(dir=folder) as workdir:
+        manager = checkpoint.manager(workdir, keep=1, keep_every=0, start=0)
+        for run in tqdm.trange(runs + 1, desc='checkpoint', unit='run'):
+            marks = [time.perf_counter()]
+            checkpoint.save(manager, run, state, {})
+            marks.append(time.perf_counter())
+            manager.wait_until_finished()
+            marks.append(time.perf_counter())
+            jax.block_until_ready(checkpoint.latest(workdir, targets)[1])
+            marks.append(time.perf_counter())
+            for values, (a, b) in zip(times.values(), ((0, 1), (0, 2), (2, 3))):
+                values.append((marks[b] - marks[a]) / gb)
+        checkpoint.finish(manager)
+    return [{'what': what, 'GB': gb, 's/GB': float(np.median(values[1:])),
+             'spread s/GB': f'{min(values[1:]):.3g}...{max(values[1:]):.3g}'} for what, values in times.items()]
+
+
 def main(argv):
-    names = ('attention', *TASKS, 'compile')
+    names = ('attention', *TASKS, 'compile', 'loader', 'checkpoint')
     if len(argv) != 2 or argv[1] not in names:
         raise app.UsageError(f'Give the name of one task, {", ".join(names)}; got {" ".join(argv[1:]) or "none"}.')
     task, runs = argv[1], _RUNS.value
@@ -276,6 +359,13 @@ def main(argv):
     elif task == 'compile':
         tables[task] = bench_compile()
         note = 'Bundles per head and block of 1024 queries and keys, dual mask. Compiled, not run.'
+    elif task == 'loader':
+        tables[task] = bench_loader(runs, _OUT.value)
+        note = (f'Batches of 8 stories of 3 scenes of 49 frames at 480x720; {os.cpu_count()} processors; median of '
+                f'{runs} batches, after one that does not count; files are in the page cache.')
+    elif task == 'checkpoint':
+        tables[task] = bench_checkpoint(_GB.value, runs, _OUT.value)
+        note = f'{device}. Medians of {runs} runs, after one that does not count.'
     else:
         tables['model'], tables['profile'] = bench_model(task, runs)
         note = (f'{device}. Times are medians of {runs} runs, memory is that of the last, ratios are to diffusers if '
@@ -295,5 +385,6 @@ if __name__ == '__main__':  # only here, since tests import this next to sample,
     _DENSE_TOKENS = flags.DEFINE_integer('dense_tokens', 4096, 'Longest video of the dense backend, whose memory is '
                                          'quadratic.', lower_bound=0)
     _RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=5)
+    _GB = flags.DEFINE_float('gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.0)
     _OUT = flags.DEFINE_string('out', None, 'Folder for TASK.json and TASK.md; default: print only.')
     app.run(main)

@@ -79,6 +79,25 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank fine-tuning: only A and B are trained, and a kernel acts as kernel + alpha / rank * A @ B.
+
+    The base, which `init_from` must name, stays as it is and is not saved again. A and B are no matrices of the blocks
+    in the optimizer's sense: under 'muon' they get its Nesterov AdamW.
+
+    Attributes:
+      rank: of A @ B; 0 trains the whole model instead.
+      alpha: see above; 0 means alpha = rank, so a scale of 1, which is also what diffusers takes where a file of LoRA
+        tensors does not say.
+      layers: regular expression, searched for in the parameters' paths, e.g. 'blocks/ff_in/kernel'; the default is the
+        attention's four projections in every block.
+    """
+    rank: int = 0
+    alpha: float = 0.0
+    layers: str = r'/attn/to_(q|k|v|out)/kernel$'
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The training loop.
 
@@ -91,6 +110,7 @@ class TrainConfig:
       conditional_from_step: updates before this one give no scenes.
       ema_decay: limit of the decay min((1 + k) / (10 + k), ema_decay).
       keep_checkpoints: the newest ones that stay on disk.
+      keep_every_steps: checkpoints of multiples of this stay for good; 0 for none.
     """
     steps: int = 1000
     batch_size: int = 8
@@ -104,6 +124,7 @@ class TrainConfig:
     checkpoint_every_steps: int = 1000
     sample_every_steps: int = 1000
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +169,9 @@ class Config:
     """Everything `main` needs.
 
     Attributes:
-      init_from: where training starts: a workdir, for its EMA parameters, or a model folder, released or converted,
-        whose VAE and text encoder are then used, too. Empty for random parameters. `main --checkpoint` sets it, and
-        takes the model's sizes from there.
+      init_from: where training starts: a workdir or one of its checkpoints, for its EMA parameters, or a model folder,
+        released or converted, whose VAE and text encoder are then used, too. Empty for random parameters. `main
+        --checkpoint` sets it, and takes the model's sizes from there.
     """
     seed: int = 0
     init_from: str = ''
@@ -158,6 +179,7 @@ class Config:
     schedule: diffusion.Schedule = diffusion.Schedule()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
@@ -202,6 +224,9 @@ def parse(config) -> Config:
 
 def _check(config: Config) -> None:
     t, m = config.train, config.mesh
+    for name in ('rank', 'alpha'):
+        if getattr(config.lora, name) < 0:
+            raise ValueError(f'config.lora.{name} must not be negative, got {getattr(config.lora, name)}.')
     if config.optimizer.name not in OPTIMIZERS:
         raise ValueError(f'config.optimizer.name is {config.optimizer.name!r}: use one of {", ".join(OPTIMIZERS)}.')
     for name, value, known in (('data.codec', config.data.codec, CODECS), ('data.scenes', config.data.scenes, SCENES),
@@ -216,6 +241,9 @@ def _check(config: Config) -> None:
     for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
         if not 0 <= getattr(t, name) <= 1:
             raise ValueError(f'config.train.{name} must lie in 0...1, got {getattr(t, name)}.')
+    if t.keep_checkpoints < 1 or t.keep_every_steps % t.checkpoint_every_steps:
+        raise ValueError(f'config.train.keep_checkpoints {t.keep_checkpoints} must be at least 1 and keep_every_steps '
+                         f'{t.keep_every_steps} a multiple of checkpoint_every_steps {t.checkpoint_every_steps}.')
     doubled = {'eval.batch_size': config.eval.batch_size, 'sample.sheet_stories': config.sample.sheet_stories}
     for name, size in doubled.items():
         if 2 * size % (m.data * m.fsdp):  # both halves of classifier-free guidance
@@ -232,8 +260,10 @@ def _check(config: Config) -> None:
 
 
 def save(config: Config, path: pathlib.Path) -> None:
-    """Writes the configuration as JSON."""
-    path.write_text(json.dumps(_plain(config), indent=2) + '\n')
+    """Writes the configuration as JSON, at once, so that a kill leaves no half of it."""
+    whole = path.with_name(path.name + '.tmp')
+    whole.write_text(json.dumps(_plain(config), indent=2) + '\n')
+    whole.replace(path)
 
 
 def load(path: pathlib.Path) -> Config:
@@ -245,3 +275,9 @@ def load(path: pathlib.Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main wrote.')
     return parse(json.loads(path.read_text()))
+
+
+def load_run(folder) -> Config:
+    """Configuration of the run whose workdir, or one of whose checkpoints, this is; errors as `load`."""
+    folder = pathlib.Path(folder).absolute()
+    return load((folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'config.json')

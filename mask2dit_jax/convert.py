@@ -18,6 +18,9 @@ As a command it converts a whole model folder to Orbax, which loads faster, and 
   python -m mask2dit_jax.convert --from=CogVideoX-5b --to=cogvideox-orbax
   python -m mask2dit_jax.convert --from=cogvideox-orbax --to=exported
   python -m mask2dit_jax.convert --from=runs/mine --to=exported      # EMA of a training run, for PyTorch users
+
+A run with LoRA gives both: transformer/ with LoRA merged into its base, and pytorch_lora_weights.safetensors, the LoRA
+alone, for diffusers' load_lora_weights and for `sample --lora`.
 """
 import dataclasses
 import functools
@@ -35,8 +38,8 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
+from mask2dit_jax import checkpoint, diffusion, lora, metric_writer, weights
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import diffusion, metric_writer, weights
 from mask2dit_jax.models import dit, t5, vae
 
 # config.json keys that DiTConfig takes over under the same name.
@@ -453,6 +456,16 @@ def load_t5(folder, param_dtype: str = 'float32', **overrides):
     return _load('text_encoder', folder, param_dtype, overrides)
 
 
+def write_lora(folder, cfg: dit.DiTConfig, tree, lora_cfg: config_lib.LoraConfig) -> int:
+    """Writes a transformer's LoRA tensors as diffusers does (see lora.write_file)."""
+    return lora.write_file(folder, tree, lora_cfg, _entries('transformer', cfg))
+
+
+def read_lora(path, cfg: dit.DiTConfig):
+    """LoRA tensors for a transformer, and the LoraConfig to merge them by, from a file: see lora.read_file."""
+    return lora.read_file(path, _entries('transformer', cfg))
+
+
 _SCHEDULE_FIXED = {'beta_schedule': 'scaled_linear', 'prediction_type': 'v_prediction', 'trained_betas': None,
                    'clip_sample': False, 'set_alpha_to_one': True}
 
@@ -488,7 +501,7 @@ def adopt(config: config_lib.Config, folder) -> config_lib.Config:
         model = read_config('transformer', folder / 'transformer', **kept)
         schedule, codec = load_schedule(folder / 'scheduler/scheduler_config.json'), 'vae'
     else:
-        run = config_lib.load(folder / 'config.json')
+        run = config_lib.load_run(folder)
         model, schedule, codec = dataclasses.replace(run.model, **kept), run.schedule, run.data.codec
     return dataclasses.replace(config, init_from=str(folder), model=model, schedule=schedule,
                                data=dataclasses.replace(config.data, codec=codec))
@@ -519,10 +532,8 @@ def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:
     return count
 
 
-def _to_safetensors(kind: str, cfg, params: pathlib.Path, target: pathlib.Path) -> int:
-    """One network from an Orbax item to .safetensors in `target`; returns the number of parameters."""
-    tree = _nested(weights.open_orbax(params))
-    tensors = export_params(kind, cfg, tree)
+def _to_safetensors(kind: str, tensors: dict[str, weights.Tensor], target: pathlib.Path) -> int:
+    """One network's tensors to .safetensors in `target`; returns the number of parameters."""
     count = sum(int(np.prod(t.shape)) for t in tensors.values())
     with tqdm.tqdm(total=count, desc=kind, unit='parameter', unit_scale=True) as bar:
         def read(tensor):
@@ -534,15 +545,37 @@ def _to_safetensors(kind: str, cfg, params: pathlib.Path, target: pathlib.Path) 
     return count
 
 
-def _export_run(checkpoint: pathlib.Path, target: pathlib.Path) -> int:
-    """The EMA of a training run's checkpoint as target/transformer and target/scheduler."""
-    cfg = config_lib.load(checkpoint.absolute().parent.parent / 'config.json')
+def _orbax_tensors(kind: str, cfg, params: pathlib.Path) -> dict[str, weights.Tensor]:
+    """The tensors of an Orbax item, under the reference's names."""
+    return export_params(kind, cfg, _nested(weights.open_orbax(params)))
+
+
+def _run_tensors(run: pathlib.Path, cfg: config_lib.Config) -> dict[str, weights.Tensor]:
+    """The EMA of a run's checkpoint, under the reference's names; LoRA merged into its base."""
+    if not cfg.lora.rank:
+        return _orbax_tensors('transformer', cfg.model, run / 'ema')
+    folder = pathlib.Path(cfg.init_from)
+    if not (folder / 'transformer').is_dir():
+        base = _run_tensors(folder, config_lib.load_run(folder))
+    elif (folder / 'transformer/params').is_dir():
+        base = _orbax_tensors('transformer', cfg.model, folder / 'transformer/params')
+    else:
+        base = _matched('transformer', cfg.model, weights.open_safetensors(folder / 'transformer'))[1]
+    tree = _nested(weights.open_orbax(run / 'ema'))
+    return lora.merge_tensors(base, tree, cfg.lora, _entries('transformer', cfg.model))
+
+
+def _export_run(run: pathlib.Path, target: pathlib.Path) -> dict[str, int]:
+    """The EMA of a training run's checkpoint as target/transformer and target/scheduler, LoRA also on its own."""
+    cfg = config_lib.load_run(run)
     config, folder = transformer_json(cfg.model), target / 'transformer'
-    count = _to_safetensors('transformer', cfg.model, checkpoint / 'ema', folder)
+    counts = {'transformer': _to_safetensors('transformer', _run_tensors(run, cfg), folder)}
+    if cfg.lora.rank:
+        counts['LoRA'] = write_lora(target, cfg.model, _nested(weights.open_orbax(run / 'ema')), cfg.lora)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     (target / 'scheduler').mkdir(exist_ok=True)
     (target / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule_json(cfg.schedule), indent=2) + '\n')
-    return count
+    return counts
 
 
 def convert_folder(source, target) -> dict[str, int]:
@@ -554,7 +587,7 @@ def convert_folder(source, target) -> dict[str, int]:
       target: new folder.
 
     Returns:
-      Number of parameters by network.
+      Number of parameters by network, and of the LoRA of a run that has one.
 
     Raises:
       FileNotFoundError, ValueError: naming what is missing or does not fit.
@@ -565,17 +598,18 @@ def convert_folder(source, target) -> dict[str, int]:
     found = [k for k in NETWORKS if (source / k / 'config.json').is_file()]
     run = source if (source / 'ema').is_dir() else None
     if not found and run is None:
-        if not (source / 'checkpoints').is_dir():
+        if not checkpoint.folders(source):
             raise FileNotFoundError(f'{source} holds neither {", ".join(k + "/" for k in NETWORKS)} nor checkpoints.')
-        run = max((source / 'checkpoints').glob('[0-9]*'), key=lambda p: int(p.name))
+        run = checkpoint.folders(source)[-1]
     if run is not None:
-        return {'transformer': _export_run(run, target)}
+        return _export_run(run, target)
     counts = {}
     for kind in found:
         folder = target / kind
         folder.mkdir(parents=True)
         if (source / kind / 'params').is_dir():
-            counts[kind] = _to_safetensors(kind, read_config(kind, source / kind), source / kind / 'params', folder)
+            tensors = _orbax_tensors(kind, read_config(kind, source / kind), source / kind / 'params')
+            counts[kind] = _to_safetensors(kind, tensors, folder)
             shutil.copyfile(source / kind / 'config.json', folder / 'config.json')
         else:
             counts[kind] = _to_orbax(kind, source / kind, folder)
@@ -600,6 +634,7 @@ def main(argv):
 if __name__ == '__main__':
     _FROM = flags.DEFINE_string('from', None, 'Model folder, released or converted, or workdir or checkpoint of a '
                                 'training run.', required=True)
-    _TO = flags.DEFINE_string('to', None, 'New folder: Orbax from a released folder, safetensors from the others.',
-                              required=True)
+    _TO = flags.DEFINE_string('to', None, 'New folder: Orbax from a released folder, safetensors from the others. A '
+                              'run with LoRA leaves transformer/, merged, and pytorch_lora_weights.safetensors, the '
+                              "LoRA alone, in diffusers' naming.", required=True)
     app.run(main)

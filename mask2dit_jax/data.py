@@ -2,12 +2,16 @@
 
 And the coders between captions or pixels and what the model sees.
 """
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import grain
 import jax
@@ -60,7 +64,7 @@ def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
         folder = pathlib.Path(config.init_from)
         if (folder / 'transformer').is_dir():
             return folder
-        config = config_lib.load(folder / 'config.json')
+        config = config_lib.load_run(folder)
     return None
 
 
@@ -406,3 +410,25 @@ class EncodedClips:
         """Records of `count` stories, always the same ones; they come again if there are fewer."""
         found = self.candidates(layout)
         return [self._story(found[i % len(found)], np.random.default_rng([1, i]), layout) for i in range(count)]
+
+
+@contextlib.contextmanager
+def prefetched(function: Callable, items: Iterable, ahead: int = 2):
+    """An iterator over function(item) in the order of items, made by one thread while the last one is in use.
+
+    What the function raises is raised where its item's turn comes. Leaving the context waits for the item in work.
+    """
+    items = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+
+        def results():
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+                yield result
+
+        try:
+            yield results()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

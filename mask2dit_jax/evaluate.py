@@ -122,7 +122,7 @@ def read_features(path) -> dict[str, np.ndarray]:
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f'{path} is no file: check --features.')
-    return {name: np.asarray(tensor) for name, tensor in weights.open_file(pathlib.Path(path)).items()}
+    return {name: np.asarray(tensor) for name, tensor in weights.open_file(path)[0].items()}
 
 
 def score(item: Video, features: dict, change) -> dict:

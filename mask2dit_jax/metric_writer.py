@@ -1,5 +1,9 @@
-"""Training metrics: one log line with speed and ETA, one JSON object per line in metrics.jsonl, score tables."""
+"""Training metrics: one log line with speed and ETA, one JSON object per line in metrics.jsonl, score tables.
+
+Where tensorboardX is installed, the same scalars and the sample sheets go to <workdir>/tensorboard, too.
+"""
 import collections
+import importlib.util
 import json
 import logging as python_logging
 import math
@@ -10,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+import PIL.Image
 from absl import logging
 
 _WINDOW_WRITES = 10  # writes over which the speed is averaged
@@ -83,7 +89,7 @@ def _speed(marks: Sequence[tuple[float, int]]) -> float | None:
 
 
 class MetricWriter:
-    """Writes metrics to the log and to workdir/metrics.jsonl on process 0; on other processes it does nothing."""
+    """Writes metrics to log, workdir/metrics.jsonl and TensorBoard on process 0; on others it does nothing."""
 
     def __init__(self, workdir, total_steps: int, start_step: int = 0):
         """Opens the file for appending.
@@ -109,6 +115,15 @@ class MetricWriter:
         if path.exists():
             _drop_steps_after(path, start_step)
         self._file = path.open('a', encoding='utf-8')
+        self._board = None
+        if importlib.util.find_spec('tensorboardX') is None:
+            logging.info("No TensorBoard files are written: pip install 'mask2dit_jax[tensorboard]' for them.")
+            return
+        import tensorboardX
+        # TensorBoard forgets what earlier files say of purge_step and later. Its thread writes within flush_secs (its
+        # flush does not wait for the thread), so that a kill costs it a record at most.
+        self._board = tensorboardX.SummaryWriter(os.fspath(path.parent / 'tensorboard'), purge_step=start_step + 1,
+                                                 flush_secs=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one record and logs one line.
@@ -119,6 +134,9 @@ class MetricWriter:
         Args:
           step: the number of steps done.
           metrics: scalars by name; anything that `float` accepts.
+
+        Raises:
+          OSError: naming the file if it cannot be written.
         """
         if self._file is None:
             return
@@ -128,8 +146,15 @@ class MetricWriter:
         record = {'step': step, **values} | ({} if speed is None else {'steps_per_second': speed})
         # JSON knows no NaN: a bare one would make the line unreadable to everything but Python.
         record = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + '\n')
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + '\n')
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f'{self._file.name} cannot be written ({error.strerror}): make room or mend the disk, and '
+                          'the same command resumes.') from error
+        if self._board is not None:
+            for name, value in values.items() if speed is None else [*values.items(), ('steps_per_second', speed)]:
+                self._board.add_scalar(name, value, step)
         logging.info('%s', self._log_line(step, values, speed))
 
     def _log_line(self, step: int, values: dict[str, float], speed: float | None) -> str:
@@ -139,8 +164,17 @@ class MetricWriter:
             parts.append(f'ETA {format_eta(max(0, self._total_steps - step) / speed)}')
         return ' | '.join(parts + [f'{name} {value:.4g}' for name, value in values.items()])
 
+    def write_images(self, step: int, images: Mapping[str, os.PathLike]) -> None:
+        """Shows image files in TensorBoard, by name."""
+        if self._file is None or self._board is None:
+            return
+        for name, path in images.items():
+            self._board.add_image(name, np.asarray(PIL.Image.open(path).convert('RGB')), step, dataformats='HWC')
+
     def close(self) -> None:
-        """Closes the file; later writes do nothing."""
+        """Closes the files; later writes do nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
+            if self._board is not None:
+                self._board.close()

@@ -4,6 +4,7 @@
   python -m mask2dit_jax.sample --workdir=runs/tiny --story=story.json --num_videos=4
   python -m mask2dit_jax.sample --workdir=runs/tiny --given=a.mp4 --given=b.mp4 --prompt=A --prompt=B --prompt=NEW
   python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b --prompt=A --prompt=B --height=480 --width=720 --frames=49
+  python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b --lora=pytorch_lora_weights.safetensors --prompt=A --prompt=B
 
 A story file is {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption": "it grows"}]}.
 """
@@ -17,15 +18,28 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from mask2dit_jax import checkpoint, config, convert, data, generate, metric_writer, samplers, sharding, video
+from mask2dit_jax import (
+    config,
+    convert,
+    data,
+    generate,
+    lora,
+    metric_writer,
+    runs,
+    samplers,
+    sharding,
+    video,
+)
 from mask2dit_jax.datasets import clips
 from mask2dit_jax.models import dit, vae
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest checkpoint is '
-                               'used.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest good '
+                               'checkpoint is used.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Instead: one checkpoint of a workdir, e.g. '
                                   'runs/tiny/checkpoints/2000, or a model folder, released (transformer/, vae/, '
                                   'text_encoder/, tokenizer/, scheduler/) or converted to Orbax.')
+_LORA = flags.DEFINE_string('lora', None, "LoRA file of diffusers' CogVideoX (.safetensors) to merge into the model; a "
+                            'run that was trained with LoRA has its own merged already.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Caption of a scene; repeat it, one for every scene, those of given '
                                     'clips included.')
 _STORY = flags.DEFINE_string('story', None, 'JSON file with scenes of caption and frames, instead of --prompt.')
@@ -100,15 +114,20 @@ def _mesh() -> jax.sharding.Mesh:
 
 
 def load_run(path: pathlib.Path):
-    """Configuration, coders and a function that loads the EMA parameters, of a training run's checkpoint."""
-    workdir = path.absolute().parent.parent
+    """As `load_folder`, of a workdir, the newest good checkpoint of which is used, or of one checkpoint in it."""
+    workdir = path.absolute() if _WORKDIR.value else path.absolute().parent.parent
     cfg = config.load(workdir / 'config.json')
     target = sharding.targets(convert.abstract_params(cfg.model), _mesh())
-    return cfg, data.coders(cfg, workdir), lambda: checkpoint.restore_ema(path, target)
+
+    def load():
+        return (runs.newest(path, cfg, target) if _WORKDIR.value
+                else (path, runs.restore(path, cfg, target)))
+
+    return cfg, data.coders(cfg, workdir), load
 
 
 def load_folder(folder: pathlib.Path):
-    """Configuration, coders and a function that loads the transformer, of a model folder."""
+    """Configuration, coders and a function that loads the transformer and says from where, of a model folder."""
     base = config.Config(data=config.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=_DTYPE.value))
     cfg = convert.adopt(base, folder)
     frames, factor = cfg.model.sample_frames, convert.read_config('vae', folder / 'vae').spatial_factor
@@ -117,7 +136,7 @@ def load_folder(folder: pathlib.Path):
     coders = data.pretrained_coders(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
                                     mask_padding=_MASK_PADDING.value)
     target = sharding.targets(convert.abstract_params(cfg.model), _mesh(), cfg.model.dtype)
-    return cfg, coders, lambda: convert.read_params('transformer', folder / 'transformer', cfg.model, target)
+    return cfg, coders, lambda: (folder, convert.read_params('transformer', folder / 'transformer', cfg.model, target))
 
 
 def write_outputs(out: pathlib.Path, videos, captions, frames, num_given: int, fps: float, record: dict) -> None:
@@ -145,14 +164,15 @@ def main(argv):
         raise app.UsageError('Give either --workdir or --checkpoint.')
     metric_writer.quiet_libraries()
     captions, asked = _inputs()
-    path = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else checkpoint.latest(_WORKDIR.value)
+    path = pathlib.Path(_CHECKPOINT.value or _WORKDIR.value)
     is_folder, chosen = (path / 'transformer').is_dir(), {n: flags.FLAGS[n] for n in _FOLDER_FLAGS}
     if not is_folder and (useless := [f'--{n}' for n, flag in chosen.items() if flag.present]):
         raise app.UsageError(f'Only for model folders, and {path} is none: {", ".join(useless)}.')
-    if not is_folder and not (path / 'ema').is_dir():
+    if not is_folder and _CHECKPOINT.value and not (path / 'ema').is_dir():
         raise FileNotFoundError(f'{path} is neither a checkpoint of a workdir (with ema/) nor a model folder (with '
                                 'transformer/): check --checkpoint.')
     cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
+    low_rank = convert.read_lora(_LORA.value, cfg.model) if _LORA.value else None
     height, width = coders.size_px
     given = [read_given(g, height, width, _GIVEN_FRAMES.value, _SEED.value) for g in _GIVEN.value]
     frames = plan_frames(asked, given, _FRAMES.value or cfg.data.layouts[0][0])
@@ -164,13 +184,15 @@ def main(argv):
     logging.info('Sampling %d video(s) of %s frames from %s.', _NUM_VIDEOS.value, '+'.join(map(str, frames)), path)
     # One network in memory at a time: text encoder and VAE in here, the transformer, then the VAE again.
     inputs = generate.encode_inputs(coders, [captions], frames, clips, _NEGATIVE.value)
-    params = load_params()
+    path, params = load_params()
+    if _LORA.value:
+        params = lora.merge_placed(params, *low_rank)
     latents = np.concatenate([generate.sample_latents(cfg, params, inputs, first_index=i, **settings)
                               for i in tqdm.trange(_NUM_VIDEOS.value, desc='sampling', unit='video')])
     del params
     videos = coders.decode_video(latents, inputs.latent_frames)
     record = {'scenes': [{'caption': c, 'frames': f} for c, f in zip(captions, frames)],
-              'checkpoint': str(path), 'given': [{'file': g, 'sha256': hashlib.sha256(
+              'checkpoint': str(path), 'lora': _LORA.value, 'given': [{'file': g, 'sha256': hashlib.sha256(
                   pathlib.Path(g).read_bytes()).hexdigest()} for g in _GIVEN.value],
               'given_frames': _GIVEN_FRAMES.value, 'num_videos': _NUM_VIDEOS.value,
               'negative_prompt': _NEGATIVE.value, **settings,

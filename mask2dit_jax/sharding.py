@@ -18,13 +18,20 @@ from jax.sharding import PartitionSpec as P
 AXES = ('data', 'fsdp', 'context', 'tensor')
 BATCH_AXES = AXES[:2]
 
+# Names, and the axes over which the rows and the columns of their kernels are spread. LoRA's A [in, rank] lies as the
+# rows do and B [rank, out] as the columns, so that A @ B needs no collective.
+_KERNELS = (
+    ('to_q|to_k|to_v|ff_in', 'fsdp', ('tensor', 'context')),
+    ('to_out|ff_out', ('tensor', 'fsdp'), 'context'),
+    ('linear', 'fsdp', 'context'),
+    ('patch|text|time_in|time_out', None, 'fsdp'),
+    ('proj_out', 'fsdp', None),
+)
 # Of '/' and the path. First match wins; a spec names the last axes, so that a stacked layer axis stays whole.
 RULES = (
-    (r'/(to_q|to_k|to_v|ff_in)/kernel$', ('fsdp', ('tensor', 'context'))),
-    (r'/(to_out|ff_out)/kernel$', (('tensor', 'fsdp'), 'context')),
-    (r'/linear/kernel$', ('fsdp', 'context')),
-    (r'/(patch|text|time_in|time_out)/kernel$', (None, 'fsdp')),
-    (r'/proj_out/kernel$', ('fsdp', None)),
+    *((rf'/({names})/kernel$', (rows, columns)) for names, rows, columns in _KERNELS),
+    *((rf'/({names})/lora_A$', (rows, None)) for names, rows, _ in _KERNELS),
+    *((rf'/({names})/lora_B$', (None, columns)) for names, _, columns in _KERNELS),
     (r'/positions$', (None, 'fsdp')),
     (r'/(bias|scale)$', ()),
     (r'^/step$|/(count|ns_coeffs)$', ()),

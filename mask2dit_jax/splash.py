@@ -143,13 +143,16 @@ def block_of_chip() -> int:
     return BLOCKS[kind]
 
 
-def visited_keys(layout: scenes.SceneLayout, pattern: str, block: int) -> float:
-    """Keys that kernels visit for a query, on average: those of blocks that hold anything visible, padding included."""
+def visited_blocks(layout: scenes.SceneLayout, pattern: str, block: int) -> tuple[int, float, float]:
+    """What kernels visit: tokens per block, and for a block of queries, on average, the number of wholly visible blocks
+    of keys and of those whose mask is evaluated."""
     block = min(block, -(-layout.num_tokens // _LANES) * _LANES)
     segments = _Segments(layout, block)
     length = segments.starts[-1]
     mask, starts = SceneMask(segments, pattern, (0, length)), range(0, length, block)
-    return length * float(np.mean([mask[i:i + block, j:j + block].any() for i in starts for j in starts]))
+    windows = [mask[i:i + block, j:j + block] for i in starts for j in starts]
+    visible, seen = sum(bool(w.all()) for w in windows), sum(bool(w.any()) for w in windows)
+    return block, visible / len(starts), (seen - visible) / len(starts)
 
 
 def attend(q, k, v, layout: scenes.SceneLayout, pattern: str, *, block: int, kernel: str = 'tokamax',

@@ -1,4 +1,5 @@
 """The training run: data, state, loop, sample sheets, checkpoints, and the scores at the end."""
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,7 +11,18 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from mask2dit_jax import checkpoint, convert, data, generate, metric_writer, sharding, train_step, video
+from mask2dit_jax import (
+    checkpoint,
+    chips,
+    data,
+    generate,
+    metric_writer,
+    processes,
+    runs,
+    sharding,
+    train_step,
+    video,
+)
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.datasets import stories
 from mask2dit_jax.models import dit
@@ -22,24 +34,21 @@ SCORE_NOTES = {'residual': 'residual: distance to the best rendering, lower is c
 TRACED_STEPS = 3  # enough to see one that is not the first
 
 
-def _initial_state(config: config_lib.Config, batches: data.Batches, coders: data.Coders, mesh):
-    """State straight into its shardings; from the EMA of another run if the configuration says so."""
-    layout, batch = batches(0, [0])
-    inputs = batch['latents'][0], batch['text'][0], coders.latent_frames(layout)
+def _initial_state(config: config_lib.Config, coders: data.Coders, mesh):
+    """State straight into its shardings; from a model folder or the EMA of another run if the configuration says so."""
+    frames, m = coders.latent_frames(config.data.layouts[0]), config.model
+    text = np.zeros((len(frames), m.max_text_seq_length, m.text_embed_dim), np.float32)
+    inputs = np.zeros((sum(frames), *coders.latent_shape), np.float32), text, frames
     abstract = jax.eval_shape(lambda: train_step.init_state(config, inputs))
     shardings = sharding.shardings(abstract, mesh)
+    if config.lora.rank:
+        # The base is never made, only read.
+        state = jax.jit(lambda: train_step.init_state(config, inputs).replace(base=()),
+                        out_shardings=shardings.replace(base=()))()
+        return state.replace(base=runs.load_base(config, sharding.targets(abstract.base, mesh))), shardings
     state = jax.jit(lambda: train_step.init_state(config, inputs), out_shardings=shardings)()
     if config.init_from:
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract.ema,
-                              shardings.ema)
-        folder = pathlib.Path(config.init_from)
-        if (folder / 'transformer').is_dir():
-            logging.info('Starting from %s.', folder / 'transformer')
-            params = convert.read_params('transformer', folder / 'transformer', config.model, target)
-        else:
-            path = checkpoint.latest(folder)
-            logging.info('Starting from the EMA parameters of %s.', path)
-            params = checkpoint.restore_ema(path, target)
+        params = runs.load_base(config, sharding.targets(abstract.params, mesh))
         state = state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
     return state, shardings
 
@@ -47,7 +56,9 @@ def _initial_state(config: config_lib.Config, batches: data.Batches, coders: dat
 def _run_meta(config: config_lib.Config, batches: data.Batches) -> dict:
     """What must not change between a run and its continuation."""
     return {'data': batches.fingerprint, 'seed': config.seed, 'init_from': config.init_from,
+            'optimizer': config.optimizer.name,
             'model': dataclasses.asdict(config.model) | {'remat': '', 'attention_backend': ''},
+            'lora': dataclasses.asdict(config.lora),
             'batch_size': config.train.batch_size, 'caption_style': config.data.caption_style}
 
 
@@ -172,6 +183,11 @@ def held_out_losses(config: config_lib.Config, params, coders: data.Coders) -> l
     return rows
 
 
+def _by_task(sheets: list[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """Sheets by name, without their steps; only process 0 has drawn them."""
+    return {path.stem.split('_', 1)[1]: path for path in sheets}
+
+
 def _write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> None:
     if jax.process_index() != 0:
         return
@@ -187,8 +203,23 @@ def _write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> No
           f'--prompt="it grows" --prompt="it blinks"')
 
 
-def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | None = None) -> list[dict]:
-    """Trains to the end, resuming from the newest checkpoint of the workdir if there is one, and scores the result.
+def _peak_share(config: config_lib.Config, mesh, coders: data.Coders) -> dict[tuple[int, ...], float]:
+    """Model FLOPs of a step on stories of each layout, as a share of what the devices do in a second at their peak.
+
+    Times steps per second that is MFU: steps/s x batch_size x chips.model_flops / (devices x peak bf16 FLOP/s of one).
+    Nothing that is computed again counts. Empty where the device's peak is not in chips.CHIPS.
+    """
+    peaks = {chip.device_kind: chip.peak_flops for chip in chips.CHIPS.values()}
+    kind = mesh.devices.flat[0].device_kind
+    if kind not in peaks:
+        return {}
+    layouts = {f: config.model.layout(coders.latent_frames(f), *coders.latent_shape[:2]) for f in config.data.layouts}
+    return {f: config.train.batch_size * sum(chips.model_flops(config, layout, 'train').values())
+            / (mesh.size * peaks[kind]) for f, layout in layouts.items()}
+
+
+def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | None = None) -> list[dict] | None:
+    """Trains to the end, resuming from the newest good checkpoint of the workdir if there is one, and scores.
 
     Args:
       config: the validated configuration.
@@ -196,13 +227,16 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
       trace_step: the step from which TRACED_STEPS are recorded by jax.profiler, if any.
 
     Returns:
-      The rows of `score_stories`, by the EMA parameters.
+      The rows of `score_stories`, by the EMA parameters; None if SIGTERM stopped training, at a step that is saved.
 
     Raises:
       FloatingPointError: if training diverges.
-      ValueError: if the workdir holds another run, or the steps to record are not all to be run.
+      RuntimeError: if a checkpoint cannot be written.
+      TimeoutError: if another process hangs.
+      ValueError: if the workdir holds another run, LoRA has no base, or the steps to record are not all to be run.
     """
     started = time.monotonic()
+    config = runs.pin_base(config)
     cfg, workdir = config.train, pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
 
@@ -212,16 +246,24 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     for layout in config.data.layouts:
         coders.latent_frames(layout)  # a scene that cannot be coded is an error now, not after encoding
     batches = data.train_batches(config, workdir, coders)
-    state, shardings = _initial_state(config, batches, coders, mesh)
-    logging.info('%d parameters on mesh %s.', sum(x.size for x in jax.tree.leaves(state.params)), dict(mesh.shape))
+    state, shardings = _initial_state(config, coders, mesh)
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.base))
+    logging.info('%d trained and %d frozen parameters on mesh %s.', trained, frozen, dict(mesh.shape))
 
     # 2. Resume.
-    checkpoints, meta = checkpoint.manager(workdir, cfg.keep_checkpoints), _run_meta(config, batches)
-    start = checkpoints.latest_step() or 0
-    if start:
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        state = checkpoint.restore(checkpoints, start, target, meta)
-        state = state.replace(step=jax.device_put(np.int32(start), shardings.step))
+    meta, start, found = _run_meta(config, batches), 0, checkpoint.folders(workdir)
+    processes.require_same(configuration=config, data=batches.fingerprint, checkpoints=[p.name for p in found])
+    if found:
+        # Only shapes and places stay of what is read, so that it is not held twice.
+        base, targets = state.base, {k: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), getattr(state, k))
+            for k in checkpoint.ITEMS}
+        del state
+        path, items = checkpoint.latest(workdir, targets, meta)
+        start = int(path.name)
+        logging.info('Resuming %s.', path)
+        state = train_step.TrainState(step=jax.device_put(np.int32(start), shardings.step), base=base, **items)
+    checkpoints = checkpoint.manager(workdir, cfg.keep_checkpoints, cfg.keep_every_steps, start)
     if jax.process_index() == 0:
         config_lib.save(config, workdir / 'config.json')
     if start >= cfg.steps:
@@ -235,34 +277,68 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     writer = metric_writer.MetricWriter(workdir, cfg.steps, start)
     steps = {f: train_step.jit_train_step(config, coders.latent_frames(f), shardings, sharding.batch_sharding(mesh))
              for f in dict.fromkeys(config.data.layouts)}
-    pending, rows = [], sharding.local_rows(mesh, cfg.batch_size)
-    for step in range(start, cfg.steps):
-        if step == trace_step:
-            jax.profiler.start_trace(workdir / 'trace')
+    rows, peak_share = sharding.local_rows(mesh, cfg.batch_size), _peak_share(config, mesh, coders)
+    logging.info('data_wait is the share of time for which the loop waits for data%s.', ', mfu is model FLOPs / (time '
+                 'x devices x peak bf16 FLOP/s)' if peak_share else '')
+
+    def prepare(step):
         layout, batch = batches(step, rows)
-        state, metrics = steps[layout](state, sharding.global_batch(batch, mesh, cfg.batch_size), batches.null_text)
-        pending.append(metrics)
-        done = step + 1
-        if trace_step is not None and done == trace_step + TRACED_STEPS:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            logging.info('Trace of steps %d to %d: %s.', trace_step, step, workdir / 'trace')
-        last, due = done == cfg.steps, lambda every, done=done: done % every == 0
-        saves = last or due(cfg.checkpoint_every_steps)
-        if last or saves or due(cfg.log_every_steps):
-            means = {k: _checked_mean([m[k] for m in pending], done) for k in metrics}
-            writer.write(done, means)
-            pending = []
-        if saves:
-            checkpoint.save(checkpoints, done, state, meta)
-        if not last and due(cfg.sample_every_steps):
-            write_sheets(config, state.ema, coders, workdir, done)
-    writer.close()
-    checkpoints.close()  # waits for the last save
+        return layout, sharding.global_batch(batch, mesh, cfg.batch_size)
+
+    with contextlib.ExitStack() as stack:
+        terminated = stack.enter_context(processes.termination())
+        ready = stack.enter_context(data.prefetched(prepare, range(start, cfg.steps)))
+        pending, compiled, stopped = [], set(), False
+        waited, since, steady = 0.0, None, False  # steady: nothing slow came before this step
+        for step in range(start, cfg.steps):
+            if step == trace_step:
+                jax.profiler.start_trace(workdir / 'trace')
+            asked = time.monotonic()
+            layout, batch = next(ready)
+            waited += time.monotonic() - asked
+            processes.meet(step, limited=steady)
+            state, metrics = steps[layout](state, batch, batches.null_text)
+            pending.append((layout, metrics))
+            steady, done = layout in compiled, step + 1
+            compiled.add(layout)
+            traced = trace_step is not None and done == trace_step + TRACED_STEPS
+            if traced:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                logging.info('Trace of steps %d to %d: %s.', trace_step, step, workdir / 'trace')
+            last, due = done == cfg.steps, lambda every, done=done: done % every == 0
+            stopped = terminated()
+            saves, samples = last or stopped or due(cfg.checkpoint_every_steps), due(cfg.sample_every_steps)
+            if saves or due(cfg.log_every_steps):
+                means = {k: _checked_mean([m[k] for _, m in pending], done) for k in metrics}
+                now = time.monotonic()
+                if since is not None:  # the first record would tell of compiling
+                    means['data_wait'] = waited / (now - since)
+                    means |= {'mfu': sum(peak_share[f] for f, _ in pending) / (now - since)} if peak_share else {}
+                writer.write(done, means)
+                waited, since, pending = 0.0, now, []
+            checkpoint.check(checkpoints)
+            if saves:
+                checkpoint.save(checkpoints, done, state, meta)
+            if stopped:
+                break
+            if samples and not last:
+                writer.write_images(done, _by_task(
+                    write_sheets(config, train_step.model_ema(config, state), coders, workdir, done)))
+            steady &= not (saves or samples or traced)
+        checkpoint.finish(checkpoints)
+    if stopped:
+        writer.close()
+        logging.info('Stopped by SIGTERM at step %d of %d; the same command resumes.', done, cfg.steps)
+        return None
 
     # 4. Sheets and scores of the EMA parameters.
-    write_sheets(config, state.ema, coders, workdir, cfg.steps)
-    rows = (held_out_losses(config, state.ema, coders) if config.data.encoded
-            else score_stories(config, state.ema, coders, workdir))
+    ema = train_step.model_ema(config, state)
+    sheets = write_sheets(config, ema, coders, workdir, cfg.steps)
+    if start < cfg.steps:  # a finished run's are in TensorBoard already
+        writer.write_images(cfg.steps, _by_task(sheets))
+    writer.close()
+    rows = (held_out_losses(config, ema, coders) if config.data.encoded
+            else score_stories(config, ema, coders, workdir))
     _write_scores(rows, workdir, time.monotonic() - started)
     return rows

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import diffusion, scenes
+from mask2dit_jax import diffusion, lora, scenes
 from mask2dit_jax.models import dit
 
 
@@ -19,9 +19,10 @@ from mask2dit_jax.models import dit
 class TrainState:
     """Everything that training carries from step to step; randomness is not in it, being a function of `step`."""
     step: jax.Array  # int32 [], updates done
-    params: chex.ArrayTree
+    params: chex.ArrayTree  # what is trained: the model's parameters, or LoRA tensors
     ema: chex.ArrayTree
     opt: optax.OptState
+    base: chex.ArrayTree = ()  # under LoRA the model's parameters, which stay as they are
 
 
 def denoising_loss(model, params, schedule: diffusion.Schedule, batch, noise, t, given, frames):
@@ -99,10 +100,12 @@ def init_state(config: config_lib.Config, inputs) -> TrainState:
     latents, text, frames = inputs
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     t = jnp.zeros((1, len(frames)), jnp.int32)
-    params = dit.DiT(config.model).init(key, latents[None], text[None], t, frames)['params']
+    params, base = dit.DiT(config.model).init(key, latents[None], text[None], t, frames)['params'], ()
+    if config.lora.rank:
+        params, base = lora.init(key, params, config.lora), params
     opt = make_optimizer(config.optimizer, config.train.steps).init(params)
     # The EMA starts as a copy: the same buffer must not be donated twice.
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, base)
 
 
 def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config, frames: tuple[int, ...]):
@@ -130,6 +133,7 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
     model = dit.DiT(config.model)
 
     def loss_fn(params, micro):
+        params = lora.merge(state.base, params, config.lora) if config.lora.rank else params
         x, text, noise, t, given = micro
         return denoising_loss(model, params, schedule, {'latents': x, 'text': text}, noise, t, given, frames)
 
@@ -153,7 +157,12 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
     decay = jnp.minimum((1.0 + state.step) / (10.0 + state.step), cfg.ema_decay)
     ema = jax.tree.map(lambda e, p: e - (1 - decay) * (e - p), state.ema, params)
     metrics = {'loss': total / count, 'grad_norm': optax.global_norm(grads)}
-    return TrainState(state.step + 1, params, ema, opt), metrics
+    return TrainState(state.step + 1, params, ema, opt, state.base), metrics
+
+
+def model_ema(config: config_lib.Config, state: TrainState):
+    """EMA parameters of the whole model."""
+    return lora.merge_placed(state.base, state.ema, config.lora) if config.lora.rank else state.ema
 
 
 def jit_train_step(config: config_lib.Config, frames: tuple[int, ...], state_shardings, batch_sharding):

@@ -55,7 +55,7 @@ def open_safetensors(folder, unused: str = '(?!)') -> dict[str, Tensor]:
                                 'again.')
     tensors = {}
     for path in files:
-        for name, tensor in open_file(path, unused).items():
+        for name, tensor in open_file(path, unused)[0].items():
             if name in tensors:
                 raise ValueError(f'{folder} has {name} in two files, one of them {path.name}: remove one set of files.')
             tensors[name] = tensor
@@ -76,10 +76,11 @@ def _indexed(folder: pathlib.Path) -> dict[str, str]:
     return listed
 
 
-def open_file(path: pathlib.Path, unused: str = '(?!)') -> dict[str, Tensor]:
-    """As open_safetensors, of one file."""
+def open_file(path, unused: str = '(?!)') -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of one .safetensors file by name, and its metadata; errors as of `open_safetensors`."""
     try:
         with safetensors.safe_open(path, 'np') as file:
+            metadata = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()  # noqa: SIM118 (no mapping)
                       if not re.fullmatch(unused, name)}
             described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
@@ -89,7 +90,7 @@ def open_file(path: pathlib.Path, unused: str = '(?!)') -> dict[str, Tensor]:
     if strange:
         raise ValueError(f'{path} holds {", ".join(strange)}: only {", ".join(_DTYPES)} can be read.')
     return {name: Tensor(shape, np.dtype(_DTYPES[dtype]), functools.partial(_read, path, name))
-            for name, (shape, dtype) in described.items()}
+            for name, (shape, dtype) in described.items()}, metadata
 
 
 def _read(path: pathlib.Path, name: str) -> np.ndarray:
@@ -101,7 +102,8 @@ def _read(path: pathlib.Path, name: str) -> np.ndarray:
         raise ValueError(f'{path} changed while it was read ({error}): copy it again.') from error
 
 
-def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES,
+                      metadata: dict[str, str] | None = None) -> None:
     """Writes tensors as STEM.safetensors, or as numbered files with an index if they exceed shard_bytes."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes
         (folder / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
     for file, names in zip(files, shards):
         safetensors.numpy.save_file({n: np.ascontiguousarray(tensors[n]) for n in names}, folder / file,
-                                    metadata={'format': 'pt'})
+                                    metadata={'format': 'pt'} | (metadata or {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +171,8 @@ def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
     """
     path = pathlib.Path(path).absolute()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
+        # The handler itself: a Checkpointer warns that an item of a training run is no checkpoint of its own.
+        tree = ocp.StandardCheckpointHandler().metadata(path).tree
         flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
         names = [tuple(k.key for k in keys) for keys, _ in flat]
         base = f'file://{path}/'
@@ -180,16 +182,26 @@ def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
         raise ValueError(f'{path} is no complete Orbax checkpoint ({str(error)[:200]}).') from error
 
 
+def _shapes(target) -> dict[str, tuple[int, ...]]:
+    return {'/'.join(k.key for k in keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(target)}
+
+
+def misshapen(path, target) -> list[str]:
+    """What has another shape in an Orbax checkpoint item than in `target`, in words."""
+    want = _shapes(target)
+    have = {name: t.shape for keys, t in open_orbax(path).items() if (name := '/'.join(keys)) in want}
+    return [f'{n} has shape {shape}, expected {want[n]}' for n, shape in have.items() if shape != want[n]]
+
+
 def restore_orbax(path, target):
     """An Orbax checkpoint item, cast and laid out like `target` (ShapeDtypeStructs with shardings).
 
     Raises:
       ValueError: naming arrays that are missing, unexpected or of another shape.
     """
-    have = {'/'.join(n): t.shape for n, t in open_orbax(path).items()}
-    want = {'/'.join(k.key for k in keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(target)}
+    have, want = ['/'.join(n) for n in open_orbax(path)], _shapes(target)
     problems = [f'missing {n}' for n in want if n not in have] + [f'unexpected {n}' for n in have if n not in want]
-    problems += [f'{n} has shape {have[n]}, expected {want[n]}' for n in want if n in have and have[n] != want[n]]
+    problems += misshapen(path, target)
     if problems:
         raise ValueError(f'{path} does not fit the configuration: {"; ".join(problems)}.')
     with ocp.StandardCheckpointer() as checkpointer:

@@ -45,6 +45,16 @@ def test_saved_attention_is_not_computed_again(train):
     assert again['gib']['temporaries'] < train['gib']['temporaries']
 
 
+def test_work_of_kernels_by_hand():
+    """12 blocks of queries of 256, of two heads; calls in two parts, forward and backward."""
+    kernels = {('splash_mha_fwd', (2, 1024, 64)): 3, ('splash_mha_fwd', (2, 2048, 64)): 3,
+               ('splash_mha_dkv', (3, 2, 3072, 64)): 1}
+    flops, cycles = aot.kernel_work(kernels, (256, 10.0, 1.5), {'forward': (100, 200), 'backward': (300, 500)})
+    pairs = 12 * 11.5 * 256 ** 2
+    assert flops == 2 * pairs * 2 * 64 * (3 * 2 + 5)
+    assert cycles == 2 * 12 * (3 * (10 * 100 + 1.5 * 200) + (10 * 300 + 1.5 * 500))
+
+
 def test_offloaded_layers_are_in_host_memory():
     offloaded = report('train', remat='offload_layer')
     assert offloaded['gib']['host'] > 0

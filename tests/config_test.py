@@ -87,6 +87,7 @@ def test_round_trip(tmp_path):
     ({'train': {'batch_size': 6, 'grad_accumulation': 4}}, 'batch_size 6 does not divide'),
     ({'train': {'caption_dropout': 2.0}}, 'caption_dropout must lie in 0...1'),
     ({'eval': {'stories': 10, 'batch_size': 4}}, 'eval.stories 10 is not a multiple'),
+    ({'lora': {'rank': -1}}, 'config.lora.rank must not be negative, got -1'),
     ({'data': {'layouts': ()}}, 'layouts is empty'),
     ({'data': {'layouts': ((4, 0),)}}, 'a scene frames'),
 ])
@@ -96,7 +97,7 @@ def test_errors_name_the_key(change, message):
 
 
 def test_every_field_is_documented():
-    for cls in (config.DataConfig, config.OptimizerConfig, config.TrainConfig, config.MeshConfig):
+    for cls in (config.DataConfig, config.OptimizerConfig, config.LoraConfig, config.TrainConfig, config.MeshConfig):
         missing = [f.name for f in dataclasses.fields(cls) if f.name not in cls.__doc__]
         assert set(missing) <= {'steps', 'b1', 'b2', 'eps', 'weight_decay', 'log_every_steps',
                                 'checkpoint_every_steps', 'sample_every_steps'}, (cls, missing)

@@ -216,6 +216,16 @@ def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
     assert {c[0]: int(c[1]) for c in cells if len(c) == 3 and c[1].isdecimal()} == counts
 
 
+def test_a_host_reads_only_its_rows(encoded, folder, monkeypatch):
+    cfg, read, real = config_of(folder, encoded / 'stories'), [], clips.Records.__getitem__
+    monkeypatch.setattr(clips.Records, '__getitem__', lambda self, i: read.append(int(i)) or real(self, i))
+    batches = batches_of(cfg)
+    batches(2, range(4))
+    whole, read[:] = list(read), []
+    batches(2, [1, 3])
+    assert len(whole) == 8 and read == whole[2:4] + whole[6:8]
+
+
 def test_scenes_that_the_vae_cannot_code_are_listed(folder, videos, tmp_path):
     shots = [{'video': str(videos / '0.mp4'), 'caption': 'a', 'frames': n} for n in (6, 9)]
     (tmp_path / 'stories.json').write_text(json.dumps({'scenes': shots}))
@@ -282,12 +292,25 @@ def test_batches_are_a_function_of_the_step(encoded, folder):
             np.testing.assert_array_equal(part[k], later[k][rows])
 
 
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 255
+    path.write_bytes(content)
+
+
+def cut(path, length):
+    path.write_bytes(path.read_bytes()[:length])
+
+
 BAD_DATA = {
     'not one': (lambda d: shutil.rmtree(d), {}, 'is no data set of clips'),
     'unfinished': (lambda d: next(d.glob('*-00001-of-*')).unlink(), {}, r'not finished \(1 of 3 parts are missing\)'),
     'no description': (lambda d: (d / 'dataset_info.json').unlink(), {}, 'is not finished'),
     'index lost': (lambda d: (d / 'index-00001.json').unlink(), {}, r'is damaged \(.*index-00001.json'),
     'index damaged': (lambda d: (d / 'index-00002.json').write_text('{'), {}, 'is damaged'),
+    'record damaged': (lambda d: flip(next(d.glob('*-00001-of-*')), 700), {},
+                       '-00001-of-00003 is damaged .*hash mismatch'),
+    'records cut off': (lambda d: cut(next(d.glob('*-00000-of-*')), 900), {}, '-00000-of-00003 is damaged'),
     'records of another': (lambda d: (d / 'index-00002.json').write_text('{"rows": [], "problems": []}'), {},
                            'holds 7 records where its index has 6'),
     'no such layout': (None, {'layouts': ((5, 5), (9, 9))}, r'no consecutive scenes of \(9, 9\) frames; its clips are '
@@ -310,7 +333,8 @@ def test_bad_data_sets_are_named(case, encoded, folder, tmp_path):
     if spoil:
         spoil(tmp_path / 'data')
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        batches_of(cfg)
+        batches = batches_of(cfg)
+        [batches(step, range(4)) for step in range(4)]
 
 
 def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):

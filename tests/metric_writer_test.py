@@ -4,10 +4,13 @@ import logging
 import pathlib
 import re
 import socket
+import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from mask2dit_jax import metric_writer
@@ -57,7 +60,65 @@ def test_resume_keeps_old_steps_and_drops_later_and_torn_ones(tmp_path):
     writer.write(30, {'loss': -1.0})
     writer.close()
     assert [(record['step'], record['loss']) for record in _records(tmp_path)] == [(10, 10), (20, 20), (30, -1)]
-    assert [path.name for path in tmp_path.iterdir()] == ['metrics.jsonl']
+    assert {path.name for path in tmp_path.iterdir()} <= {'metrics.jsonl', 'tensorboard'}
+
+
+def _board(workdir):
+    """Events as TensorBoard shows them: {name: {step: value}}, later files purging what earlier ones have."""
+    from tensorboardX.proto import event_pb2
+    shown = {}
+    for path in sorted((workdir / 'tensorboard').iterdir()):
+        data = path.read_bytes()
+        while data:
+            size, = struct.unpack('<Q', data[:8])
+            event = event_pb2.Event.FromString(data[12:12 + size])
+            data = data[16 + size:]
+            if event.session_log.status == event.session_log.START:
+                shown = {n: {s: v for s, v in steps.items() if s < event.step} for n, steps in shown.items()}
+            for value in event.summary.value:
+                assert event.step not in shown.setdefault(value.tag, {})
+                shown[value.tag][event.step] = (value.simple_value if value.HasField('simple_value')
+                                                else (value.image.height, value.image.width))
+    return shown
+
+
+def test_tensorboard_shows_what_the_file_says_and_no_step_twice(tmp_path):
+    pytest.importorskip('tensorboardX')
+    PIL.Image.new('RGB', (6, 4)).save(tmp_path / 'sheet.png')
+    writer = metric_writer.MetricWriter(tmp_path, 100)
+    for step in (10, 20, 30):
+        writer.write(step, {'loss': step})
+    writer.write_images(20, {'generated': tmp_path / 'sheet.png'})  # not closed, as when killed
+    end = time.monotonic() + 20
+    while 'generated' not in _board(tmp_path) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert set(_board(tmp_path)['loss']) == {10, 20, 30}
+    time.sleep(1.1)  # files are named by the second
+    writer = metric_writer.MetricWriter(tmp_path, 100, start_step=20)
+    writer.write(30, {'loss': -1.0})
+    writer.write(40, {'loss': -2.0})
+    writer.close()
+    board = _board(tmp_path)
+    assert board.pop('generated') == {20: (4, 6)}
+    for name, steps in board.items():
+        assert steps == pytest.approx({r['step']: r[name] for r in _records(tmp_path) if name in r}), name
+    assert board.keys() == {'loss', 'steps_per_second'} and len(board['loss']) == 4
+
+
+def test_without_tensorboard_a_line_says_how_to_get_it(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sys, 'path', [])
+    monkeypatch.delitem(sys.modules, 'tensorboardX', raising=False)
+    with caplog.at_level(logging.INFO, logger='absl'):
+        metric_writer.MetricWriter(tmp_path, 100).write_images(1, {})
+    assert "pip install 'mask2dit_jax[tensorboard]'" in caplog.text
+    assert not (tmp_path / 'tensorboard').exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    writer = metric_writer.MetricWriter(tmp_path, 100)
+    writer._file = open('/dev/full', 'a')  # noqa: SIM115
+    with pytest.raises(OSError, match=r'/dev/full cannot be written \(No space left on device\)'):
+        writer.write(1, {'loss': 1.0})
 
 
 def test_damaged_file_and_remote_folder_are_errors(tmp_path):

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import benchmark_worker, convert, scenes, weights
+from mask2dit_jax import benchmark_worker, convert, lora, scenes, weights
+from mask2dit_jax.config import LoraConfig
 from mask2dit_jax.models import t5, vae
 
 torch = pytest.importorskip('torch')
@@ -104,6 +105,49 @@ def test_transformer(seed, tmp_path):
     save_ours('transformer', tmp_path / 'ours', model.cfg, params, convert.transformer_json(model.cfg))
     close(ours(params), forward(load_theirs(diffusers.CogVideoXTransformer3DModel, tmp_path / 'ours'), config, x, text,
                                 437), 5e-6)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_lora(seed, tmp_path):
+    """Ours in diffusers and PEFT's in ours, with and without the pipeline's prefix, at scales that are not 1."""
+    peft = pytest.importorskip('peft')
+    config, theirs = random_transformer(seed)
+    theirs.save_pretrained(tmp_path / 'base')
+    model, params = convert.load_transformer(tmp_path / 'base', pattern='full')
+    rng = np.random.default_rng(seed)
+    frames = (config['sample_frames'] - 1) // 4 + 1
+    x = rng.normal(size=(1, frames, 4, 8, 12)).astype(np.float32)
+    text = rng.normal(size=(1, 7, 20)).astype(np.float32)
+
+    def compare(tree, cfg):
+        out = jax.jit(model.apply, static_argnames='frames')(
+            {'params': lora.merge(params, tree, cfg)}, np.moveaxis(x, 2, -1), text[:, None], np.full((1, 1), 437),
+            frames=(frames,))
+        close(np.moveaxis(out, -1, 2), forward(theirs, config, x, text, 437), 1e-5)
+
+    pipeline = diffusers.CogVideoXPipeline
+    cfg = LoraConfig(3, alpha=4.5, layers='kernel$')
+    tree = other_params(lora.init(jax.random.key(0), params, cfg), seed)
+    convert.write_lora(tmp_path / 'ours', model.cfg, tree, cfg)
+    # The two steps of pipeline.load_lora_weights.
+    state, metadata = pipeline.lora_state_dict(str(tmp_path / 'ours'), return_lora_metadata=True)
+    assert all('lora' in name for name in state)
+    pipeline.load_lora_into_transformer(state, theirs, metadata=metadata, adapter_name='ours')
+    compare(tree, cfg)
+
+    theirs.delete_adapters('ours')
+    theirs.add_adapter(peft.LoraConfig(r=2, lora_alpha=5, target_modules=['to_k', 'to_q', 'to_v', 'to_out.0']), 'peft')
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if 'lora_' in name:
+                p.normal_(0, 0.2)
+    theirs.save_lora_adapter(tmp_path / 'bare', 'peft')
+    pipeline.save_lora_weights(tmp_path / 'named', peft.get_peft_model_state_dict(theirs, adapter_name='peft'),
+                               transformer_lora_adapter_metadata=theirs.peft_config['peft'].to_dict())
+    for folder in 'bare', 'named':
+        tree, cfg = convert.read_lora(tmp_path / folder / 'pytorch_lora_weights.safetensors', model.cfg)
+        assert (cfg.rank, lora.scale(cfg)) == (2, 2.5)
+        compare(tree, cfg)
 
 
 @pytest.mark.parametrize('seed', range(2))

@@ -1,6 +1,7 @@
 """A model folder in the released layout, tiny and random: sampled, extended, converted, fine-tuned, handed back."""
 import dataclasses
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -10,7 +11,7 @@ import sentencepiece
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from mask2dit_jax import checkpoint, config, convert, data, random_model, sample, train, video
+from mask2dit_jax import checkpoint, config, convert, data, lora, random_model, sample, train, video, weights
 from mask2dit_jax.models import t5, vae
 
 TRANSFORMER, VAE = random_model.TRANSFORMER, random_model.VAE
@@ -85,6 +86,21 @@ def test_sampling_errors_name_the_input(folder, tmp_path, chosen, message):
         run_sample(tmp_path, folder, **chosen)
 
 
+def test_a_lora_file_gives_the_frames_of_the_merged_folder(folder, sampled, tmp_path):
+    model, params = convert.load_transformer(folder / 'transformer')
+    cfg = config.LoraConfig(2, alpha=3.0)
+    tree = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32),
+                        lora.init(jax.random.key(0), params, cfg))
+    convert.write_lora(tmp_path, model.cfg, tree, cfg)
+    made = run_sample(tmp_path / 'a', folder, lora=str(tmp_path / 'pytorch_lora_weights.safetensors'))
+    shutil.copytree(folder, tmp_path / 'merged', ignore=shutil.ignore_patterns('transformer'))
+    tensors = convert.export_params('transformer', model.cfg, lora.merge(params, tree, cfg))
+    weights.write_safetensors(tmp_path / 'merged/transformer', 'model', tensors)
+    shutil.copyfile(folder / 'transformer/config.json', tmp_path / 'merged/transformer/config.json')
+    np.testing.assert_array_equal(made, run_sample(tmp_path / 'b', tmp_path / 'merged'))
+    assert np.abs(made.astype(int) - sampled).max() > 10
+
+
 def all_tensors(folder):
     return {n: v for f in folder.glob('*.safetensors') for n, v in load_file(f).items()}
 
@@ -137,7 +153,8 @@ def test_fine_tuning_and_handing_back(folder, tmp_path):
     convert.convert_folder(workdir, tmp_path / 'exported')
     model, params = convert.load_transformer(tmp_path / 'exported/transformer')
     assert model.cfg == dataclasses.replace(TRANSFORMER, attention_backend=model.cfg.attention_backend)
-    ema = checkpoint.restore_ema(checkpoint.latest(workdir), convert.on_one_device(convert.abstract_params(model.cfg)))
+    target = convert.on_one_device(convert.abstract_params(model.cfg))
+    ema = checkpoint.latest(workdir, {'ema': target})[1]['ema']
     jax.tree.map(np.testing.assert_array_equal, params, ema)
     assert convert.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json') == cfg.schedule
 

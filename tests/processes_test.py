@@ -1,26 +1,46 @@
-"""Two processes on this machine train to the numbers of one, whichever axis lies between them."""
+"""Two processes on this machine train to the numbers of one, whichever axis lies between them; they agree and stop."""
 import json
+import os
+import pathlib
 import socket
 import subprocess
 import sys
 import textwrap
 
+import jax
 import numpy as np
 import pytest
 import sharding_test
 
+from mask2dit_jax import processes
+
 CODE = '''
-    import json, sys
+    import json, os, signal, sys, time
     import jax
     jax.config.update('jax_num_cpu_devices', 4)
     jax.config.update('jax_disable_most_optimizations', True)
     address, process, axes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-    jax.distributed.initialize(address, 2, process)
+    from mask2dit_jax import processes, sharding
+    processes.initialize(address, 2, process, devices=8)
     import sharding_test
-    from mask2dit_jax import sharding
     mesh = sharding_test.mesh_of(*axes)
     curve, _ = sharding_test.run(sharding_test.tiny_config(), mesh)
-    print('RESULT', json.dumps({'curve': curve.tolist(), 'rows': sharding.local_rows(mesh, 16)}))
+    agreed = [processes.agree(True), processes.agree(process == 0), processes.agree(False)]
+    try:
+        processes.require_same(model='dual', steps=process)
+    except ValueError as error:
+        different = str(error)
+    if process == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(4)  # JAX hears of it before anybody asks
+    with processes.termination() as terminated:
+        asked = 1
+        while not terminated() and asked < 100:
+            asked += 1
+            processes.meet(asked, limited=True)
+            time.sleep(0.1)
+    print('RESULT', json.dumps({'curve': curve.tolist(), 'rows': sharding.local_rows(mesh, 16), 'agreed': agreed,
+                                'different': different, 'asked': asked}))
 '''
 
 
@@ -50,3 +70,38 @@ def test_two_processes_train_as_one(axes, shared, tmp_path):
     rows = [set(r['rows']) for r in results]
     assert (rows[0] == rows[1]) == shared and rows[0] | rows[1] == set(range(16))
     assert shared or not rows[0] & rows[1]
+    for result in results:
+        assert result['agreed'] == [True, False, False]
+        assert result['different'].startswith('Processes differ in steps: ')
+        assert result['asked'] == results[0]['asked'] < 100
+
+
+WRONG = '''
+import sys
+from absl import app, flags
+from mask2dit_jax import main
+for given in (['--coordinator=localhost:1'], ['--num_processes=2', '--process_id=0'],
+              ['--coordinator=localhost:1', '--num_processes=2', '--process_id=2']):
+    flags.FLAGS.unparse_flags()
+    for name in ('coordinator', 'num_processes', 'process_id'):
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(['main', '--config=configs/tiny.py', '--workdir=/nowhere', *given])
+    try:
+        main.main(['main'])
+    except app.UsageError as error:
+        print(error)
+'''
+
+
+def test_wrong_flags_are_usage_errors():
+    root = pathlib.Path(__file__).parents[1]
+    out = subprocess.run([sys.executable, '-c', WRONG], cwd=root, env=os.environ | {'PYTHONPATH': str(root)},
+                         stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    assert len(out) == 3 and all('belong together' in line for line in out[:2])
+    assert '--process_id=2 must be less than --num_processes=2' in out[2]
+
+
+def test_a_host_without_tpu_is_alone():
+    assert jax.config.jax_platforms == 'cpu' or processes.tpu_chips() == 0
+    processes.initialize(None, None, None, devices=256)
+    assert not jax.distributed.is_initialized() and processes.agree(True) and not processes.agree(False)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import config, convert, presets, sharding, train_step
+from mask2dit_jax import config, convert, lora, presets, sharding, train_step
 from mask2dit_jax.models import dit
 
 FRAMES = (1, 2)
@@ -36,7 +36,8 @@ def mesh_of(*axes):
 
 def child_environment():
     """For scripts that import this file."""
-    return os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parent), 'JAX_PLATFORMS': 'cpu'}
+    here = pathlib.Path(__file__).parent
+    return os.environ | {'PYTHONPATH': f'{here}{os.pathsep}{here.parent}', 'JAX_PLATFORMS': 'cpu'}
 
 
 def run(cfg, mesh, steps=3):
@@ -72,10 +73,17 @@ def test_eight_devices_and_micro_batches_give_the_numbers_of_one(axes, grad_accu
     assert moments and all(m.sharding == kernel.sharding for m in moments)
 
 
+def lora_of(params):
+    """Shapes of LoRA tensors of rank 64 for every kernel."""
+    cfg = config.LoraConfig(64, layers='kernel$')
+    return jax.eval_shape(lambda: lora.init(jax.random.key(0), params, cfg))
+
+
 def golden_table():
-    """Markdown: how every parameter of the 5B model lies on every slice, and what is whole on every chip."""
+    """Markdown: how every parameter and LoRA tensor of 5B lies on every slice, and what is whole on every chip."""
     configs = {name: config.parse(presets.pod(name)) for name in presets.SLICES}
-    params = jax.tree_util.tree_leaves_with_path(convert.abstract_params(config.Config().model))
+    params = convert.abstract_params(config.Config().model)
+    params = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(lora_of(params))
     lines = [f'| parameter | shape | spec | {" | ".join(configs)} |', '|---' * (3 + len(configs)) + '|']
     whole = []
     for path, x in params:
@@ -104,7 +112,9 @@ def test_every_array_of_a_5b_state_matches_one_rule():
     params = convert.abstract_params(cfg.model)
     assert sum(p.size for p in jax.tree.leaves(params)) == 5_570_283_072
     opt = jax.eval_shape(train_step.make_optimizer(cfg.optimizer, 10).init, params)
-    for path, _ in jax.tree_util.tree_leaves_with_path({'params': params, 'opt': opt}):
+    low_rank = lora_of(params)
+    low_rank = {'params': low_rank, 'opt': jax.eval_shape(train_step.make_optimizer(cfg.optimizer, 10).init, low_rank)}
+    for path, _ in jax.tree_util.tree_leaves_with_path([{'params': params, 'opt': opt}, low_rank]):
         name = sharding.path_name(path)
         assert sum(bool(re.search(pattern, f'/{name}')) for pattern, _ in sharding.RULES) == 1, name
 

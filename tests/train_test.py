@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import checkpoint, config, convert, data, generate, sample, sharding, train, video
+from mask2dit_jax import checkpoint, chips, config, convert, data, generate, sample, sharding, train, video
 from mask2dit_jax.models import dit
 
 
@@ -82,13 +83,23 @@ def test_resume_is_bit_equal(finished, tmp_path):
     assert names.count('CommonPjRtLoadedExecutable::Execute (jit_step)') == train.TRACED_STEPS
 
     def untimed(path):
-        return [{k: v for k, v in r.items() if k != 'steps_per_second'} for r in records(path)]
+        return [{k: v for k, v in r.items() if k not in ('steps_per_second', 'data_wait')} for r in records(path)]
 
     assert untimed(other) == untimed(workdir)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
         jax.devices()[0])), convert.abstract_params(smoke_config().model))
-    a, b = (checkpoint.restore_ema(w / 'checkpoints/6', target) for w in (workdir, other))
+    a, b = (checkpoint.restore(w / 'checkpoints/6', {'ema': target}) for w in (workdir, other))
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
+    cfg = smoke_config()
+    coders, device = data.stories_coders(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
+    shares = train._peak_share(cfg, types.SimpleNamespace(size=4, devices=np.array([device])), coders)
+    flops = chips.model_flops(cfg, cfg.model.layout((1, 2), 4, 4), 'train')
+    assert shares.keys() == {(4, 4), (4, 8)}
+    assert shares[4, 8] == pytest.approx(8 * sum(flops.values()) / (4 * 459e12))
+    assert train._peak_share(cfg, sharding.make_mesh(cfg.mesh), coders) == {}
 
 
 def test_steps_that_are_not_run_cannot_be_recorded(finished):
@@ -113,15 +124,30 @@ def test_divergence_stops_and_saves_nothing(tmp_path):
 def test_fine_tuning_starts_from_the_ema(finished, weights):
     cfg = smoke_config(steps=1, init_from=str(finished[0]))
     coders = data.stories_coders(cfg, finished[0])
-    batches = data.train_batches(cfg, finished[0], coders)
-    state, _ = train._initial_state(cfg, batches, coders, sharding.make_mesh(cfg.mesh))
+    state, _ = train._initial_state(cfg, coders, sharding.make_mesh(cfg.mesh))
     for ours in state.params, state.ema:
         jax.tree.map(np.testing.assert_array_equal, ours, weights['ema'])
     assert int(state.step) == 0
 
 
+def test_sampling_and_fine_tuning_take_the_newest_good_checkpoint(finished, tmp_path, caplog):
+    workdir = tmp_path / 'smoke'
+    shutil.copytree(finished[0], workdir)
+    (workdir / 'checkpoints/6/ema/manifest.ocdbt').unlink()
+    out = sample_run(tmp_path, workdir, prompt=['red ring on gray moves left', 'it grows'])
+    assert json.loads((out / 'story.json').read_text())['checkpoint'] == str(workdir / 'checkpoints/3')
+    assert any(f'{workdir}/checkpoints/6 is damaged' in r.getMessage() for r in caplog.records)
+    cfg = smoke_config(init_from=str(workdir))
+    state, _ = train._initial_state(cfg, data.stories_coders(cfg, workdir), sharding.make_mesh(cfg.mesh))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
+    ema = checkpoint.restore(workdir / 'checkpoints/3', {'ema': target})['ema']
+    jax.tree.map(np.testing.assert_array_equal, state.params, ema)
+    with pytest.raises(ValueError, match='checkpoints/6 is damaged'):
+        sample_run(tmp_path, None, checkpoint=str(workdir / 'checkpoints/6'), prompt=['it grows', 'it blinks'])
+
+
 def sample_run(tmp_path, workdir, **flags):
-    with flagsaver.flagsaver(**({'workdir': str(workdir), 'out': str(tmp_path / 'out')} | flags)):
+    with flagsaver.flagsaver(**({'workdir': workdir and str(workdir), 'out': str(tmp_path / 'out')} | flags)):
         sample.main(['sample'])
     return tmp_path / 'out'
 
@@ -179,6 +205,6 @@ def test_story_files_and_frames(tmp_path):
 
 def test_missing_workdirs_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no checkpoint'):
-        checkpoint.latest(tmp_path)
+        checkpoint.latest(tmp_path, {})
     with pytest.raises(FileNotFoundError, match=r'must be a folder that mask2dit_jax\.main wrote'):
         config.load(tmp_path / 'config.json')

@@ -169,7 +169,9 @@ class Records:
             raise ValueError(f'{folder} is not finished ({len(missing)} of {len(numbers)} parts are missing): run the '
                              'same mask2dit_jax.encode command again.')
         try:
-            self.rows = np.array([r for i in numbers for r in read_part(folder, i).rows], np.int64).reshape(-1, 3)
+            parts = [read_part(folder, i).rows for i in numbers]
+            self.rows = np.array([r for rows in parts for r in rows], np.int64).reshape(-1, 3)
+            self._ends = np.cumsum([len(rows) for rows in parts])
             self._source = tfds.builder_from_directory(os.fspath(folder)).as_data_source('train')
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{folder} is damaged ({error}): delete the file named and run mask2dit_jax.encode '
@@ -185,4 +187,14 @@ class Records:
         return len(self.rows)
 
     def __getitem__(self, index) -> dict:
-        return self._source[int(index)]
+        """One record, as `features` has it.
+
+        Raises:
+          ValueError: if it is damaged, by ArrayRecord's checksums.
+        """
+        try:
+            return self._source[int(index)]
+        except RuntimeError as error:
+            part = int(np.searchsorted(self._ends, index, 'right'))
+            raise ValueError(f'{part_path(self.folder, self.settings, part)} is damaged ({error}): delete it, and run '
+                             'the same mask2dit_jax.encode command again.') from error

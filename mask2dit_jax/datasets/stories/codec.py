@@ -5,6 +5,7 @@ other way round), and all of them by one factor for unit variance overall.
 """
 import dataclasses
 import functools
+import os
 
 import numpy as np
 import safetensors.numpy
@@ -127,10 +128,12 @@ def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
 
 
 def save_codec(path, codec: Codec) -> None:
-    """Writes the codec as a safetensors file."""
+    """Writes the codec as a safetensors file, at once, so that a kill leaves no half of it."""
     arrays = {name: np.ascontiguousarray(getattr(codec, name)) for name in ('mean', 'basis', 'scale')}
     patch = np.array([codec.patch_px, codec.patch_frames], np.int32)
-    safetensors.numpy.save_file(arrays | {'patch': patch}, path)
+    whole = f'{path}.tmp'
+    safetensors.numpy.save_file(arrays | {'patch': patch}, whole)
+    os.replace(whole, path)
 
 
 def load_codec(path) -> Codec:
