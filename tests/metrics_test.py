@@ -58,6 +58,19 @@ def test_shuffled_captions_are_found_out(seed, count):
     assert metrics.caption_margin(wrong) < 0 < metrics.caption_margin(right)
 
 
+def test_captions_that_leak_raise_visual_consistency_and_lower_matches():
+    """Features of character and action: that all scenes show the first caption's action looks consistent."""
+    character, actions = np.ones((3, 1)), np.eye(3)
+    captions = np.concatenate([character, actions], 1)
+    leaked = np.concatenate([character, actions[[0, 0, 0]]], 1)
+    assert metrics.visual_consistency(leaked) == pytest.approx(1)
+    assert metrics.visual_consistency(captions) == pytest.approx(.5)
+    assert metrics.caption_matches(metrics.caption_cosines(captions, captions)).mean() == 1
+    confusion = metrics.caption_cosines(leaked, captions)
+    assert metrics.caption_matches(confusion).mean() == pytest.approx(1 / 3)
+    assert metrics.caption_margin(confusion) == pytest.approx(0)
+
+
 def test_equal_captions_share_a_match():
     captions = np.array([[1., 2], [1, 2], [-2, 1]])
     assert metrics.caption_matches(metrics.caption_cosines(captions, captions)).tolist() == [.5, .5, 1]
