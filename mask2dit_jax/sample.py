@@ -72,28 +72,6 @@ _MESH = flags.DEFINE_list('mesh', None, 'FSDP,CONTEXT: over how many devices the
 _OUT = flags.DEFINE_string('out', 'samples', 'Folder for mp4, gif, contact sheet and story.json.')
 
 
-def read_story(path) -> tuple[list[str], list[int | None]]:
-    """Captions and frames (None where not said) of a story file.
-
-    Raises:
-      ValueError: naming the file and what is wrong in it.
-    """
-    form = '{"scenes": [{"caption": "...", "frames": 8}, ...]}'
-    try:
-        scenes = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))['scenes']
-        captions, frames = [s['caption'] for s in scenes], [s.get('frames') for s in scenes]
-    except OSError as error:
-        raise ValueError(f'{path} cannot be read ({error.strerror}): check --story.') from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is no story file ({error!r}): write {form}.') from error
-    extra = sorted({k for s in scenes for k in s} - {'caption', 'frames'})
-    if not captions or extra or not all(isinstance(c, str) for c in captions) or not all(
-            f is None or isinstance(f, int) for f in frames):
-        raise ValueError(f'{path} needs a text caption and whole frames per scene and nothing else '
-                         f'{extra or ""}: write {form}.')
-    return captions, frames
-
-
 def read_given(path, height_px: int, width_px: int, frames: int | None, seed: int) -> np.ndarray:
     """A given clip uint8 [F, H, W, 3]: all of a video, or so many frames of it, at most every third.
 
@@ -176,7 +154,7 @@ def _inputs():
     """Captions and asked frames from --prompt or --story."""
     if bool(_PROMPT.value) == bool(_STORY.value):
         raise app.UsageError('Give the captions either by --prompt, repeated, or by --story.')
-    return read_story(_STORY.value) if _STORY.value else (_PROMPT.value, [None] * len(_PROMPT.value))
+    return generate.read_story(_STORY.value) if _STORY.value else (_PROMPT.value, [None] * len(_PROMPT.value))
 
 
 def main(argv):

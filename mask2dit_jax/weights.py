@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -28,8 +29,12 @@ class Tensor:
         return np.asarray(self.read(), dtype)
 
 
-def open_safetensors(folder) -> dict[str, Tensor]:
+def open_safetensors(folder, unused: str = '(?!)') -> dict[str, Tensor]:
     """All tensors of a folder's .safetensors files by name; nothing but headers is read.
+
+    Args:
+      folder: holds them.
+      unused: regular expression of whole names to leave out, whatever they hold; the default matches none.
 
     Raises:
       FileNotFoundError, ValueError: one sentence that names the file: none there, only pickled weights, a file that
@@ -50,11 +55,11 @@ def open_safetensors(folder) -> dict[str, Tensor]:
                                 'again.')
     tensors = {}
     for path in files:
-        for name, tensor in open_file(path)[0].items():
+        for name, tensor in open_file(path, unused)[0].items():
             if name in tensors:
                 raise ValueError(f'{folder} has {name} in two files, one of them {path.name}: remove one set of files.')
             tensors[name] = tensor
-    lost = sorted(set(listed) - set(tensors))
+    lost = sorted(n for n in set(listed) - set(tensors) if not re.fullmatch(unused, n))
     if lost:
         raise ValueError(f'{folder} lacks tensors that its index lists: {", ".join(lost[:5])}: download it again.')
     return tensors
@@ -71,12 +76,13 @@ def _indexed(folder: pathlib.Path) -> dict[str, str]:
     return listed
 
 
-def open_file(path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_file(path, unused: str = '(?!)') -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of one .safetensors file by name, and its metadata; errors as of `open_safetensors`."""
     try:
         with safetensors.safe_open(path, 'np') as file:
             metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            slices = {name: file.get_slice(name) for name in file.keys()  # noqa: SIM118 (no mapping)
+                      if not re.fullmatch(unused, name)}
             described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f'{path} is damaged or no safetensors file ({error}): copy it again.') from error

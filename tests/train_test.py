@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import checkpoint, chips, config, convert, data, sample, sharding, train, video
+from mask2dit_jax import checkpoint, chips, config, convert, data, generate, sample, sharding, train, video
 from mask2dit_jax.models import dit
 
 
@@ -195,7 +195,7 @@ def test_story_files_and_frames(tmp_path):
     for text in ('[]', '{"scenes": [{"frames": 4}]}', '{"scenes": []}', '{"scenes": [{"caption": "a", "fames": 4}]}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r'story.json (is no story file|needs a text caption)'):
-            sample.read_story(path)
+            generate.read_story(path)
     assert sample.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
     with pytest.raises(ValueError, match='Scene 1 has 4 frames in the story but its given clip has 12'):
         sample.plan_frames([4, 8], [np.zeros((12, 1, 1, 3))], 4)

@@ -1,0 +1,188 @@
+"""Videos and stories to scores, end to end, on tiny random encoders and on features with known answers."""
+import json
+import subprocess
+import sys
+
+import encoders_test
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mask2dit_jax import encoders, evaluate, metrics, video
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp('encoders')
+    return {kind: encoders_test.write_encoder(root / kind, kind) for kind in encoders_test.CONFIGS}
+
+
+def scene(color, frames):
+    return np.broadcast_to(np.array(color, np.uint8), (frames, 24, 32, 3))
+
+
+RED, GREEN, BLUE = (200, 0, 0), (0, 180, 0), (0, 0, 220)
+
+
+def write_videos(folder, frames=(4, 7, 3)):
+    """Two stories of scenes of unequal length: one with cuts, one without."""
+    folder.mkdir(exist_ok=True)
+    scenes = [{'caption': c, 'frames': f} for c, f in zip(('a red ball', 'it moves', 'it moves'), frames)]
+    (folder / 'story.json').write_text(json.dumps({'scenes': scenes, 'seed': 0, 'sampler': 'ddim'}))
+    scenes = [scene(color, count) for color, count in zip((RED, GREEN, BLUE), frames)]
+    video.write_mp4(folder / 'video_2.mp4', np.concatenate(scenes), 8)
+    video.write_mp4(folder / 'video_10.mp4', scene(GREEN, sum(frames)), 8)
+    return folder
+
+
+def test_end_to_end_with_all_encoders(folders, tmp_path):
+    """Cuts and their absence are seen, the still video is consistent, and rescoring its features changes nothing."""
+    videos = write_videos(tmp_path / 'samples')
+    result = evaluate.evaluate(
+        videos, tmp_path / 'out', encoder=folders['clip'], frame_encoder=folders['dinov2'],
+        video_encoder=folders['videomae'], reference=videos, frames=3)
+    cut, still = result['videos']
+    assert [cut['name'], still['name']] == ['video_2', 'video_10']
+    assert cut['sharpness'] > .9 and cut['placed'] == 1
+    assert still['sharpness'] == still['placed'] == 0
+    for name in 'visual', 'visual_adjacent', 'subject_within', 'subject_between':
+        assert still[name] == pytest.approx(1, abs=1e-4)
+    assert cut['subject_within'] == pytest.approx(1, abs=1e-3)
+    assert cut['visual'] < .999 and cut['subject_between'] < .999
+    assert still['sequence'] == pytest.approx((still['visual'] + still['semantic']) / 2)
+    matrix = np.array(cut['confusion'])  # captions 2 and 3 are the same
+    np.testing.assert_allclose(matrix[:, 1], matrix[:, 2])
+    assert result['frechet']['distance'] == pytest.approx(0, abs=1e-4)  # the videos are their own reference
+    assert result['summary']['visual']['mean'] == pytest.approx((cut['visual'] + still['visual']) / 2)
+    low, high = result['summary']['visual']['interval']
+    assert low == pytest.approx(cut['visual']) and high == pytest.approx(still['visual'])
+    assert json.loads((tmp_path / 'out/evaluation.json').read_text()) == json.loads(json.dumps(result))
+    again = evaluate.evaluate(videos, tmp_path / 'again', features=tmp_path / 'out/features.safetensors')
+    for key in 'summary', 'videos', 'confusion', 'frechet':
+        assert again[key] == result[key]
+    table = (tmp_path / 'out/evaluation.md').read_text()
+    row = next(line for line in table.splitlines() if line.startswith('| all pairs'))
+    assert row.split('|')[2].split()[0] == f'{50 * (cut["visual"] + still["visual"]):.2f}'
+    assert table.count('caption 3') == 1 and 'Fewer samples' in table
+
+
+def test_scene_features_are_means_over_frames(folders, tmp_path):
+    """Of the frames asked for, first and last among them, whatever else is in the batch."""
+    videos = write_videos(tmp_path / 'samples')
+    noise = np.random.default_rng(0).integers(0, 256, (14, 4, 4, 3), np.uint8)
+    video.write_mp4(videos / 'video_2.mp4', noise, 8, scale=8)
+    evaluate.evaluate(videos, tmp_path / 'out', encoder=folders['clip'], frames=2)
+    features = safetensors.numpy.load_file(tmp_path / 'out/features.safetensors')
+    pixels = video.read_video(videos / 'video_2.mp4')[0]
+    encoder = encoders.load(folders['clip'])
+    frames = metrics.unit(encoders.encode_clips(encoder, pixels[[4, 10]][:, None]))  # of scene 2
+    np.testing.assert_allclose(features['video_2/frames/1'], frames, atol=1e-5)
+    np.testing.assert_allclose(features['video_2/scenes'][1], frames.mean(0), atol=1e-5)
+    assert 'video_2/video' not in features
+
+
+def test_encoders_without_captions_score_what_they_can(folders, tmp_path):
+    videos = write_videos(tmp_path / 'samples')
+    summary = evaluate.evaluate(videos, tmp_path / 'out', encoder=folders['videomae'])['summary']
+    assert set(summary) == {'visual', 'visual_adjacent', 'sharpness', 'placed'}
+    assert '| – | – | – |' in (tmp_path / 'out/evaluation.md').read_text()
+
+
+def known_features(names=('video_2', 'video_10')):
+    """Scenes along axes; of the first video captions agree, of the second they are turned by one."""
+    axes = np.eye(3, 5, dtype=np.float32)
+    return {f'{names[0]}/scenes': axes, f'{names[0]}/captions': 2 * axes,
+            f'{names[1]}/scenes': axes, f'{names[1]}/captions': np.roll(axes, 1, axis=0)}
+
+
+def test_known_features_from_a_file_and_folders_of_stories(tmp_path):
+    """Through the command, on two folders below --videos; no encoder is involved."""
+    for name in 'a', 'b':
+        write_videos(tmp_path / 'samples', (3, 3, 2)).rename(tmp_path / name)
+        (tmp_path / name / 'video_10.mp4').unlink()
+    features = known_features(('a/video_2', 'b/video_2'))
+    for key in 'a/video_2/video', 'b/video_2/video':
+        features[key] = np.zeros((1, 2), np.float32)
+    features['reference'] = np.array([[3, 4], [3, 4], [3, 4]], np.float32)
+    safetensors.numpy.save_file(features, tmp_path / 'features.safetensors')
+    done = subprocess.run([sys.executable, '-m', 'mask2dit_jax.evaluate', f'--videos={tmp_path}',
+                           f'--features={tmp_path / "features.safetensors"}', f'--out={tmp_path / "out"}'],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / 'out/evaluation.json').read_text())
+    assert {n: result['summary'][n]['mean'] for n in ('visual', 'semantic', 'sequence', 'matches', 'margin')} == {
+        'visual': 0, 'semantic': .5, 'sequence': .25, 'matches': .5, 'margin': .25}
+    assert result['frechet'] == {'distance': 25, 'videos': 2, 'references': 3, 'size': 2}
+    assert '| all pairs | 0.00 [0.00, 0.00] | 50.00 [0.00, 100.00] | 25.00 [0.00, 50.00] | 25 | ' in done.stdout
+    assert (tmp_path / 'out/evaluation.md').read_text() == done.stdout
+
+
+def call(folder, **kwargs):
+    return evaluate.evaluate(folder / 'samples', folder / 'out', **kwargs)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'video_2/scenes': None}, r'video_2\.mp4: video_2/scenes is missing'),
+    ({'video_2/scenes': np.ones((2, 5))}, r'video_2\.mp4: video_2/scenes has shape \(2, 5\).* 3\.'),
+    ({'video_2/captions': np.ones((3, 4))}, r'video_2\.mp4: .*same space'),
+    ({'video_2/captions': np.zeros((3, 5))}, r'video_2\.mp4: .*zero or not finite'),
+    ({'video_2/captions': None}, 'video_10 and video_2 differ in confusion, margin'),
+    ({'video_10/frames/0': np.ones((2, 5))}, 'video_10/frames/1, video_10/frames/2 is missing'),
+    ({'reference': np.ones((3, 5))}, 'video_2/video is missing'),
+])
+def test_features_that_do_not_fit_are_named(tmp_path, change, message):
+    write_videos(tmp_path / 'samples')
+    features = {k: v.astype(np.float32) for k, v in (known_features() | change).items() if v is not None}
+    safetensors.numpy.save_file(features, tmp_path / 'features.safetensors')
+    with pytest.raises(ValueError, match=message) as error:
+        call(tmp_path, features=tmp_path / 'features.safetensors')
+    assert '\n' not in str(error.value)
+
+
+def story_of(folder, scenes):
+    (folder / 'samples/story.json').write_text(json.dumps({'scenes': scenes}))
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda d: (d / 'samples/story.json').unlink(), r'samples holds no story\.json: give --story'),
+    (lambda d: story_of(d, [{'caption': 'a', 'frames': 3}, {'caption': 'b'}]), r'story\.json must have two scenes'),
+    (lambda d: story_of(d, [{'caption': 'a', 'frames': 14}]), r'story\.json must have two scenes'),
+    (lambda d: story_of(d, [{'caption': c, 'frames': 8} for c in 'ab']), r'video_2\.mp4 has 14 frames, its story 16'),
+    (lambda d: [p.unlink() for p in d.glob('samples/*.mp4')], 'samples holds no mp4 file'),
+    (lambda d: (d / 'samples/video_10.mp4').write_bytes(b'no'), r'video_10\.mp4 cannot be decoded'),
+    (lambda d: (d / 'features.safetensors').unlink(), r'features\.safetensors is no file: check --features'),
+    (lambda d: (d / 'features.safetensors').write_bytes(b'no'), r'features\.safetensors is damaged'),
+])
+def test_files_that_do_not_fit_are_named(tmp_path, damage, message):
+    write_videos(tmp_path / 'samples')
+    safetensors.numpy.save_file(known_features(), tmp_path / 'features.safetensors')
+    damage(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
+        call(tmp_path, features=tmp_path / 'features.safetensors')
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    ({}, 'either --encoder or --features'), ({'encoder': 'a', 'features': 'b'}, 'either --encoder or --features'),
+    ({'features': 'a', 'reference': 'b'}, 'leave these out'),
+    ({'encoder': 'a', 'video_encoder': 'b'}, 'give --reference'),
+    ({'encoder': 'a', 'reference': 'missing'}, 'missing holds no mp4 file'),
+    ({'encoder': 'missing'}, r'missing/config\.json cannot be read'),
+])
+def test_options_that_do_not_fit_are_named(tmp_path, kwargs, message):
+    write_videos(tmp_path / 'samples')
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        call(tmp_path, **kwargs)
+
+
+def test_clips_are_no_frames(folders, tmp_path):
+    write_videos(tmp_path / 'samples')
+    with pytest.raises(ValueError, match='give --frame_encoder one of pictures'):
+        call(tmp_path, encoder=folders['clip'], frame_encoder=folders['videomae'])
+
+
+def test_one_story_for_all_files_of_a_folder(tmp_path):
+    """--story does not look for story.json, and names are those of the files."""
+    write_videos(tmp_path / 'samples').joinpath('story.json').rename(tmp_path / 'mine.json')
+    found = evaluate.find_videos(tmp_path / 'samples', tmp_path / 'mine.json')
+    assert [(v.name, v.frames) for v in found] == [('video_2', (4, 7, 3)), ('video_10', (4, 7, 3))]
