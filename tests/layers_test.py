@@ -6,16 +6,16 @@ import mask2dit_jax
 
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 LAYERS = (
-    ('scenes', 'diffusion', 'hlo', 'sharding', 'video', 'metric_writer', 'weights', 'processes', 'datasets'),
+    ('scenes', 'diffusion', 'hlo', 'sharding', 'video', 'metric_writer', 'weights', 'processes', 'metrics', 'datasets'),
     ('attention', 'context_parallel', 'samplers', 'splash'),
     ('models',),
     ('config', 'presets', 'chips', 'checkpoint'),
     ('lora',),
-    ('convert', 'random_model'),
+    ('convert', 'random_model', 'encoders'),
     ('data', 'runs'),
     ('train_step', 'generate'),
     ('train',),
-    ('main', 'sample', 'encode', 'benchmark', 'benchmark_worker', 'aot'),
+    ('main', 'sample', 'encode', 'evaluate', 'benchmark', 'benchmark_worker', 'aot'),
 )
 FORBIDDEN = {'torch', 'tensorflow', 'clu', 'pickle', 'diffusers', 'transformers'}
 COMPARED = {('benchmark_worker', 'torch'), ('benchmark_worker', 'diffusers')}  # if they are installed
