@@ -321,7 +321,8 @@ def bench_checkpoint(gb: float, runs: int, folder) -> list[dict]:
     """One row for what saving holds up, saving, and restoring; parameters, EMA and two moments of equal size."""
     arrays = max(1, round(gb * 1e9 / 4 / 2 ** 26))  # of 64 MiB, in each of the four
     gb = 4 * arrays * 2 ** 26 / 1e9
-    trees = [[jax.random.normal(jax.random.key(arrays * i + j), (4096, 4096)) for j in range(arrays)] for i in range(4)]
+    trees = [{str(j): jax.random.normal(jax.random.key(arrays * i + j), (4096, 4096)) for j in range(arrays)}
+             for i in range(4)]
     state = train_step.TrainState(jnp.int32(0), trees[0], trees[1], trees[2:])
     targets = {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
                                   getattr(state, item)) for item in checkpoint.ITEMS}

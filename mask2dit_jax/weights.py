@@ -183,8 +183,7 @@ def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
 
 
 def _shapes(target) -> dict[str, tuple[int, ...]]:
-    return {'/'.join(str(getattr(k, 'key', getattr(k, 'idx', k))) for k in keys): x.shape
-            for keys, x in jax.tree_util.tree_leaves_with_path(target)}
+    return {'/'.join(k.key for k in keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(target)}
 
 
 def misshapen(path, target) -> list[str]:

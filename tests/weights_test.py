@@ -7,7 +7,6 @@ import tempfile
 import jax
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -181,12 +180,3 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r'model\.safetensors changed while it was read'):
         np.asarray(tensors['a.weight'])
-
-
-def test_shapes_are_compared_by_name_in_dicts_and_lists(tmp_path):
-    tree = {'a': np.zeros((2, 3)), 'b': [np.zeros(4), np.zeros(5)]}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / 'x', tree)
-    assert weights.misshapen(tmp_path / 'x', tree) == []
-    other = {'a': np.zeros((2, 3)), 'b': [np.zeros(4), np.zeros(6)]}
-    assert weights.misshapen(tmp_path / 'x', other) == ['b/1 has shape (5,), expected (6,)']
