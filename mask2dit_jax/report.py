@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 import PIL.Image
 from absl import app, flags
-from matplotlib import figure
+from matplotlib import figure, ticker
 
 from mask2dit_jax import generate, metric_writer, train, video
 
@@ -66,7 +66,7 @@ mark { padding: 0 .4em; border-radius: 3px; background: var(--accent); color: va
 caption { text-align: left; padding-bottom: .25rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }
-th { font-weight: 600; } th:first-child, .words :is(td, th) { text-align: left; } thead th { white-space: nowrap; }
+th { font-weight: 600; white-space: nowrap; } th:first-child, .words :is(td, th) { text-align: left; }
 summary { cursor: pointer; padding: .25rem 0; }
 '''
 
@@ -136,6 +136,7 @@ def curve(name: str, steps, values) -> str:
         axes.plot(steps, np.where(finite, values, np.nan), color=accent, linewidth=1.5,
                   marker='o' if len(values) < 40 else None, markersize=3)
         axes.set_xlabel('step', color=text)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
         axes.tick_params(labelcolor=text)
         axes.grid(linewidth=.5)
         file = io.StringIO()
