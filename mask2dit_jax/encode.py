@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import pathlib
 import time
+import uuid
 
 import grain
 import jax
@@ -69,7 +70,11 @@ class Job:
 
 
 def plan(job: Job):
-    """Settings of a data set, and its clips: every one of the manifest, `windows` times, as (clip, window).
+    """What is to be made.
+
+    Returns:
+      Settings of the data set; its clips, every one of the manifest `windows` times, as (clip, window); problems of the
+      manifest's rows; and a function that raises ValueError for a number of frames that cannot be coded.
 
     Raises:
       FileNotFoundError, ValueError: naming what is missing or does not fit.
@@ -78,11 +83,13 @@ def plan(job: Job):
     settings = {'kind': manifest.kind, 'store': job.store, 'stride': job.stride, 'windows': job.windows,
                 'frames': job.frames, 'height_px': job.height_px, 'width_px': job.width_px, 'seed': job.seed,
                 'manifest': hashlib.sha256(pathlib.Path(job.manifest).read_bytes()).hexdigest()}
+    check_frames = int  # any number of frames can be stored as they are
     if job.store == 'moments':
         folder = pathlib.Path(job.folder)
         model = convert.read_config('transformer', folder / 'transformer', dtype=job.dtype)
         coders = data.pretrained_coders(folder, model, (job.height_px, job.width_px), tiling=job.tiling)
-        coders.scene_latents(job.frames)
+        check_frames = coders.scene_latents
+        check_frames(job.frames)
         *size, channels = coders.latent_shape
         settings |= {'tiling': job.tiling, 'dtype': job.dtype, 'moments_shape': [*size, 2 * channels],
                      'text_shape': [model.max_text_seq_length, model.text_embed_dim],
@@ -92,10 +99,10 @@ def plan(job: Job):
     listed = [(c, w) for c in manifest.clips for w in range(job.windows)]
     listed.sort(key=lambda x: (x[0].story, x[1]))  # the scenes of one story lie together
     settings['parts'] = -(-len(listed) // job.part_clips)
-    return settings, listed, manifest.problems
+    return settings, listed, manifest.problems, check_frames
 
 
-def cut(clip: clips.Clip, window: int, job: Job, kind: str, scene_latents):
+def cut(clip: clips.Clip, window: int, job: Job, kind: str, check_frames):
     """Reads the frames of one clip.
 
     Returns:
@@ -109,7 +116,7 @@ def cut(clip: clips.Clip, window: int, job: Job, kind: str, scene_latents):
     try:
         frames = clip.frames or job.frames
         word = 'frames'
-        scene_latents(frames)
+        check_frames(frames)
         word = 'unreadable'
         info = video.probe(clip.path)
         facts = {'frames': len(info.times), 'height_px': info.height_px, 'width_px': info.width_px}
@@ -166,7 +173,7 @@ def _text_path(out: pathlib.Path, part: int) -> pathlib.Path:
 
 
 def _save(path: pathlib.Path, text: np.ndarray) -> None:
-    temporary = path.with_suffix('.tmp')
+    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')  # workers may write the same file
     save_file({'text': text}, temporary)
     temporary.replace(path)
 
@@ -217,19 +224,16 @@ def encode(job: Job, out, worker: int = 0, num_workers: int = 1, threads: int = 
       FileNotFoundError, ValueError: naming what is missing or does not fit, before anything is read.
     """
     out = pathlib.Path(out)
-    settings, listed, row_problems = plan(job)
+    settings, listed, row_problems, check_frames = plan(job)
     clips.write_settings(out, settings)
     parts = {p: listed[p * job.part_clips:(p + 1) * job.part_clips] for p in range(settings['parts'])}
     mine = {p: parts[p] for p in range(worker, settings['parts'], num_workers)}
     todo = {p: c for p, c in mine.items() if not clips.part_path(out, settings, p).exists()}
     logging.info('%d clips in %d parts; %d of the %d parts of this worker are to do.', len(listed), len(parts),
                  len(todo), len(mine))
-    scene_latents = int
     if job.store == 'moments':
         encode_text(job, out, todo)
-        model = convert.read_config('transformer', pathlib.Path(job.folder) / 'transformer')
-        scene_latents = data.pretrained_coders(job.folder, model, (job.height_px, job.width_px)).scene_latents
-    _encode_parts(job, out, settings, todo, scene_latents, threads)
+    _encode_parts(job, out, settings, todo, check_frames, threads)
     done = clips.write_info(out, settings)
     if done is None:
         logging.info('This worker is done; the last one completes %s.', out)
@@ -240,11 +244,11 @@ def encode(job: Job, out, worker: int = 0, num_workers: int = 1, threads: int = 
     return True
 
 
-def _encode_parts(job, out, settings, todo, scene_latents, threads) -> None:
+def _encode_parts(job, out, settings, todo, check_frames, threads) -> None:
     flat = [(p, i, clip, window) for p, part in todo.items() for i, (clip, window) in enumerate(part)]
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     dataset = grain.MapDataset.source(flat).map(
-        lambda x: (x[0], x[1], *cut(x[2], x[3], job, settings['kind'], scene_latents)))
+        lambda x: (x[0], x[1], *cut(x[2], x[3], job, settings['kind'], check_frames)))
     bar = tqdm.tqdm(total=len(flat), desc='clips', unit='clip')
     problems = collections.defaultdict(list)
     read = iter(dataset.to_iter_dataset(ahead))

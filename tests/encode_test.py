@@ -108,10 +108,6 @@ def test_frames_can_be_stored_instead(videos, tmp_path):
     assert len(np.unique(records.rows[:, 0])) == 14 and (records[0]['video'] != records[1]['video']).any()
 
 
-def digests(folder):
-    return {p.name: p.read_bytes() for p in folder.glob('*array_record*')}
-
-
 def test_workers_share_the_parts(encoded, folder, videos, tmp_path):
     work = job(videos / 'stories.json', folder)
     assert [encode.encode(work, tmp_path / 'out', w, 2) for w in (1, 0)] == [False, True]

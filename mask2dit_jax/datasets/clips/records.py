@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import uuid
 
 import ml_dtypes
 import numpy as np
@@ -64,7 +65,7 @@ def _index_path(folder, part: int) -> pathlib.Path:
 
 def write_json(path: pathlib.Path, content) -> None:
     """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + f'.{os.getpid()}.tmp')
+    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')  # hosts may write the same file
     temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
     os.replace(temporary, path)
 
