@@ -17,7 +17,7 @@ setuptools.setup(
         'jax>=0.10', 'flax>=0.12', 'optax>=0.2.6', 'orbax-checkpoint>=0.12', 'chex>=0.1.90',
         'tensorflow-datasets>=4.9.10', 'importlib_resources', 'grain>=0.2.18', 'ml_collections>=1.1',
         'absl-py>=2.1', 'numpy>=1.26', 'safetensors>=0.5', 'tensorstore', 'sentencepiece>=0.2',
-        'tokenizers>=0.20', 'av>=14,<19', 'matplotlib>=3.8', 'pillow>=10', 'tqdm>=4.66',
+        'scipy>=1.11', 'tokenizers>=0.20', 'av>=14,<19', 'matplotlib>=3.8', 'pillow>=10', 'tqdm>=4.66',
     ],
     extras_require={
         'tpu': ['jax[tpu]>=0.10', 'tokamax>=0.0.12'],

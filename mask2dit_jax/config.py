@@ -138,10 +138,9 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Scores at the end of training: held-out stories, per batch, and given scenes in the extension test."""
+    """Scores at the end of training: held-out stories, and how many per batch."""
     stories: int = 256
     batch_size: int = 64
-    given_scenes: int = 2
 
 
 @dataclasses.dataclass(frozen=True)

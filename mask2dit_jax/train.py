@@ -75,10 +75,11 @@ def _checked_mean(values, step: int) -> float:
     return mean
 
 
-def _score_task(config, params, coders, source, frames, given_scenes: int, desc: str) -> dict[str, float]:
-    """Generates held-out stories, with leading scenes given or from captions alone, and scores the rest."""
+def generate_held_out(config: config_lib.Config, params, coders: data.Coders, source: stories.StorySource,
+                      frames: tuple[int, ...], given_scenes: int, desc: str) -> tuple[np.ndarray, list[stories.Story]]:
+    """Videos float32 [config.eval.stories, F, H, W, 3] of held-out stories, leading scenes given; and the stories."""
     size, total = config.eval.batch_size, config.eval.stories
-    picked, videos, known = tuple(range(given_scenes, len(frames))), [], []
+    videos, known = [], []
     for first in tqdm.tqdm(range(0, total, size), desc=desc, unit='batch', disable=jax.process_index() != 0):
         examples = [source[i % len(source)] for i in range(first, first + size)]
         known += [e['story'] for e in examples]
@@ -86,8 +87,7 @@ def _score_task(config, params, coders, source, frames, given_scenes: int, desc:
         given = np.stack([e['video'][:sum(frames[:given_scenes])] for e in examples]) if given_scenes else None
         videos.append(generate.generate(config, params, coders, captions, frames, seed=config.seed, first_index=first,
                                         given_videos=given))
-    scores = stories.score(np.concatenate(videos)[:total], known[:total], scenes=picked)
-    return stories.summarize(scores, scenes=picked)
+    return np.concatenate(videos)[:total], known[:total]
 
 
 def score_stories(config: config_lib.Config, params, coders: data.Coders, workdir) -> list[dict]:
@@ -102,7 +102,9 @@ def score_stories(config: config_lib.Config, params, coders: data.Coders, workdi
         name = '+'.join(map(str, frames))
         tasks = {'generate': 0, f'extend {len(frames) - 1} given': len(frames) - 1}
         for task, given in tasks.items() if len(frames) > 1 else [('generate', 0)]:
-            scores = _score_task(config, params, coders, source, frames, given, f'scoring {task} {name}')
+            picked = tuple(range(given, len(frames)))
+            videos, known = generate_held_out(config, params, coders, source, frames, given, f'scoring {task} {name}')
+            scores = stories.summarize(stories.score(videos, known, scenes=picked), scenes=picked)
             rows.append({'task': task, 'frames': name} | scores)
     return rows
 

@@ -15,7 +15,9 @@ LAYERS = (
     ('data', 'runs'),
     ('train_step', 'generate'),
     ('train',),
-    ('main', 'sample', 'encode', 'evaluate', 'report', 'benchmark', 'benchmark_worker', 'aot'),
+    ('main', 'sample', 'encode', 'evaluate', 'report', 'benchmark', 'benchmark_worker', 'aot',
+     'figures'),
+    ('rank',),
 )
 FORBIDDEN = {'torch', 'tensorflow', 'clu', 'pickle', 'diffusers', 'transformers'}
 COMPARED = {('benchmark_worker', 'torch'), ('benchmark_worker', 'diffusers')}  # if they are installed

@@ -8,6 +8,7 @@ from mask2dit_jax.datasets.stories.world import (
     BACKGROUNDS,
     COLOR_RGB,
     COLORS,
+    MOTIONS,
     SHAPES,
     VOCABULARY,
     Story,
@@ -21,8 +22,8 @@ from mask2dit_jax.datasets.stories.world import (
 )
 
 __all__ = [
-    'ACTIONS', 'BACKGROUNDS', 'BACKGROUND_RGB', 'COLORS', 'COLOR_RGB', 'SHAPES', 'VOCABULARY', 'Codec', 'Stories',
-    'StoriesConfig', 'Story', 'StorySource', 'captions', 'decode', 'default_codec', 'embed_captions', 'encode',
-    'fit_codec', 'load', 'load_codec', 'measure', 'parse_captions', 'render', 'sample_story', 'save_codec', 'score',
-    'story_from_json', 'story_to_json', 'summarize',
+    'ACTIONS', 'BACKGROUNDS', 'BACKGROUND_RGB', 'COLORS', 'COLOR_RGB', 'MOTIONS', 'SHAPES', 'VOCABULARY', 'Codec',
+    'Stories', 'StoriesConfig', 'Story', 'StorySource', 'captions', 'decode', 'default_codec', 'embed_captions',
+    'encode', 'fit_codec', 'load', 'load_codec', 'measure', 'parse_captions', 'render', 'sample_story', 'save_codec',
+    'score', 'story_from_json', 'story_to_json', 'summarize',
 ]
