@@ -16,9 +16,11 @@ the folder meta_data (compbench). --category keeps some of its dimensions. sampl
 anew, and goes on after a kill. layout prints the commands to run in a checkout of the suite, on a machine with a GPU;
 clips.json in --out says what every file is.
 
-What the tools expect was read in: the package vbench 0.1.5; vbench2_beta_long of Vchitect/VBench (4e54e75, 078c63d,
-03c285a); evalcrafter/EvalCrafter (README 055dfe3, start.sh 0044a73, metrics cc66701); KaiyueSun98/T2V-CompBench with
-1400 prompts (meta_data 193b6b0, compbench_eval_*.py 6d8de07 to 5a909ad).
+What the tools expect was read in: the package vbench 0.1.5; vbench2_beta_long of Vchitect/VBench (__init__ 4e54e75,
+eval_long 078c63d, utils 03c285a); evalcrafter/EvalCrafter (README 055dfe3, start.sh 0044a73, metrics cc66701);
+KaiyueSun98/T2V-CompBench with 1400 prompts (meta_data 193b6b0; of compbench_eval consistent_attr 6d8de07, dynamic_attr
+7696e17, action_binding 3534e6a, interaction 09539a7, spatial_relationships cdf1853, numeracy a88240c, motion_binding
+394d466, its options ff7b2a7, and motion_binding_seg 5a909ad).
 """
 import dataclasses
 import json
@@ -58,8 +60,8 @@ _COMPBENCH = {  # commands by category, which is the name of its file in meta_da
         ('consistent_attribute_binding', 'consistent_attr'), ('dynamic_attribute_binding', 'dynamic_attr'),
         ('action_binding', 'action_binding'), ('object_interactions', 'interaction'))} | {
     'spatial_relationships': f'{_DINO}compbench_eval_spatial_relationships.py --depth_folder {{out}}/depth '
-                             f'--output_dir {{out}}/boxes {_ARGS}{{category}}',
-    'generative_numeracy': f'{_DINO}GroundingDINO/demo/compbench_eval_numeracy.py --output_dir {{out}}/boxes '
+                             f'--output_dir {{out}}/boxes/{{category}} {_ARGS}{{category}}',
+    'generative_numeracy': f'{_DINO}GroundingDINO/demo/compbench_eval_numeracy.py --output_dir {{out}}/boxes/{{category}} '
                            f'{_ARGS}{{category}}',
     'motion_binding': f'{_DINO}compbench_motion_binding_seg.py --total_frame {{frames}} --fps {{fps}} --output_dir '
                       '{out}/masks --read-prompt-file {source}/{category}.json --t2v-model mask2dit --video-path '
