@@ -61,14 +61,15 @@ _COMPBENCH = {  # commands by category, which is the name of its file in meta_da
         ('action_binding', 'action_binding'), ('object_interactions', 'interaction'))} | {
     'spatial_relationships': f'{_DINO}compbench_eval_spatial_relationships.py --depth_folder {{out}}/depth '
                              f'--output_dir {{out}}/boxes/{{category}} {_ARGS}{{category}}',
-    'generative_numeracy': f'{_DINO}GroundingDINO/demo/compbench_eval_numeracy.py --output_dir {{out}}/boxes/{{category}} '
-                           f'{_ARGS}{{category}}',
+    'generative_numeracy': f'{_DINO}GroundingDINO/demo/compbench_eval_numeracy.py --output_dir '
+                           f'{{out}}/boxes/{{category}} {_ARGS}{{category}}',
     'motion_binding': f'{_DINO}compbench_motion_binding_seg.py --total_frame {{frames}} --fps {{fps}} --output_dir '
                       '{out}/masks --read-prompt-file {source}/{category}.json --t2v-model mask2dit --video-path '
                       '{out}/video/{category}\n(cd dot && python compbench_eval_motion_binding.py --mask_folder '
                       f'{{out}}/masks --output_dir {{out}}/tracks {_ARGS}video_standard/{{category}})'}
 _EVALCRAFTER = '''\
-rm -rf prompts SDXL_Imgs results && cp -r {out}/prompts {out}/metadata.json .
+kept=$(mktemp -d kept.XXXX) && for f in prompts metadata.json SDXL_Imgs results; do [ ! -e $f ] || mv $f $kept; done
+cp -r {out}/prompts {out}/metadata.json .
 (cd metrics && python3 is.py --dir_videos {out}/videos)
 (cd metrics/DOVER && python3 evaluate_a_set_of_videos.py --dir_videos {out}/videos)
 for m in clip_score clip_temp_score face_consistency_score sd_score blip_bleu; do
@@ -162,9 +163,9 @@ SUITES = {
     'evalcrafter': Suite(
         _read_evalcrafter, 'metadata.json', 1, 'videos/{key}.mp4', 'bash start.sh $PWD {out}/videos',
         'videos/{clip:04d}.mp4', _EVALCRAFTER,
-        'In a checkout of EvalCrafter; with other captions than its own in a copy, as its prompts are replaced, and '
-        'the pictures it keeps by number. Those have no celebrity, OCR, action, motion amplitude, count and color '
-        'scores, so no totals; detection_score takes captions that name a COCO object.',
+        'In a checkout of EvalCrafter. For other captions than its own its prompts, and the pictures and results it '
+        'keeps by number, are moved to kept.*: take a copy. Those have no celebrity, OCR, action, motion amplitude, '
+        'count and color scores, so no totals; detection_score takes captions that name a COCO object.',
         lambda captions: {f'prompts/{name}.txt': text for name, text in captions.items()} | {
             'metadata.json': {name: {'prompt': text, 'attributes': {}} for name, text in captions.items()}}),
     'compbench': Suite(

@@ -144,6 +144,13 @@ def test_scenes_for_evalcrafter(samples, tmp_path):
     commands = check_commands(suites.lay_out('evalcrafter', samples, out), out)
     found = evalcrafter(out / 'videos', out)
     assert len(found) == len(SCENES) and all(meets(path, text) and not known for path, text, known in found)
+    checkout = tmp_path / 'EvalCrafter'  # its own list and what it keeps by number must not meet these videos
+    for name in 'prompts/0000.txt', 'prompts/0699.txt', 'SDXL_Imgs/0000_0.png', 'metadata.json':
+        write_json(checkout / name, {})
+    for _ in range(2):
+        subprocess.run(['bash', '-euc', commands.split('\n(')[0]], cwd=checkout, check=True)
+        assert len(evalcrafter(out / 'videos', checkout)) == len(os.listdir(checkout / 'prompts')) == len(SCENES)
+    assert not (checkout / 'SDXL_Imgs').exists() and len(list(checkout.rglob('0699.txt'))) == 1
     for metric in 'action_score', 'color_score', 'count_score', 'motion_ac_score', 'ocr_score', 'eval_from_metrics':
         assert metric not in commands  # they divide by the number of videos that have the attribute
 
