@@ -156,6 +156,13 @@ def _entries(cfg, names: dict):
         yield path, [name.replace('*', str(i)) for i in range(shape[0])] if stacked else [name], shape[stacked:]
 
 
+def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of an encoder, by name, of what its config.json says."""
+    cfg, names, text = _PARSERS[config['model_type']](config, {})
+    networks = [(cfg, names)] + ([(text, _CLIP_TEXT)] if text else [])
+    return {name: shape for network in networks for _, theirs, shape in _entries(*network) for name in theirs}
+
+
 def _squeezed(shape) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)  # (1, 1, D) for a token, or no axis of frames, mean the same
 

@@ -3,6 +3,7 @@
 Everything runs on it in seconds, and nothing that comes out is worth looking at.
 
   python -m mask2dit_jax.random_model --out=models/tiny
+  python -m mask2dit_jax.random_model --encoders --out=models/encoders
 """
 import dataclasses
 import io
@@ -12,10 +13,11 @@ import string
 
 import jax
 import numpy as np
+import safetensors.numpy
 import sentencepiece
 from absl import app, flags
 
-from mask2dit_jax import convert, diffusion, weights
+from mask2dit_jax import convert, diffusion, encoders, weights
 from mask2dit_jax.models import dit, t5, vae
 
 TRANSFORMER = dit.DiTConfig(
@@ -25,6 +27,16 @@ TRANSFORMER = dit.DiTConfig(
 VAE = vae.VAEConfig(latent_channels=4, block_out_channels=(4, 8, 8, 12), layers_per_block=1, norm_num_groups=2,
                     sample_height=96, sample_width=80)
 T5 = t5.T5Config(vocab_size=384, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=3)
+
+BLOCK = {'hidden_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 3, 'intermediate_size': 40}
+_PICTURE = {'image_size': 20, 'patch_size': 10}
+ENCODERS = {
+    'clip': {'text_config': BLOCK | {'max_position_embeddings': 12}, 'vision_config': BLOCK | _PICTURE,
+             'projection_dim': 16},
+    'dinov2': BLOCK | _PICTURE,
+    'videomae': BLOCK | _PICTURE | {'num_frames': 4},
+}
+_MERGES = ['r e', 're d</w>', 'm o', 'mo v', 'b a', 'l l</w>', 'ba ll</w>', "' s</w>", 'Ã ©</w>']
 
 
 def _json(cfg, **fixed) -> dict:
@@ -78,13 +90,50 @@ def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **
     (folder / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule, indent=2) + '\n')
 
 
+def write_vocabulary(folder: pathlib.Path) -> int:
+    """vocab.json and merges.txt in CLIP's form; returns the number of tokens, of which the last ends a text."""
+    letters = [*string.printable[:94], *'ÃÂâ©Ġ']
+    pieces = [*letters, *(c + '</w>' for c in letters), *(m.replace(' ', '') for m in _MERGES)]
+    pieces += ['<|startoftext|>', '<|endoftext|>']
+    (folder / 'vocab.json').write_text(json.dumps({p: i for i, p in enumerate(dict.fromkeys(pieces))}))
+    (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(_MERGES) + '\n')
+    return len(dict.fromkeys(pieces))
+
+
+def write_encoder(folder, kind: str) -> pathlib.Path:
+    """Writes a folder of one of ENCODERS, as mask2dit_jax.encoders reads it; returns it.
+
+    Raises:
+      FileExistsError: if there is such a folder.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True)
+    config = json.loads(json.dumps(ENCODERS[kind] | {'model_type': kind}))
+    if kind == 'clip':
+        config['text_config']['vocab_size'] = write_vocabulary(folder)
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32)
+               for name, shape in encoders.tensor_shapes(config).items()}
+    safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps(config))
+    (folder / 'preprocessor_config.json').write_text(json.dumps(
+        {'size': {'shortest_edge': 20}, 'crop_size': 20, 'image_mean': [0.4] * 3, 'image_std': [0.3] * 3}))
+    return folder
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
-    write(_OUT.value)
-    print(f'Wrote {_OUT.value}: transformer, vae, text_encoder, tokenizer, scheduler.')
+    if _ENCODERS.value:
+        for kind in ENCODERS:
+            write_encoder(pathlib.Path(_OUT.value) / kind, kind)
+        print(f'Wrote {_OUT.value}: {", ".join(ENCODERS)}.')
+    else:
+        write(_OUT.value)
+        print(f'Wrote {_OUT.value}: transformer, vae, text_encoder, tokenizer, scheduler.')
 
 
 if __name__ == '__main__':
     _OUT = flags.DEFINE_string('out', None, 'New folder.', required=True)
+    _ENCODERS = flags.DEFINE_bool('encoders', False, 'Write the encoders that mask2dit_jax.evaluate takes instead.')
     app.run(main)

@@ -3,52 +3,14 @@
 Most need the `oracle` extra, and are skipped without it.
 """
 import json
-import pathlib
-import string
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from mask2dit_jax import encoders, weights
+from mask2dit_jax import encoders, random_model, weights
 from mask2dit_jax.models import vit
-
-BLOCK = {'hidden_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 3, 'intermediate_size': 40}
-PICTURE = {'size': {'shortest_edge': 20}, 'crop_size': 20, 'image_mean': [.4] * 3, 'image_std': [.3] * 3}
-CONFIGS = {
-    'clip': {'text_config': BLOCK | {'max_position_embeddings': 12}, 'projection_dim': 16,
-             'vision_config': BLOCK | {'image_size': 20, 'patch_size': 10}},
-    'dinov2': BLOCK | {'image_size': 20, 'patch_size': 10},
-    'videomae': BLOCK | {'image_size': 20, 'patch_size': 10, 'num_frames': 4},
-}
-MERGES = ['r e', 're d</w>', 'm o', 'mo v', 'b a', 'l l</w>', 'ba ll</w>', "' s</w>", 'Ã ©</w>']
-
-
-def write_vocabulary(folder: pathlib.Path) -> int:
-    """vocab.json and merges.txt in CLIP's form; returns the number of tokens, of which the last ends a text."""
-    letters = [*string.printable[:94], *'ÃÂâ©Ġ']
-    pieces = [*letters, *(c + '</w>' for c in letters), *(m.replace(' ', '') for m in MERGES)]
-    pieces += ['<|startoftext|>', '<|endoftext|>']
-    (folder / 'vocab.json').write_text(json.dumps({p: i for i, p in enumerate(dict.fromkeys(pieces))}))
-    (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(MERGES) + '\n')
-    return len(dict.fromkeys(pieces))
-
-
-def write_encoder(folder, kind):
-    """A folder with random tensors of the shapes that its configuration asks for."""
-    folder.mkdir()
-    config = json.loads(json.dumps(CONFIGS[kind] | {'model_type': kind}))
-    if kind == 'clip':
-        config['text_config']['vocab_size'] = write_vocabulary(folder)
-    cfg, names, text = encoders._PARSERS[kind](config, {})
-    networks = [(cfg, names)] + ([(text, encoders._CLIP_TEXT)] if text else [])
-    rng = np.random.default_rng(0)
-    tensors = {name: rng.normal(0, .3, shape).astype(np.float32) for network in networks
-               for _, theirs, shape in encoders._entries(*network) for name in theirs}
-    safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
-    (folder / 'config.json').write_text(json.dumps(config))
-    (folder / 'preprocessor_config.json').write_text(json.dumps(PICTURE))
-    return folder
+from mask2dit_jax.random_model import BLOCK
 
 
 def saved(folder, model):
@@ -81,7 +43,7 @@ def close(ours, theirs):
 def clip(folder, dtype=None, **changes):
     """A tiny CLIP and its processor, in a folder."""
     transformers = pytest.importorskip('transformers')
-    size = write_vocabulary(folder)
+    size = random_model.write_vocabulary(folder)
     config = {'text_config': BLOCK | {'vocab_size': size, 'max_position_embeddings': 12, 'eos_token_id': size - 1},
               'vision_config': BLOCK | {'image_size': 20, 'patch_size': 5}, 'projection_dim': 16} | changes
     model = saved(folder, transformers.CLIPModel(transformers.CLIPConfig(**config)))
@@ -167,7 +129,7 @@ def test_pictures_are_prepared_as_by_transformers(tmp_path, how, shape):
 
 def test_reading_is_strict_and_leaves_integers_of_no_use(tmp_path):
     """A float16 file with the position_ids of old checkpoints is read; then every wrong tensor is named at once."""
-    folder = write_encoder(tmp_path / 'clip', 'clip')
+    folder = random_model.write_encoder(tmp_path / 'clip', 'clip')
     file = folder / 'model.safetensors'
     tensors = {n: t.astype(np.float16) for n, t in safetensors.numpy.load_file(file).items()}
     ids = {f'{k}_model.embeddings.position_ids': np.arange(12)[None] for k in ('text', 'vision')}
@@ -201,7 +163,7 @@ def broken(folder, name, text=None):
     ('tokenizer.json', '{', r'tokenizer\.json .*damaged'), ('model.safetensors', None, 'lacks a .safetensors file'),
 ])
 def test_damaged_folders_are_errors_that_name_the_file(tmp_path, name, text, message):
-    folder = write_encoder(tmp_path / 'clip', 'clip')
+    folder = random_model.write_encoder(tmp_path / 'clip', 'clip')
     broken(folder, name, text)
     with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
         encoders.load(folder)
@@ -209,8 +171,9 @@ def test_damaged_folders_are_errors_that_name_the_file(tmp_path, name, text, mes
 
 
 def test_a_crop_that_is_not_the_position_table_of_clip_is_an_error(tmp_path):
-    folder = write_encoder(tmp_path / 'clip', 'clip')
-    (folder / 'preprocessor_config.json').write_text(json.dumps(PICTURE | {'crop_size': 10}))
+    folder = random_model.write_encoder(tmp_path / 'clip', 'clip')
+    path = folder / 'preprocessor_config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'crop_size': 10}))
     with pytest.raises(ValueError, match='does not fit the 2 x 2'):
         encoders.encode_clips(encoders.load(folder), frames(1)[:, None])
     how = encoders.Preprocess(10, 3, (20, 20), 1, (0,), (1,))

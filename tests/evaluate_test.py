@@ -3,18 +3,17 @@ import json
 import subprocess
 import sys
 
-import encoders_test
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from mask2dit_jax import encoders, evaluate, metrics, video
+from mask2dit_jax import encoders, evaluate, metrics, random_model, video
 
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp('encoders')
-    return {kind: encoders_test.write_encoder(root / kind, kind) for kind in encoders_test.CONFIGS}
+    return {kind: random_model.write_encoder(root / kind, kind) for kind in random_model.ENCODERS}
 
 
 def scene(color, frames):

@@ -141,7 +141,7 @@ def test_fine_tuning_and_handing_back(folder, tmp_path):
         model=dataclasses.replace(TRANSFORMER, remat='full'),
         optimizer=config.OptimizerConfig('adamw', 1e-3, warmup_steps=1),
         train=config.TrainConfig(steps=2, batch_size=8, conditional_probability=0.5, log_every_steps=1),
-        sample=config.SampleConfig(steps=1, sheet_stories=4), eval=config.EvalConfig(4, 4, 1),
+        sample=config.SampleConfig(steps=1, sheet_stories=4), eval=config.EvalConfig(4, 4),
         mesh=config.MeshConfig(data=4, fsdp=2, cpu_devices=8))
     cfg = convert.adopt(cfg, folder)
     assert cfg.model.remat == 'full' and cfg.schedule.snr_shift_scale == 3.0

@@ -57,7 +57,7 @@ def test_an_encoder_that_sees_no_actions_does_not_tell_leaks(found):
         return mean(found, 'right', kind, metric) - mean(found, run, kind, metric)
 
     assert drop('pixels', 'subject_between', 'strangers') > .1 < drop('measured', 'subject_between', 'strangers')
-    assert drop('pixels', 'semantic', 'leaking') < .1 < drop('measured', 'semantic', 'leaking')
+    assert .005 < drop('pixels', 'semantic', 'leaking') < .1 < drop('measured', 'semantic', 'leaking')
 
 
 def test_compare_counts_pairs_and_correlates_ranks():
