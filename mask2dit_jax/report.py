@@ -57,7 +57,7 @@ figure { margin: 0 0 1.5rem; } figcaption { margin-top: .35rem; }
 img, video, svg { display: block; max-width: 100%; height: auto; }
 svg { width: 100%; } svg text { fill: var(--muted); font-family: inherit !important; }
 figure img { border-radius: 4px; border: 1px solid var(--line); }
-.story { display: grid; grid-template-columns: minmax(0, 26rem) 1fr; gap: 0 1.5rem; }
+.story { display: grid; grid-template-columns: minmax(0, 22rem) 1fr; gap: 0 1.5rem; margin-bottom: 1.5rem; }
 @media (max-width: 45rem) { .story { grid-template-columns: 1fr; } }
 .story video { width: 100%; background: #000; border-radius: 4px; } .story ol { margin: 0; padding-left: 1.5rem; }
 .story li { margin-bottom: .75rem; } .story small { display: block; color: var(--muted); }
@@ -193,14 +193,18 @@ def _curves(records: list[dict]) -> str:
 def _sheets(folder: pathlib.Path, out: pathlib.Path) -> str:
     by_step = {}
     for path in sorted(folder.glob('sheets/[0-9]*_*.png'), reverse=True):
+        known = path.with_suffix('.json')
+        stories = _load(known, 'run', 'main')
+        with _reading(known):
+            told = ' '.join(f'{i}: {"; ".join(captions)}.' for i, captions in enumerate(stories['stories'], 1))
         with _reading(path):
             step, task = path.stem.split('_', 1)
-            by_step.setdefault(int(step), []).append((path, task))
+            by_step.setdefault(int(step), []).append((path, task, told))
     if not by_step:
         return '<p>No sheet is drawn yet.</p>\n'
     blocks = [(f'Step {step}', ''.join(_picture(
-        path, out, f'run/{path.name}', f'Frames of held-out stories, {task}, at step {step}; a row is a story, and the '
-        'captions are drawn above its scenes.', f'{task}, step {step}') for path, task in sheets))
+        path, out, f'run/{path.name}', f'Frames of held-out stories, {task}, at step {step}; a row is a story. {told}',
+        f'{task}, step {step}') for path, task, told in sheets))
         for step, sheets in by_step.items()]
     return f'<h3>{blocks[0][0]}</h3>\n{blocks[0][1]}' + ''.join(_details(*block) for block in blocks[1:])
 
@@ -238,7 +242,7 @@ def run_sections(folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:
 
 
 def _story(path: pathlib.Path, story: tuple, out: pathlib.Path, name: str) -> str:
-    """A video of (captions, frames, given scenes) with its scenes beside it and its sheet, if there is one, below."""
+    """A video of (captions, frames, given scenes) with its scenes beside it, and its sheet, if there is one."""
     (captions, frames, given), info = story, video.probe(path)
     if sum(frames) != len(info.times):
         raise ValueError(f'{path} has {len(info.times)} frames, its story {sum(frames)}: they must agree.')
@@ -258,7 +262,7 @@ def _story(path: pathlib.Path, story: tuple, out: pathlib.Path, name: str) -> st
             f'<video controls loop muted playsinline preload="metadata" src="{url}" width="{info.width_px}" '
             f'height="{info.height_px}" poster="{urllib.parse.quote(f"media/{poster}")}" '
             f'aria-label="Video {title} of {len(frames)} scenes, listed beside it"></video>\n'
-            f'<p><a href="{url}">{_text(path.name)}</a></p></div>\n<ol>{scenes}</ol></div>\n{drawn}')
+            f'<p><a href="{url}">{_text(path.name)}</a></p></div>\n<div><ol>{scenes}</ol>\n{drawn}</div></div>\n')
 
 
 def sample_sections(folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:

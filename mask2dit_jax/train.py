@@ -134,7 +134,10 @@ def _tasks(frames) -> dict[str, int]:
 
 
 def write_sheets(config: config_lib.Config, params, coders: data.Coders, workdir, step: int) -> list[pathlib.Path]:
-    """Sample sheets of held-out stories: generated from captions, and extended from all scenes but the last."""
+    """Sample sheets of held-out stories: generated from captions, and extended from all scenes but the last.
+
+    Beside each picture stands a .json of its captions: {"stories": [[caption, ...], ...], "given_scenes": 0}.
+    """
     frames, count = config.data.layouts[0], config.sample.sheet_stories
     paths = []
     for name, given in _tasks(frames).items():
@@ -146,6 +149,8 @@ def write_sheets(config: config_lib.Config, params, coders: data.Coders, workdir
             grid = [generate.split_scenes(v, frames) for v in out]
             marks = [[i < given for i in range(len(frames))]] * count
             video.write_png(paths[-1], video.story_grid(grid, captions, given=marks))
+            known = {'stories': [list(c) for c in captions], 'given_scenes': given}
+            paths[-1].with_suffix('.json').write_text(json.dumps(known) + '\n', encoding='utf-8')
     return paths
 
 

@@ -34,7 +34,9 @@ def write_run(folder, steps=60, scores=True):
     writer.close()
     story = np.split(pixels((4, 4)), 2)
     for name in '00000030_generated', '00000060_extended', '00000060_generated':
-        video.write_png(folder / f'sheets/{name}.png', video.story_grid([story], [['a ball', 'it moves']]))
+        captions = [['a ball', NASTY]]
+        video.write_png(folder / f'sheets/{name}.png', video.story_grid([story], captions))
+        (folder / f'sheets/{name}.json').write_text(json.dumps({'stories': captions, 'given_scenes': 0}))
     if scores:
         rows = [{'task': task, 'frames': '4+4', 'action': 1.0, 'leak': .25, 'residual': .3, 'action/2': 1.0,
                  'leak/2': .25} for task in ('generate', 'extend 1 given')]
@@ -146,6 +148,8 @@ def test_captions_are_text_and_given_scenes_marked(page):
     scenes = [text.strip() for _, text in reader.all('li') if 'grows' in text or 'red' in text]
     assert scenes == [NASTY, 'it grows', 'it grows'] * 2
     assert [text for _, text in reader.all('mark')] == ['given'] * 2
+    sheets = [attrs['alt'] for attrs, _ in reader.all('img') if 'held-out' in attrs['alt']]
+    assert sheets and all(f'1: a ball; {NASTY}.' in alt for alt in sheets)
     boards = [attrs['alt'] for attrs, _ in reader.all('img') if 'Storyboard' in attrs['alt']]
     assert boards == [f'Storyboard: scene 1 (given): {NASTY}; scene 2: it grows; scene 3: it grows'] * 2
     assert '0.50 to 1.50 s, 8 frames' in text  # the second scene, at 8 frames per second
@@ -190,6 +194,7 @@ def test_unfinished_run(tmp_path):
     ('run/config.json', '{', 'damaged'), ('run/metrics.jsonl', '{"loss": 1}\n', 'damaged'),
     ('run/metrics.jsonl', 'x\n', 'damaged'),
     ('run/scores.json', '{"task": 1}', 'damaged'), ('run/sheets/00000060_generated.png', 'x', 'no whole picture'),
+    ('run/sheets/00000060_generated.json', '[]', 'damaged'), ('run/sheets/00000060_generated.json', None, 'main wrote'),
     ('samples/story.json', None, 'holds no story.json'), ('samples/story.json', '{}', 'no story file'),
     ('samples/story.json', '{"scenes": [{"caption": "a"}]}', 'damaged'),
     ('samples/story.json', '{"scenes": [{"caption": "a", "frames": 14}]}', 'has 15 frames, its story 14'),

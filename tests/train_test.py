@@ -65,9 +65,12 @@ def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
     coders = data.stories_coders(smoke_config(), finished[0])
     by_ema, by_params = ([path.read_bytes() for path in train.write_sheets(smoke_config(), w, coders, tmp_path / k, 6)]
                          for k, w in sorted(weights.items()))
-    sheets = [path.read_bytes() for path in (finished[0] / 'sheets').iterdir()]
+    sheets = [path.read_bytes() for path in (finished[0] / 'sheets').glob('*.png')]
     assert sorted(sheets) == sorted(by_ema)
     assert not set(sheets) & set(by_params)
+    told = [json.loads(path.read_text()) for path in sorted((finished[0] / 'sheets').glob('*.json'))]
+    assert [t['given_scenes'] for t in told] == [1, 0] and told[0]['stories'] == told[1]['stories']
+    assert all(len(captions) == 2 for captions in told[0]['stories'])
 
 
 def test_resume_is_bit_equal(finished, tmp_path):
