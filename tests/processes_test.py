@@ -61,7 +61,8 @@ def run_two(axes, tmp_path):
     return [json.loads(out.split('RESULT')[1]) for out, _ in outputs]
 
 
-@pytest.mark.parametrize('axes, shared', [((2, 2, 2), False), ((1, 1, 8), True)], ids=str)
+@pytest.mark.parametrize('axes, shared', [((1, 1, 8), True), pytest.param((2, 2, 2), False, marks=pytest.mark.slow)],
+                         ids=str)
 def test_two_processes_train_as_one(axes, shared, tmp_path):
     results = run_two(axes, tmp_path)
     expected, _ = sharding_test.run(sharding_test.tiny_config(), sharding_test.mesh_of(1))

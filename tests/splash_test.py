@@ -55,30 +55,41 @@ def test_uniform_blocks_are_not_evaluated():
     assert np.mean(np.array(sizes) == 1) > 0.95
 
 
-def loss_and_gradients(fn, q, k, v, weights):
-    return jax.value_and_grad(lambda *x: jnp.sum(fn(*x).astype(jnp.float32) * weights), argnums=(0, 1, 2))(q, k, v)
+def forward_and_gradients(fn, q, k, v, weights):
+    out, vjp = jax.vjp(fn, q, k, v)
+    return (out, *vjp(weights))
 
 
-def assert_equals_dense(frames, pattern, kernel, interpret, dtype=jnp.float32, tolerance=3e-6, dim=64, block=128):
+def assert_equals_dense(frames, pattern, kernel, interpret, dtype=jnp.float32, tolerance=3e-6, dim=64, block=128,
+                        run=forward_and_gradients):
     layout = layout_of(frames)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v = (jax.random.normal(x, (1, layout.num_tokens, 1, dim), dtype) for x in keys[:3])
-    weights = jax.random.normal(keys[3], q.shape)
+    weights = jax.random.normal(keys[3], q.shape).astype(dtype)
     ours = functools.partial(splash.attend, layout=layout, pattern=pattern, block=block, kernel=kernel,
                              interpret=interpret)
     dense = functools.partial(attention.dense, layout=layout, pattern=pattern)
-    np.testing.assert_allclose(*(f(q, k, v).astype(np.float32) for f in (ours, dense)), atol=tolerance)
-    for mine, theirs in zip(loss_and_gradients(ours, q, k, v, weights)[1],
-                            loss_and_gradients(dense, q, k, v, weights)[1]):
-        np.testing.assert_allclose(mine.astype(np.float32), theirs.astype(np.float32), atol=tolerance)
+    for name, mine, theirs in zip(('out', 'dq', 'dk', 'dv'), run(ours, q, k, v, weights), run(dense, q, k, v, weights)):
+        assert mine.dtype == theirs.dtype == dtype
+        np.testing.assert_allclose(mine.astype(np.float32), theirs.astype(np.float32), atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize('pattern', scenes.PATTERNS)
-@pytest.mark.parametrize('frames', LAYOUTS, ids=str)
+# Every pattern, and every layout; their masks in every combination are tested above.
+CASES = [*((LAYOUTS[2], pattern) for pattern in scenes.PATTERNS), *((frames, 'dual') for frames in LAYOUTS)]
+
+
+@pytest.mark.parametrize('frames, pattern', dict.fromkeys(CASES), ids=str)
 @pytest.mark.parametrize('kernel', splash.KERNELS)
 def test_attention_and_gradients(kernel, frames, pattern):
     block = 128 if len(frames) < 5 else 256  # plain interpretation is right up to three blocks of keys, see below
     assert_equals_dense(frames, pattern, kernel, True, block=block)
+
+
+@pytest.mark.parametrize('frames', LAYOUTS[1::2], ids=str)
+@pytest.mark.parametrize('kernel', splash.KERNELS)
+def test_without_gradients(kernel, frames):
+    """A kernel of its own, which keeps nothing for them."""
+    assert_equals_dense(frames, 'dual', kernel, True, block=256, run=lambda fn, *args: (fn(*args[:3]),))
 
 
 @pytest.mark.parametrize('kernel', splash.KERNELS)
