@@ -64,20 +64,23 @@ def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointMa
     return _Manager(pathlib.Path(workdir).absolute() / FOLDER, options=options)
 
 
+@jax.jit  # traced once for each shape, not for each array
+def _checksum(x):
+    """Of one array, see `_checksums`."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
 @jax.jit
 def _checksums(items: dict) -> dict:
     """A uint32 for each item: its arrays' bits times odd numbers that differ by place, summed modulo 2^32.
 
     Any one changed bit changes it. Sums of integers do not depend on their order, hence not on the mesh.
     """
-    def checksum(x):
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-    return {name: sum((2 * i + 1) * checksum(x) for i, x in enumerate(jax.tree.leaves(tree)))
+    return {name: sum((2 * i + 1) * _checksum(x) for i, x in enumerate(jax.tree.leaves(tree)))
             for name, tree in items.items()}
 
 
