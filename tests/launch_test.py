@@ -456,8 +456,10 @@ eval "$DO"
 
 def local(cloud, args, do, do_1=''):
     write_script(cloud.bin / 'python', PROCESS)
+    # A shell cannot trap what was ignored when it began, as SIGINT is where the tests run in the background.
     return subprocess.Popen([LAUNCH / 'local.sh', *args], env=cloud.environment | {'DO': do, 'DO_1': do_1},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_local_gives_every_process_its_flags_and_prefixes_its_lines(cloud):
