@@ -17,7 +17,7 @@ LAYERS = (
     ('train',),
     ('main', 'sample', 'encode', 'evaluate', 'report', 'benchmark', 'benchmark_worker', 'aot',
      'figures'),
-    ('rank',),
+    ('rank', 'suites'),
 )
 FORBIDDEN = {'torch', 'tensorflow', 'clu', 'pickle', 'diffusers', 'transformers'}
 COMPARED = {('benchmark_worker', 'torch'), ('benchmark_worker', 'diffusers')}  # if they are installed
