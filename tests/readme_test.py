@@ -48,7 +48,6 @@ ELSEWHERE = {  # the start of a command: the file that runs it, and what stands 
     'pytest': ('.ci/run', 'pytest -n 2 --dist loadfile'),
     'python -m mask2dit_jax.main --config=configs/tiny.py --config.mesh.data=2': (
         'tests/survival_test.py', '--coordinator=localhost:'),
-    'python -m mask2dit_jax.main --config=configs/tiny.py:NAME': ('tests/config_test.py', 'configs'),
     'python -m mask2dit_jax.aot': ('tests/readme_test.py', 'def test_it_fits'),
     'python -m mask2dit_jax.benchmark': ('tests/readme_test.py', 'def test_benchmarks'),
     'launch/local.sh': ('tests/launch_test.py', 'def test_two_local_processes_train'),
