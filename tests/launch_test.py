@@ -478,7 +478,10 @@ def test_local_gives_every_process_its_flags_and_prefixes_its_lines(cloud):
 
 def test_local_stops_the_others_when_one_fails(cloud):
     for do in (UNTIL_TERM, 'trap "" TERM; ' + UNTIL_TERM.split(';', 1)[1]):  # the second must be killed
-        process = local(cloud, ['2', '--', '--x'], do, 'exit 5')
+        begun = cloud.folder / 'begun'
+        begun.unlink(missing_ok=True)
+        process = local(cloud, ['2', '--', '--x'], do.replace('echo begun;', f'echo begun; : > {begun};'),
+                        f'until [[ -e {begun} ]]; do /bin/sleep 0.05; done; exit 5')
         out, err = process.communicate(timeout=60)
         assert process.returncode == 5 and 'a process failed with exit code 5' in err and '[0] begun' in out
 
