@@ -75,7 +75,7 @@ case ${1:-} in
     # The machine's own Python may be older than the package wants, and may refuse packages.
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
     uv=$(python3 -m site --user-base)/bin/uv
-    [[ -d $environment ]] || "$uv" venv --quiet --python '>=3.11' "$environment"
+    [[ -d $environment ]] || "$uv" venv --quiet --python '>=3.11,<3.14' "$environment"
     "$uv" pip install --quiet --python "$environment/bin/python" --editable "${tree}[tpu]"
     ;;
   start)

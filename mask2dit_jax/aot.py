@@ -1,13 +1,14 @@
 """Compiles the training step and the sampling loop for a TPU slice, without a TPU, and says whether they fit.
 
   python -m mask2dit_jax.aot --config=configs/sft.py:v5p-128
-  python -m mask2dit_jax.aot --config=configs/sft.py:v6e-8 --what=sample --out=runs/aot
+  python -m mask2dit_jax.aot --config=configs/sft.py:v6e-8 --what=sample --effort=quick --out=runs/aot
   python -m mask2dit_jax.aot --config=configs/sft.py:v5p-128 --config.model.remat=offload_layer --scenes=24
 
 The very functions that main and sample run are compiled by the TPU's own compiler (libtpu, on any machine), from shapes
 alone. Printed and, with --out, written as Markdown and JSON: memory per chip, FLOPs, collectives, estimated cycles.
 Nothing runs: seconds are lower limits, with their formula. The exit code is 0 if everything fits, else 1.
 """
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -39,6 +40,10 @@ from mask2dit_jax import config as config_lib
 
 WHAT = ('train', 'sample')
 GIB = 2 ** 30
+
+# The compiler's own levels, which every libtpu that setup.py allows takes: EFFORT_UNKNOWN is its default, EFFORT_O1 is
+# quicker and plans nearly the same memory, but its schedules are slower.
+EFFORTS = {'full': 0, 'quick': 19}
 
 
 def topology_devices(topology: str, slices: int = 1):
@@ -134,7 +139,7 @@ def kernel_work(kernels, blocks: tuple[int, float, float], bundles: dict | None 
     return flops, cycles
 
 
-def compile_report(config: config_lib.Config, what: str, topology: str, slices: int, frames, effort: float,
+def compile_report(config: config_lib.Config, what: str, topology: str, slices: int, frames, effort: str,
                    schedules: bool = False) -> dict:
     """Compiles one of WHAT and collects what is known of it.
 
@@ -144,7 +149,7 @@ def compile_report(config: config_lib.Config, what: str, topology: str, slices: 
       topology: e.g. 'v6e:8x8'.
       slices: number of such slices.
       frames: pixel frames per scene.
-      effort: the compiler's exec_time_optimization_effort; -1 is quick, with the same memory but slow schedules.
+      effort: one of EFFORTS.
       schedules: also count the bundles of the attention kernels, for their cycles.
 
     Returns:
@@ -156,12 +161,13 @@ def compile_report(config: config_lib.Config, what: str, topology: str, slices: 
     mesh = sharding.make_mesh(config.mesh, topology_devices(topology, slices))
     report = {'what': what, 'topology': topology, 'slices': slices, 'chips': mesh.size,
               'mesh': dict(mesh.shape), 'remat': config.model.remat, 'backend': config.model.attention_backend,
-              'scenes': len(frames), 'tokens': layout.num_tokens, 'effort': effort, 'hbm_gib': chip.hbm_gib}
+              'scenes': len(frames), 'tokens': layout.num_tokens, 'effort': effort, 'hbm_gib': chip.hbm_gib,
+              'versions': {name: importlib.metadata.version(name) for name in ('libtpu', 'jax')}}
     started = time.monotonic()
     lowered, arguments = (lower_train if what == 'train' else lower_sample)(config, latent_frames, latent, mesh)
     report['lower_seconds'] = time.monotonic() - started
     try:
-        compiled = lowered.compile(compiler_options={'exec_time_optimization_effort': effort})
+        compiled = lowered.compile(compiler_options={'optimization_level': EFFORTS[effort]})
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
@@ -207,7 +213,8 @@ def to_markdown(r: dict) -> str:
     mesh = ' x '.join(f'{k} {v}' for k, v in r['mesh'].items() if v > 1)
     lines = [f'## {r["what"]} on {r["topology"]}' + (f' x {r["slices"]}' if r['slices'] > 1 else ''), '',
              f'{r["chips"]} chips ({mesh}), {r["scenes"]} scenes, {r["tokens"]} tokens, remat {r["remat"]}, '
-             f'attention {r["backend"]}. Compiled, not run.', '']
+             f'attention {r["backend"]}. Compiled by libtpu {r["versions"]["libtpu"]} (jax {r["versions"]["jax"]}), '
+             'not run.', '']
     if 'error' in r:
         return '\n'.join([*lines, f'DOES NOT FIT: {r["error"]}', ''])
     gib, flops = r['gib'], r['flops_per_chip']
@@ -264,8 +271,8 @@ if __name__ == '__main__':
                                     'must fill it.')
     _WHAT = flags.DEFINE_list('what', ['train'], f'What to compile: {", ".join(WHAT)}.')
     _SCENES = flags.DEFINE_integer('scenes', None, 'So many scenes of the length of the first.', lower_bound=1)
-    _EFFORT = flags.DEFINE_float('effort', 0.0, "The compiler's effort; -1 takes half the time: the same memory, but "
-                                 'slow schedules.', -1.0, 1.0)
+    _EFFORT = flags.DEFINE_enum('effort', 'full', [*EFFORTS], "The compiler's effort; quick takes two thirds of the "
+                                'time and plans nearly the same memory, but its schedules are slower.')
     _KERNEL_CYCLES = flags.DEFINE_bool('kernel_cycles', False, "Count the attention kernels' cycles in their "
                                        'schedules, too; takes a minute longer.')
     _OUT = flags.DEFINE_string('out', None, 'Folder for aot.md and aot.json; default: print only.')

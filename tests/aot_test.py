@@ -20,7 +20,7 @@ FRAMES = CONFIG.data.layouts[0]
 
 def report(what, **model):
     cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **model))
-    return aot.compile_report(cfg, what, 'v5p:2x2x1', 1, FRAMES, -1.0)
+    return aot.compile_report(cfg, what, 'v5p:2x2x1', 1, FRAMES, 'quick')
 
 
 @pytest.fixture(scope='module')
