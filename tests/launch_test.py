@@ -297,7 +297,7 @@ def test_arguments_arrive_intact_on_every_worker_and_outlive_the_connection(clou
         assert '--xla_tpu_scoped_vmem_limit_kib=65536' in flags
         assert (home / 'mask2dit_jax/setup.txt').read_text() == 'a  b\n'
         assert (home / 'uv.txt').read_text().splitlines() == [
-            f"venv --quiet --python >=3.11 {home}/mask2dit_jax_env",
+            f"venv --quiet --python >=3.11,<3.14 {home}/mask2dit_jax_env",
             f'pip install --quiet --python {home}/mask2dit_jax_env/bin/python --editable {home}/mask2dit_jax[tpu]']
     assert cloud.good('tpu_vm.sh', 'status', 'pod', size).splitlines() == ['pod: ACTIVE', 'running', 'running']
     again = cloud.run('tpu_vm.sh', 'run', 'pod', size, '--', 'true')
