@@ -62,7 +62,7 @@ class Run:
             env = os.environ | {
                 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(self.base / 'cache'),
                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                'XLA_FLAGS': '--xla_cpu_use_fusion_emitters=false', 'SEEN': f'{self.workdir}/seen.{self.starts}.{i}',
+                'SEEN': f'{self.workdir}/seen.{self.starts}.{i}',
                 'DISTURB': (disturb or {}).get(i, '')}
             log = open(f'{self.workdir}/log.{self.starts}.{i}', 'w')  # noqa: SIM115
             started.append(subprocess.Popen(
