@@ -22,7 +22,7 @@ setuptools.setup(
     package_data={'mask2dit_jax.datasets.stories': ['README.md', 'CITATIONS.bib', 'TAGS.txt']},
     install_requires=[
         'jax>=0.10.2,<0.13',
-        'flax>=0.12.1,<0.13',
+        'flax>=0.12.2,<0.13',
         'optax>=0.2.6,<0.3',
         'orbax-checkpoint>=0.12.5,<0.13',
         'chex>=0.1.90,<0.2',
