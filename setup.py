@@ -19,7 +19,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',
     packages=setuptools.find_packages(include=['mask2dit_jax', 'mask2dit_jax.*']),
-    package_data={'mask2dit_jax.datasets.stories': ['README.md', 'CITATIONS.bib', 'TAGS.txt']},
+    package_data={'mask2dit_jax.stories': ['README.md', 'CITATIONS.bib', 'TAGS.txt']},
     install_requires=[
         'jax>=0.10.2,<0.13',
         'flax>=0.12.2,<0.13',

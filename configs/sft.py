@@ -6,7 +6,7 @@
 
 After the colon a model (5b, the default, 2b, 1.5-5b, tpu_native), a slice (v4-, v5p-8, 128, 256, 512; v5e-, v6e-8, 64,
 128, 256), or both: 2b,v6e-64; two slices: v6e-256x2; or tiny, which tries everything in a minute on a folder of
-mask2dit_jax.random_model. --checkpoint is a model folder, or the workdir of a run, whose own config.json wins over the
+mask2dit_jax.tools.random_model. --checkpoint is a model folder, or the workdir of a run, whose own config.json wins over the
 sizes here. data.encoded is a data set of mask2dit_jax.encode, whose frames win over height_px and width_px; without one
 it trains on rendered stories, which must be square.
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from mask2dit_jax import processes, weights
+from mask2dit_jax import tensor_io
+from mask2dit_jax.distributed import multihost
 
 FOLDER = 'checkpoints'
 ITEMS = ('params', 'ema', 'opt')
@@ -140,7 +141,7 @@ def _read(path: pathlib.Path, targets: dict, meta: dict) -> tuple[dict, dict]:
     if changed:
         raise OtherRunError(f'{path.parent} was trained with another {", ".join(changed)}: use the same configuration '
                             'to resume it, or another --workdir.')
-    problems = [p for name in targets if name != 'opt' for p in weights.misshapen(path / name, targets[name])]
+    problems = [p for name in targets if name != 'opt' for p in tensor_io.misshapen(path / name, targets[name])]
     if problems:
         raise OtherRunError(f'{path} does not fit the configuration: {"; ".join(problems)}.')
     reader = ocp.StandardCheckpointHandler()
@@ -174,7 +175,7 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
         raise
     except Exception as error:  # Orbax and tensorstore raise many kinds, Exception itself among them
         reason = _brief(error)
-    if processes.agree(items is not None):
+    if multihost.agree(items is not None):
         found = checksums(items)
         wrong = [name for name in items if found[name] != expected[name]]
         if not wrong:

@@ -10,7 +10,7 @@ import pathlib
 
 import ml_collections
 
-from mask2dit_jax import diffusion
+from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.models import dit
 
 OPTIMIZERS = ('adamw', 'muon')
@@ -175,7 +175,7 @@ class Config:
     seed: int = 0
     init_from: str = ''
     model: dit.DiTConfig = dit.DiTConfig()  # noqa: RUF009 (frozen)
-    schedule: diffusion.Schedule = diffusion.Schedule()  # noqa: RUF009 (frozen)
+    schedule: schedule_lib.Schedule = schedule_lib.Schedule()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()

@@ -36,7 +36,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import convert, data, metric_writer, processes, sharding, train
+from mask2dit_jax.data import batches
+from mask2dit_jax.distributed import multihost, partitioning
+from mask2dit_jax.pretrained import load
+from mask2dit_jax.training import metric_writer, trainer
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Single values are '
@@ -46,7 +49,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints,
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'What to start from: a model folder, released or converted, with '
                                   'its transformer, schedule, VAE and text encoder, or the workdir of another run, '
                                   'with its EMA.')
-_TRACE_STEP = flags.DEFINE_integer('trace_step', None, f'Record {train.TRACED_STEPS} steps from this one with '
+_TRACE_STEP = flags.DEFINE_integer('trace_step', None, f'Record {trainer.TRACED_STEPS} steps from this one with '
                                    'jax.profiler, to <workdir>/trace (for TensorBoard or Perfetto).', lower_bound=0)
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, for several processes. On TPU slices '
                                    'of several hosts none of these three flags is needed.')
@@ -67,15 +70,15 @@ def main(argv):
                              f'{_NUM_PROCESSES.value}.')
     config = config_lib.parse(_CONFIG.value)
     if _CHECKPOINT.value:
-        config = convert.adopt(config, _CHECKPOINT.value)
+        config = load.adopt(config, _CHECKPOINT.value)
     if config.data.encoded:
-        config = data.adopt(config)
+        config = batches.adopt(config)
     metric_writer.quiet_libraries()
     jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
-    devices = math.prod(getattr(config.mesh, axis) for axis in sharding.AXES)
-    processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, devices)
-    with processes.ending_together():
-        train.train_and_evaluate(config, _WORKDIR.value, _TRACE_STEP.value)
+    devices = math.prod(getattr(config.mesh, axis) for axis in partitioning.AXES)
+    multihost.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, devices)
+    with multihost.ending_together():
+        trainer.train_and_evaluate(config, _WORKDIR.value, _TRACE_STEP.value)
 
 
 if __name__ == '__main__':

@@ -18,20 +18,15 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from mask2dit_jax import (
-    config,
-    convert,
-    data,
-    generate,
-    lora,
-    metric_writer,
-    runs,
-    samplers,
-    sharding,
-    video,
-)
-from mask2dit_jax.datasets import clips
-from mask2dit_jax.models import dit, vae
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import pipeline
+from mask2dit_jax.data import batches, manifest, video
+from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.models import dit, lora, vae
+from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.pretrained import runs
+from mask2dit_jax.training import metric_writer
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest good '
                                'checkpoint is used.')
@@ -82,7 +77,7 @@ def read_given(path, height_px: int, width_px: int, frames: int | None, seed: in
         return video.read_video(path, height_px=height_px, width_px=width_px)[0]
     info = video.probe(path)
     try:
-        indices = clips.choose_frames(clips.MULTI_SCENE, len(info.times), frames, 3, np.random.default_rng(seed))
+        indices = manifest.choose_frames(manifest.MULTI_SCENE, len(info.times), frames, 3, np.random.default_rng(seed))
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     return video.read_frames(path, info, indices, height_px=height_px, width_px=width_px)
@@ -110,33 +105,33 @@ def _mesh() -> jax.sharding.Mesh:
     sizes = [int(n) for n in _MESH.value] if _MESH.value else [1, 1] if count == 1 else [2, count // 2]
     if len(sizes) != 2:
         raise app.UsageError(f'--mesh needs two numbers, FSDP,CONTEXT, got {",".join(_MESH.value)}.')
-    return sharding.make_mesh(config.MeshConfig(fsdp=sizes[0], context=sizes[1]), jax.devices()[:count])
+    return partitioning.make_mesh(config_lib.MeshConfig(fsdp=sizes[0], context=sizes[1]), jax.devices()[:count])
 
 
 def load_run(path: pathlib.Path):
     """As `load_folder`, of a workdir, the newest good checkpoint of which is used, or of one checkpoint in it."""
     workdir = path.absolute() if _WORKDIR.value else path.absolute().parent.parent
-    cfg = config.load(workdir / 'config.json')
-    target = sharding.targets(convert.abstract_params(cfg.model), _mesh())
+    cfg = config_lib.load(workdir / 'config.json')
+    target = partitioning.targets(load_lib.abstract_params(cfg.model), _mesh())
 
     def load():
         return (runs.newest(path, cfg, target) if _WORKDIR.value
                 else (path, runs.restore(path, cfg, target)))
 
-    return cfg, data.coders(cfg, workdir), load
+    return cfg, batches.coders(cfg, workdir), load
 
 
 def load_folder(folder: pathlib.Path):
     """Configuration, coders and a function that loads the transformer and says from where, of a model folder."""
-    base = config.Config(data=config.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=_DTYPE.value))
-    cfg = convert.adopt(base, folder)
-    frames, factor = cfg.model.sample_frames, convert.read_config('vae', folder / 'vae').spatial_factor
+    base = config_lib.Config(data=config_lib.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=_DTYPE.value))
+    cfg = load_lib.adopt(base, folder)
+    frames, factor = cfg.model.sample_frames, load_lib.read_config('vae', folder / 'vae').spatial_factor
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, layouts=((frames,),)))
     size = _HEIGHT.value or cfg.model.sample_height * factor, _WIDTH.value or cfg.model.sample_width * factor
-    coders = data.pretrained_coders(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
+    coders = batches.pretrained_coders(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
                                     mask_padding=_MASK_PADDING.value)
-    target = sharding.targets(convert.abstract_params(cfg.model), _mesh(), cfg.model.dtype)
-    return cfg, coders, lambda: (folder, convert.read_params('transformer', folder / 'transformer', cfg.model, target))
+    target = partitioning.targets(load_lib.abstract_params(cfg.model), _mesh(), cfg.model.dtype)
+    return cfg, coders, lambda: (folder, load_lib.read_params('transformer', folder / 'transformer', cfg.model, target))
 
 
 def write_outputs(out: pathlib.Path, videos, captions, frames, num_given: int, fps: float, record: dict) -> None:
@@ -145,7 +140,7 @@ def write_outputs(out: pathlib.Path, videos, captions, frames, num_given: int, f
     for i, pixels in enumerate(videos):
         video.write_mp4(out / f'video_{i}.mp4', pixels, fps, scale)
         video.write_gif(out / f'video_{i}.gif', pixels, fps, scale)
-        scenes, marks = generate.split_scenes(pixels, frames), [s < num_given for s in range(len(frames))]
+        scenes, marks = pipeline.split_scenes(pixels, frames), [s < num_given for s in range(len(frames))]
         video.write_png(out / f'sheet_{i}.png', video.contact_sheet(scenes, captions, given=marks))
     (out / 'story.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
 
@@ -154,7 +149,7 @@ def _inputs():
     """Captions and asked frames from --prompt or --story."""
     if bool(_PROMPT.value) == bool(_STORY.value):
         raise app.UsageError('Give the captions either by --prompt, repeated, or by --story.')
-    return generate.read_story(_STORY.value) if _STORY.value else (_PROMPT.value, [None] * len(_PROMPT.value))
+    return pipeline.read_story(_STORY.value) if _STORY.value else (_PROMPT.value, [None] * len(_PROMPT.value))
 
 
 def main(argv):
@@ -172,7 +167,7 @@ def main(argv):
         raise FileNotFoundError(f'{path} is neither a checkpoint of a workdir (with ema/) nor a model folder (with '
                                 'transformer/): check --checkpoint.')
     cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
-    low_rank = convert.read_lora(_LORA.value, cfg.model) if _LORA.value else None
+    low_rank = load_lib.read_lora(_LORA.value, cfg.model) if _LORA.value else None
     height, width = coders.size_px
     given = [read_given(g, height, width, _GIVEN_FRAMES.value, _SEED.value) for g in _GIVEN.value]
     frames = plan_frames(asked, given, _FRAMES.value or cfg.data.layouts[0][0])
@@ -183,11 +178,11 @@ def main(argv):
     clips = np.concatenate(given)[None] if given else None
     logging.info('Sampling %d video(s) of %s frames from %s.', _NUM_VIDEOS.value, '+'.join(map(str, frames)), path)
     # One network in memory at a time: text encoder and VAE in here, the transformer, then the VAE again.
-    inputs = generate.encode_inputs(coders, [captions], frames, clips, _NEGATIVE.value)
+    inputs = pipeline.encode_inputs(coders, [captions], frames, clips, _NEGATIVE.value)
     path, params = load_params()
     if _LORA.value:
         params = lora.merge_placed(params, *low_rank)
-    latents = np.concatenate([generate.sample_latents(cfg, params, inputs, first_index=i, **settings)
+    latents = np.concatenate([pipeline.sample_latents(cfg, params, inputs, first_index=i, **settings)
                               for i in tqdm.trange(_NUM_VIDEOS.value, desc='sampling', unit='video')])
     del params
     videos = coders.decode_video(latents, inputs.latent_frames)

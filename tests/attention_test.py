@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mask2dit_jax import attention, scenes
+from mask2dit_jax.attention import attend as attend_lib
+from mask2dit_jax.layout import PATTERNS, SceneLayout, dense_mask
 
 XLA = ('dense', 'decomposed')  # the backends that every device runs
 FRAMES = [(3,), (2, 4), (3, 1, 2), (1, 3, 2, 1, 2)]
@@ -21,20 +22,20 @@ def qkv(layout, dtype, seed=0):
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def forward_and_gradients(backend, q, k, v, do, layout, pattern):
-    out, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, layout, pattern, backend), q, k, v)
+    out, vjp = jax.vjp(lambda q, k, v: attend_lib.attend(q, k, v, layout, pattern, backend), q, k, v)
     return (out, *vjp(do))
 
 
 # In float32 every pattern of every layout; in bfloat16 every pattern, and every layout.
-CASES = [*((pattern, frames, 'float32') for pattern in scenes.PATTERNS for frames in FRAMES),
-         *((pattern, (3, 1, 2), 'bfloat16') for pattern in scenes.PATTERNS),
+CASES = [*((pattern, frames, 'float32') for pattern in PATTERNS for frames in FRAMES),
+         *((pattern, (3, 1, 2), 'bfloat16') for pattern in PATTERNS),
          *(('dual', frames, 'bfloat16') for frames in FRAMES)]
 
 
 @pytest.mark.parametrize('pattern, frames, dtype', dict.fromkeys(CASES), ids=str)
 def test_decomposed_equals_dense(monkeypatch, pattern, frames, dtype):
-    monkeypatch.setattr(attention, 'QUERY_BLOCK', 13)  # scenes of 3 frames: two blocks, the second partly filled
-    layout = scenes.SceneLayout(frames, 2, 3, 5)
+    monkeypatch.setattr(attend_lib, 'QUERY_BLOCK', 13)  # scenes of 3 frames: two blocks, the second partly filled
+    layout = SceneLayout(frames, 2, 3, 5)
     args = qkv(layout, dtype)
     results = [forward_and_gradients(b, *args, layout, pattern) for b in ('dense', 'decomposed')]
     for name, ref, ours in zip(('out', 'dq', 'dk', 'dv'), *results):
@@ -43,12 +44,12 @@ def test_decomposed_equals_dense(monkeypatch, pattern, frames, dtype):
         np.testing.assert_allclose(ours, ref, rtol=0, atol=TOLERANCE[dtype] * max(1, np.abs(ref).max()), err_msg=name)
 
 
-@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+@pytest.mark.parametrize('pattern', PATTERNS)
 def test_flash_pieces_equal_dense(pattern):
     """The pieces that cuDNN computes on a GPU, computed by XLA."""
-    layout = scenes.SceneLayout((3, 1, 2), 2, 3, 5)
+    layout = SceneLayout((3, 1, 2), 2, 3, 5)
     q, k, v, do = qkv(layout, 'float32')
-    pieces = functools.partial(attention.flash_pieces, layout=layout, pattern=pattern, implementation='xla')
+    pieces = functools.partial(attend_lib.flash_pieces, layout=layout, pattern=pattern, implementation='xla')
 
     @jax.jit
     def run(q, k, v, do):
@@ -60,14 +61,14 @@ def test_flash_pieces_equal_dense(pattern):
 
 
 @pytest.mark.parametrize('backend', XLA)
-@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+@pytest.mark.parametrize('pattern', PATTERNS)
 def test_against_float64(backend, pattern):
-    layout = scenes.SceneLayout((2, 1), 2, 2, 3)
+    layout = SceneLayout((2, 1), 2, 2, 3)
     q, k, v, _ = (np.asarray(x, np.float64) for x in qkv(layout, 'float32'))
     scores = np.einsum('bqnd,bknd->bnqk', q, k) / 4
-    weights = np.exp(scores) * scenes.dense_mask(layout, pattern)
+    weights = np.exp(scores) * dense_mask(layout, pattern)
     expected = np.einsum('bnqk,bknd->bqnd', weights / weights.sum(-1, keepdims=True), v)
-    attend = jax.jit(attention.attend, static_argnums=(3, 4, 5))
+    attend = jax.jit(attend_lib.attend, static_argnums=(3, 4, 5))
     ours = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), layout, pattern, backend)
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
@@ -75,16 +76,16 @@ def test_against_float64(backend, pattern):
 @pytest.mark.parametrize('backend', XLA)
 def test_bfloat16_has_float32_scores(backend):
     """Scores of up to about 30: in bfloat16 their rounding alone would be several per cent of the weights."""
-    layout = scenes.SceneLayout((2, 1), 2, 2, 3)
+    layout = SceneLayout((2, 1), 2, 2, 3)
     q, k, v, _ = qkv(layout, 'bfloat16')
-    attend = jax.jit(attention.attend, static_argnums=(3, 4, 5))
+    attend = jax.jit(attend_lib.attend, static_argnums=(3, 4, 5))
     ours = attend(8 * q, k, v, layout, 'dual', backend)
     exact = attend(*(x.astype(jnp.float32) for x in (8 * q, k, v)), layout, 'dual', backend)
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2 ** -8, atol=2 ** -7)  # rounds result and weights
 
 
 def test_large_scores_stay_finite():
-    layout = scenes.SceneLayout((2, 1), 2, 2, 3)
+    layout = SceneLayout((2, 1), 2, 2, 3)
     q, k, v, do = qkv(layout, 'float32')
     for x in forward_and_gradients('decomposed', 200 * q, 200 * k, v, do, layout, 'dual'):
         assert jnp.isfinite(x).all()
@@ -103,23 +104,23 @@ def arrays_of(jaxpr):
 
 def test_decomposed_forms_no_quadratic_array_and_repeats_no_video():
     """No intermediate of forward or backward is L x L, or holds the video's keys once per scene."""
-    layout = scenes.SceneLayout((30, 30, 30, 30), 8, 8, 16)
+    layout = SceneLayout((30, 30, 30, 30), 8, 8, 16)
     q, k, v, do = qkv(layout, 'float32')
     jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('decomposed', *a, layout, 'dual'))(q, k, v, do).jaxpr
     largest = max(a.size for a in arrays_of(jaxpr))
-    block_scores = attention.QUERY_BLOCK * layout.num_tokens
+    block_scores = attend_lib.QUERY_BLOCK * layout.num_tokens
     assert largest <= block_scores < 2 * 2 * layout.num_tokens ** 2 / 4
 
 
 def test_errors_name_the_input():
-    layout = scenes.SceneLayout((2,), 2, 2, 3)
+    layout = SceneLayout((2,), 2, 2, 3)
     q, k, v, _ = qkv(layout, 'float32')
     with pytest.raises(ValueError, match="'fast': use one of dense, decomposed"):
-        attention.attend(q, k, v, layout, 'dual', 'fast')
+        attend_lib.attend(q, k, v, layout, 'dual', 'fast')
     with pytest.raises(ValueError, match=r"runs on TPU v4, .*, not on 'cpu': set model.attention_backend to"):
-        attention.attend(q, k, v, layout, 'dual', 'splash')
+        attend_lib.attend(q, k, v, layout, 'dual', 'splash')
     with pytest.raises(ValueError, match=r'needs q, k, v of shape \[B, 11, N, D\]'):
-        attention.attend(q[:, 1:], k[:, 1:], v[:, 1:], layout, 'dual', 'dense')
+        attend_lib.attend(q[:, 1:], k[:, 1:], v[:, 1:], layout, 'dual', 'dense')
 
 
 def test_cudnn_lowers_to_one_fused_call_per_caption_and_scene(monkeypatch):
@@ -127,11 +128,11 @@ def test_cudnn_lowers_to_one_fused_call_per_caption_and_scene(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as fused
     monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)
     monkeypatch.setattr(fused, 'check_compute_capability', lambda capability: capability <= '9.0')
-    layout = scenes.SceneLayout((2, 3), 4, 4, 6)
+    layout = SceneLayout((2, 3), 4, 4, 6)
     x = jax.ShapeDtypeStruct((1, layout.num_tokens, 2, 64), jnp.bfloat16)
 
     def gradients(q, k, v, d):
-        return jax.vjp(lambda *x: attention.attend(*x, layout, 'dual', 'cudnn'), q, k, v)[1](d)
+        return jax.vjp(lambda *x: attend_lib.attend(*x, layout, 'dual', 'cudnn'), q, k, v)[1](d)
 
     text = jax.jit(gradients).trace(x, x, x, x).lower(lowering_platforms=('cuda',)).as_text()
     for call in 'fmhaSoftmax', 'fmhaSoftmaxBackward':

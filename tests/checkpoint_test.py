@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from mask2dit_jax import checkpoint, train_step
+from mask2dit_jax import checkpoint
+from mask2dit_jax.training import train_step
 
 
 def state_of(step):

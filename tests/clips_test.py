@@ -7,8 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from mask2dit_jax import video
-from mask2dit_jax.datasets import clips
+from mask2dit_jax.data import manifest, video
 
 
 def moving(frames=20, height=32, width=48):
@@ -114,22 +113,22 @@ def reference_single(n, frames, rng):
 @pytest.mark.parametrize('n', [164, 170, 300])
 def test_frames_of_single_clips(n):
     for seed in range(20):
-        got = clips.choose_frames(clips.SINGLE_SCENE, n, 49, 3, np.random.default_rng(seed))
+        got = manifest.choose_frames(manifest.SINGLE_SCENE, n, 49, 3, np.random.default_rng(seed))
         np.testing.assert_array_equal(got, reference_single(n, 49, np.random.default_rng(seed)))
         assert got[0] >= int(0.05 * int(0.95 * n)) and got[-1] < int(0.95 * n)
-    starts = {clips.choose_frames(clips.SINGLE_SCENE, 164, 49, 3, np.random.default_rng(s))[0] for s in range(300)}
+    starts = {manifest.choose_frames(manifest.SINGLE_SCENE, 164, 49, 3, np.random.default_rng(s))[0] for s in range(300)}
     assert starts == set(range(7, 11))  # int(.05 * 155) ... 155 - 145
     with pytest.raises(ValueError, match='163 frames and 49 were asked for'):
-        clips.choose_frames(clips.SINGLE_SCENE, 163, 49, 3, np.random.default_rng(0))
+        manifest.choose_frames(manifest.SINGLE_SCENE, 163, 49, 3, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize('n, stride', [(145, 3), (200, 3), (144, 2), (97, 2), (96, 1), (49, 1)])
 def test_frames_of_story_clips(n, stride):
     for seed in range(20):
-        got = clips.choose_frames(clips.MULTI_SCENE, n, 49, 3, np.random.default_rng(seed))
+        got = manifest.choose_frames(manifest.MULTI_SCENE, n, 49, 3, np.random.default_rng(seed))
         assert set(np.diff(got)) == {stride} and len(got) == 49 and got[0] >= 0 and got[-1] < n
     with pytest.raises(ValueError, match='48 frames and 49 were asked for'):
-        clips.choose_frames(clips.MULTI_SCENE, 48, 49, 3, np.random.default_rng(0))
+        manifest.choose_frames(manifest.MULTI_SCENE, 48, 49, 3, np.random.default_rng(0))
 
 
 def test_csv_manifest(tmp_path):
@@ -137,13 +136,13 @@ def test_csv_manifest(tmp_path):
     path.write_text('\ufefffps,width,height,caption,path,num_frame\n'
                     '25,640,480,"a cat, asleep",sub/a.mp4,200\n'
                     '25,640,480,a dog,/b.mp4,\n')
-    found = clips.read(path)
-    assert found.kind == clips.SINGLE_SCENE and not found.problems
+    found = manifest.read(path)
+    assert found.kind == manifest.SINGLE_SCENE and not found.problems
     a, b = found.clips
     assert (a.path, a.caption, a.claims) == (tmp_path / 'sub/a.mp4', 'a cat, asleep', {
         'frames': 200, 'height_px': 480, 'width_px': 640})
     assert str(b.path) == '/b.mp4' and 'frames' not in b.claims and (a.story, b.story) == (0, 1)
-    assert clips.read(path, root='/videos').clips[0].path.as_posix() == '/videos/sub/a.mp4'
+    assert manifest.read(path, root='/videos').clips[0].path.as_posix() == '/videos/sub/a.mp4'
 
 
 def test_json_manifests(tmp_path):
@@ -151,13 +150,13 @@ def test_json_manifests(tmp_path):
     path = tmp_path / 'stories.json'
     path.write_text(json.dumps([{'prefix': 'x', 'values': [{'vid': 1, 'url': 'a.mp4', 'caption': 'A', 'duration': 2.5},
                                                            {'url': 'b.mp4', 'caption': 'B', 'width': 64}]}]))
-    assert [(c.story, c.scene, c.path.name, c.caption, c.frames, c.claims) for c in clips.read(path).clips] == [
+    assert [(c.story, c.scene, c.path.name, c.caption, c.frames, c.claims) for c in manifest.read(path).clips] == [
         (0, 0, 'a.mp4', 'A', None, {}), (0, 1, 'b.mp4', 'B', None, {'width_px': 64})]
     story = {'scenes': [{'video': 'a.mp4', 'caption': 'A', 'frames': 9}, {'video': 'b.mp4', 'caption': 'B'}]}
     for content, stories in ((story, [0, 0]), ({'stories': [story, story]}, [0, 0, 1, 1])):
         path.write_text(json.dumps(content))
-        found = clips.read(path)
-        assert found.kind == clips.MULTI_SCENE and [c.story for c in found.clips] == stories
+        found = manifest.read(path)
+        assert found.kind == manifest.MULTI_SCENE and [c.story for c in found.clips] == stories
         assert [c.frames for c in found.clips] == [9, None] * (len(stories) // 2)
 
 
@@ -177,12 +176,12 @@ def test_bad_manifests_are_named(case, tmp_path):
     name, content, message = BAD_MANIFESTS[case]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        clips.read(tmp_path / name)
+        manifest.read(tmp_path / name)
 
 
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'm\.csv is not a file: check --manifest'):
-        clips.read(tmp_path / 'm.csv')
+        manifest.read(tmp_path / 'm.csv')
 
 
 BAD_ROWS = [
@@ -203,7 +202,7 @@ def test_bad_rows_are_counted_and_the_rest_is_kept(name, row, where, message, tm
     good = {'values': [{'url': 'good.mp4', 'caption': 'good'}]}
     (tmp_path / name).write_text(f'caption,path\ngood,good.mp4\n{row}\n' if name == 'm.csv'
                                  else json.dumps([good, row, good]))
-    found = clips.read(tmp_path / name)
+    found = manifest.read(tmp_path / name)
     problem, = found.problems
     assert problem.kind == 'malformed row' and problem.where == f'{name} {where}' and message in problem.message
     assert {c.path.name for c in found.clips} == {'good.mp4'}
@@ -211,5 +210,5 @@ def test_bad_rows_are_counted_and_the_rest_is_kept(name, row, where, message, tm
 
 def test_strange_numbers_are_noted(tmp_path):
     (tmp_path / 'm.csv').write_text('caption,path,num_frame\na cat,a.mp4,many\n')
-    found = clips.read(tmp_path / 'm.csv')
+    found = manifest.read(tmp_path / 'm.csv')
     assert len(found.clips) == 1 and found.problems[0].used and "frames is 'many'" in found.problems[0].message

@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mask2dit_jax import config, context_parallel, convert, data, presets, sharding, train_step
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import presets
+from mask2dit_jax.data import batches
+from mask2dit_jax.distributed import context_parallel, partitioning
+from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.training import train_step
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
 
@@ -30,10 +35,10 @@ def cases(slices):
 
 @pytest.mark.parametrize('path, variant', cases(slices=True))
 def test_slice_fits_its_mesh(path, variant):
-    cfg = config.parse(load(path).get_config(variant))
-    axes = {a: getattr(cfg.mesh, a) for a in sharding.AXES}
+    cfg = config_lib.parse(load(path).get_config(variant))
+    axes = {a: getattr(cfg.mesh, a) for a in partitioning.AXES}
     assert math.prod(axes.values()) == presets.SLICES[cfg.mesh.slice].chips * axes['data']
-    frames, latent = data.latent_shape(cfg, cfg.data.layouts[0])
+    frames, latent = batches.latent_shape(cfg, cfg.data.layouts[0])
     tokens = cfg.model.layout(frames, *latent[:2]).num_tokens
     for batch in (cfg.train.batch_size, 2 * cfg.eval.batch_size, 2 * cfg.sample.sheet_stories):
         context_parallel.check(axes, batch, tokens, cfg.model.num_attention_heads)
@@ -41,9 +46,9 @@ def test_slice_fits_its_mesh(path, variant):
 
 @pytest.mark.parametrize('path, variant', cases(slices=False))
 def test_configuration_evaluates(path, variant):
-    cfg = config.parse(load(path).get_config(variant))
+    cfg = config_lib.parse(load(path).get_config(variant))
     b, m = cfg.train.batch_size, cfg.model
-    frames, latent = data.latent_shape(cfg, cfg.data.layouts[0])
+    frames, latent = batches.latent_shape(cfg, cfg.data.layouts[0])
     shape = jax.ShapeDtypeStruct
     latents = shape((b, sum(frames), *latent), jnp.float32)
     text = shape((b, len(frames), m.max_text_seq_length, m.text_embed_dim), jnp.float32)
@@ -59,11 +64,11 @@ def test_configuration_evaluates(path, variant):
     ('5b', 5_570_283_072, 1024), ('2b', 1_693_783_872, 736), ('1.5-5b', None, 1024)])
 def test_released_sizes(variant, parameters, tensors):
     """Counts of the released checkpoints; the description of 1.5 has none."""
-    model = config.parse(load(CONFIGS[0].with_name('sft.py')).get_config(variant)).model
-    exported = convert.export_params('transformer', model, convert.abstract_params(model))
+    model = config_lib.parse(load(CONFIGS[0].with_name('sft.py')).get_config(variant)).model
+    exported = load_lib.export_params('transformer', model, load_lib.abstract_params(model))
     assert len(exported) == tensors
     assert parameters in (None, sum(math.prod(t.shape) for t in exported.values()))
-    assert convert.transformer_config(convert.transformer_json(model), remat='full') == model
+    assert load_lib.transformer_config(load_lib.transformer_json(model), remat='full') == model
 
 
 def test_unknown_variant_is_refused():
@@ -73,10 +78,10 @@ def test_unknown_variant_is_refused():
 
 
 def test_round_trip(tmp_path):
-    cfg = config.parse(config.default())
-    assert cfg == config.Config()
-    config.save(cfg, tmp_path / 'config.json')
-    assert config.load(tmp_path / 'config.json') == cfg
+    cfg = config_lib.parse(config_lib.default())
+    assert cfg == config_lib.Config()
+    config_lib.save(cfg, tmp_path / 'config.json')
+    assert config_lib.load(tmp_path / 'config.json') == cfg
 
 
 @pytest.mark.parametrize('change, message', [
@@ -93,11 +98,11 @@ def test_round_trip(tmp_path):
 ])
 def test_errors_name_the_key(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        config.parse(change)
+        config_lib.parse(change)
 
 
 def test_every_field_is_documented():
-    for cls in (config.DataConfig, config.OptimizerConfig, config.LoraConfig, config.TrainConfig, config.MeshConfig):
+    for cls in (config_lib.DataConfig, config_lib.OptimizerConfig, config_lib.LoraConfig, config_lib.TrainConfig, config_lib.MeshConfig):
         missing = [f.name for f in dataclasses.fields(cls) if f.name not in cls.__doc__]
         assert set(missing) <= {'steps', 'b1', 'b2', 'eps', 'weight_decay', 'log_every_steps',
                                 'checkpoint_every_steps', 'sample_every_steps'}, (cls, missing)

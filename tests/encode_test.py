@@ -18,9 +18,15 @@ import sharding_test
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mask2dit_jax import config, convert, data, encode, random_model, train, video
-from mask2dit_jax.datasets import clips
+from mask2dit_jax import config as config_lib
+from mask2dit_jax.data import batches as batches_lib
+from mask2dit_jax.data import manifest as manifest_lib
+from mask2dit_jax.data import precompute, video
+from mask2dit_jax.data import records as records_lib
 from mask2dit_jax.models import vae
+from mask2dit_jax.pretrained import load
+from mask2dit_jax.tools import random_model
+from mask2dit_jax.training import trainer
 
 FRAMES, SIZE = 5, 32
 
@@ -30,7 +36,7 @@ def job(manifest, folder, **kwargs):
     own = {'manifest': str(manifest), 'root': None, 'folder': folder and str(folder), 'frames': FRAMES,
            'store': 'moments' if folder else 'frames', 'height_px': SIZE, 'width_px': SIZE, 'dtype': 'float32',
            'part_clips': 3}
-    return encode.Job(**own | kwargs)
+    return precompute.Job(**own | kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -60,36 +66,36 @@ def videos(tmp_path_factory):
 def encoded(folder, videos, tmp_path_factory):
     """'clips' and 'stories', encoded."""
     out = tmp_path_factory.mktemp('encoded')
-    assert encode.encode(job(videos / 'clips.csv', folder), out / 'clips')
-    assert encode.encode(job(videos / 'stories.json', folder), out / 'stories')
+    assert precompute.encode(job(videos / 'clips.csv', folder), out / 'clips')
+    assert precompute.encode(job(videos / 'stories.json', folder), out / 'stories')
     return out
 
 
 def config_of(folder, encoded, **kwargs):
-    cfg = convert.adopt(config.Config(), folder)
+    cfg = load.adopt(config_lib.Config(), folder)
     own = {'encoded': str(encoded), 'layouts': ((5, 5),)} | kwargs
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **own),
-                              train=config.TrainConfig(batch_size=4, steps=4))
-    return data.adopt(cfg)
+                              train=config_lib.TrainConfig(batch_size=4, steps=4))
+    return batches_lib.adopt(cfg)
 
 
 def batches_of(cfg):
-    return data.train_batches(cfg, '/nowhere', data.coders(cfg, '/nowhere'))
+    return batches_lib.train_batches(cfg, '/nowhere', batches_lib.coders(cfg, '/nowhere'))
 
 
 def test_records_hold_what_the_networks_say(encoded, folder, videos):
-    records = clips.Records(encoded / 'stories')
+    records = records_lib.Records(encoded / 'stories')
     assert records.rows.tolist() == [[0, 0, 5], [0, 1, 5], [0, 2, 5], [1, 0, 5], [1, 1, 5], [1, 2, 9], [1, 3, 5]]
     record = records[5]
     assert record['caption'] == b'shot 5' and record['moments'].shape == (3, 4, 4, 8)
     rng = np.random.default_rng([0, 1, 2, 0])
-    indices = clips.choose_frames(clips.MULTI_SCENE, 40, 9, 3, rng)
+    indices = manifest_lib.choose_frames(manifest_lib.MULTI_SCENE, 40, 9, 3, rng)
     pixels = video.read_video(videos / '5.mp4', height_px=SIZE, width_px=SIZE)[0][indices]
-    model, params = convert.load_vae(folder / 'vae')
+    model, params = load.load_vae(folder / 'vae')
     mean, logvar = vae.encode(model.cfg, params, pixels[None] / np.float32(127.5) - 1)
     np.testing.assert_allclose(record['moments'].astype(np.float32), np.concatenate([mean, logvar], -1)[0], rtol=2e-2,
                                atol=1e-2)
-    coders = data.pretrained_coders(folder, random_model.TRANSFORMER, (SIZE, SIZE))
+    coders = batches_lib.pretrained_coders(folder, random_model.TRANSFORMER, (SIZE, SIZE))
     np.testing.assert_allclose(record['text'].astype(np.float32), coders.encode_text(['shot 5'])[0], rtol=1e-2,
                                atol=1e-2)
 
@@ -102,18 +108,18 @@ def test_the_data_set_is_one_of_tfds(encoded):
 
 def test_frames_can_be_stored_instead(videos, tmp_path):
     cut = job(videos / 'clips.csv', None, windows=2)
-    assert encode.encode(cut, tmp_path / 'out')
-    records = clips.Records(tmp_path / 'out')
+    assert precompute.encode(cut, tmp_path / 'out')
+    records = records_lib.Records(tmp_path / 'out')
     assert len(records) == 14 and records[0]['video'].shape == (FRAMES, SIZE, SIZE, 3)
     assert len(np.unique(records.rows[:, 0])) == 14 and (records[0]['video'] != records[1]['video']).any()
 
 
 def test_workers_share_the_parts(encoded, folder, videos, tmp_path):
     work = job(videos / 'stories.json', folder)
-    assert [encode.encode(work, tmp_path / 'out', w, 2) for w in (1, 0)] == [False, True]
-    np.testing.assert_array_equal(clips.Records(tmp_path / 'out').rows, clips.Records(encoded / 'stories').rows)
+    assert [precompute.encode(work, tmp_path / 'out', w, 2) for w in (1, 0)] == [False, True]
+    np.testing.assert_array_equal(records_lib.Records(tmp_path / 'out').rows, records_lib.Records(encoded / 'stories').rows)
     for i in range(7):
-        a, b = clips.Records(tmp_path / 'out')[i], clips.Records(encoded / 'stories')[i]
+        a, b = records_lib.Records(tmp_path / 'out')[i], records_lib.Records(encoded / 'stories')[i]
         np.testing.assert_array_equal(a['moments'], b['moments'])
 
 
@@ -131,22 +137,22 @@ def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {p: p.stat().st_mtime_ns for p in out.glob('*-of-00003')}
-    assert encode.encode(job(videos / 'clips.csv', folder), out)
+    assert precompute.encode(job(videos / 'clips.csv', folder), out)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     for i in range(7):
-        a, b = clips.Records(out)[i], clips.Records(encoded / 'clips')[i]
+        a, b = records_lib.Records(out)[i], records_lib.Records(encoded / 'clips')[i]
         np.testing.assert_array_equal(a['moments'], b['moments'])
         assert a['path'] == b['path']
 
 
 def test_other_settings_do_not_go_on(encoded, folder, videos):
     with pytest.raises(ValueError, match='begun with another seed, stride: use the same'):
-        encode.encode(job(videos / 'clips.csv', folder, stride=2, seed=1), encoded / 'clips')
+        precompute.encode(job(videos / 'clips.csv', folder, stride=2, seed=1), encoded / 'clips')
 
 
 def test_several_devices_take_a_clip_each(folder):
     """The batch of a host's devices gives what one device gives, also when clips run out."""
-    run, size = encode.video_encoder(folder, False)
+    run, size = precompute.video_encoder(folder, False)
     assert size == jax.local_device_count() > 1
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, SIZE, SIZE, 3), np.uint8)
     alone = np.concatenate([run(p[None]) for p in pixels])
@@ -199,8 +205,8 @@ def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
     with (tmp_path / 'clips.csv').open('w', newline='') as file:
         csv.writer(file).writerows([('caption', 'path', 'num_frame'),
                                     *((f'about {n}', n, 400 if n == 'good.mp4' else '') for n in expected)])
-    assert encode.encode(job(tmp_path / 'clips.csv', None), tmp_path / 'out')
-    records, used = clips.Records(tmp_path / 'out'), [n for n, (_, ok, _) in expected.items() if ok]
+    assert precompute.encode(job(tmp_path / 'clips.csv', None), tmp_path / 'out')
+    records, used = records_lib.Records(tmp_path / 'out'), [n for n, (_, ok, _) in expected.items() if ok]
     assert [records[i]['path'].decode() for i in range(len(records))] == [str(tmp_path / n) for n in used]
     text = (tmp_path / 'out/report.md').read_text()
     assert f'{len(used)} of {len(expected)} clips are in the data set; {len(expected) - len(used)} are not' in text
@@ -213,8 +219,8 @@ def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
 
 
 def test_a_host_reads_only_its_rows(encoded, folder, monkeypatch):
-    cfg, read, real = config_of(folder, encoded / 'stories'), [], clips.Records.__getitem__
-    monkeypatch.setattr(clips.Records, '__getitem__', lambda self, i: read.append(int(i)) or real(self, i))
+    cfg, read, real = config_of(folder, encoded / 'stories'), [], records_lib.Records.__getitem__
+    monkeypatch.setattr(records_lib.Records, '__getitem__', lambda self, i: read.append(int(i)) or real(self, i))
     batches = batches_of(cfg)
     batches(2, range(4))
     whole, read[:] = list(read), []
@@ -225,11 +231,11 @@ def test_a_host_reads_only_its_rows(encoded, folder, monkeypatch):
 def test_scenes_that_the_vae_cannot_code_are_listed(folder, videos, tmp_path):
     shots = [{'video': str(videos / '0.mp4'), 'caption': 'a', 'frames': n} for n in (6, 9)]
     (tmp_path / 'stories.json').write_text(json.dumps({'scenes': shots}))
-    encode.encode(job(tmp_path / 'stories.json', folder), tmp_path / 'out')
+    precompute.encode(job(tmp_path / 'stories.json', folder), tmp_path / 'out')
     assert 'A scene of 6 frames cannot be coded' in (tmp_path / 'out/report.md').read_text()
-    assert clips.Records(tmp_path / 'out').rows.tolist() == [[0, 1, 9]]
+    assert records_lib.Records(tmp_path / 'out').rows.tolist() == [[0, 1, 9]]
     with pytest.raises(ValueError, match='A scene of 6 frames cannot be coded'):
-        encode.encode(job(tmp_path / 'stories.json', folder, frames=6), tmp_path / 'other')
+        precompute.encode(job(tmp_path / 'stories.json', folder, frames=6), tmp_path / 'other')
 
 
 # Batches.
@@ -237,7 +243,7 @@ def test_scenes_that_the_vae_cannot_code_are_listed(folder, videos, tmp_path):
 
 def stories_of(batches, encoded, cfg, steps):
     """Records that the batches of these steps hold, found by their text."""
-    records = clips.Records(encoded)
+    records = records_lib.Records(encoded)
     text = np.stack([records[i]['text'].astype(np.float32) for i in range(len(records))])
     rows = range(cfg.train.batch_size)
     return [[[int(np.flatnonzero((text == scene).all((1, 2)))[0]) for scene in story]
@@ -267,7 +273,7 @@ def test_unrelated_scenes_are_any_other_clips(encoded, folder):
 def test_the_posterior_is_drawn_anew_every_time(encoded, folder):
     """Means and deviations over many epochs are those of the record."""
     cfg = config_of(folder, encoded / 'clips', scenes='unrelated', layouts=((5,),))
-    batches, records = batches_of(cfg), clips.Records(encoded / 'clips')
+    batches, records = batches_of(cfg), records_lib.Records(encoded / 'clips')
     text = records[4]['text'].astype(np.float32)
     draws = np.stack([x for step in range(350) for x, t in zip(*batches(step, range(4))[1].values())
                       if (t[0] == text).all()])
@@ -336,12 +342,12 @@ def test_bad_data_sets_are_named(case, encoded, folder, tmp_path):
 def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):
     cfg = config_of(folder, encoded / 'stories')
     cfg = dataclasses.replace(
-        cfg, optimizer=config.OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
-        train=config.TrainConfig(batch_size=8, steps=3, conditional_probability=0.5, given='any', log_every_steps=1),
-        sample=config.SampleConfig(steps=2, sheet_stories=4), eval=config.EvalConfig(stories=8, batch_size=8),
-        mesh=config.MeshConfig(data=8, cpu_devices=8))
-    rows = train.train_and_evaluate(cfg, tmp_path / 'run')
+        cfg, optimizer=config_lib.OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
+        train=config_lib.TrainConfig(batch_size=8, steps=3, conditional_probability=0.5, given='any', log_every_steps=1),
+        sample=config_lib.SampleConfig(steps=2, sheet_stories=4), eval=config_lib.EvalConfig(stories=8, batch_size=8),
+        mesh=config_lib.MeshConfig(data=8, cpu_devices=8))
+    rows = trainer.train_and_evaluate(cfg, tmp_path / 'run')
     assert [(r['task'], r['frames']) for r in rows] == [('generated', '5+5'), ('extended', '5+5')]
     assert all(np.isfinite(r['loss']) for r in rows) and rows[0]['loss'] != rows[1]['loss']
     assert len(list((tmp_path / 'run/sheets').glob('*.png'))) == 2
-    assert train.train_and_evaluate(cfg, tmp_path / 'run') == rows  # finished: scored again, at the same noise
+    assert trainer.train_and_evaluate(cfg, tmp_path / 'run') == rows  # finished: scored again, at the same noise

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mask2dit_jax import encoders, random_model, weights
+from mask2dit_jax import tensor_io
+from mask2dit_jax.evaluation import feature_encoders
 from mask2dit_jax.models import vit
-from mask2dit_jax.random_model import BLOCK
+from mask2dit_jax.tools import random_model
 
 
 def saved(folder, model):
@@ -44,8 +45,8 @@ def clip(folder, dtype=None, **changes):
     """A tiny CLIP and its processor, in a folder."""
     transformers = pytest.importorskip('transformers')
     size = random_model.write_vocabulary(folder)
-    config = {'text_config': BLOCK | {'vocab_size': size, 'max_position_embeddings': 12, 'eos_token_id': size - 1},
-              'vision_config': BLOCK | {'image_size': 20, 'patch_size': 5}, 'projection_dim': 16} | changes
+    config = {'text_config': random_model.BLOCK | {'vocab_size': size, 'max_position_embeddings': 12, 'eos_token_id': size - 1},
+              'vision_config': random_model.BLOCK | {'image_size': 20, 'patch_size': 5}, 'projection_dim': 16} | changes
     model = saved(folder, transformers.CLIPModel(transformers.CLIPConfig(**config)))
     return model, processor_of(folder, 'CLIPImageProcessor', size={'shortest_edge': 20}, crop_size=20)
 
@@ -60,14 +61,14 @@ def test_clip_is_that_of_transformers(tmp_path, fast):
     if fast:
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / 'vocab.json').unlink()
-    encoder = encoders.load(tmp_path)
+    encoder = feature_encoders.load(tmp_path)
     pixels = frames(19)
     with torch.no_grad():
         theirs = model.get_image_features(**processor(list(pixels), return_tensors='pt'))
-        close(encoders.encode_clips(encoder, pixels[:, None]), theirs)
+        close(feature_encoders.encode_clips(encoder, pixels[:, None]), theirs)
         captions = ["A red ball's", 'moves\n 12 \t times!', 'é RED cafe\u0301', '', 'a' * 30 + ' red ball']
         inputs = tokenizer(captions, padding='max_length', truncation=True, max_length=12, return_tensors='pt')
-        features, cut = encoders.encode_captions(encoder, captions)
+        features, cut = feature_encoders.encode_captions(encoder, captions)
         close(features, model.get_text_features(**inputs))
     assert cut == [False, True, False, False, True]
 
@@ -79,7 +80,7 @@ def test_dino_is_that_of_transformers(tmp_path, registers, changes):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     name = 'Dinov2WithRegisters' if registers else 'Dinov2'
-    config = {k: v for k, v in BLOCK.items() if k != 'intermediate_size'} | {
+    config = {k: v for k, v in random_model.BLOCK.items() if k != 'intermediate_size'} | {
         'image_size': 35, 'patch_size': 5, 'mlp_ratio': 2} | changes
     model = getattr(transformers, f'{name}Model')(getattr(transformers, f'{name}Config')(**config))
     saved(tmp_path, model)
@@ -88,7 +89,7 @@ def test_dino_is_that_of_transformers(tmp_path, registers, changes):
                                  crop_size={'height': crop[0], 'width': crop[1]})
         with torch.no_grad():
             theirs = model(**processor(list(frames(3)), return_tensors='pt')).pooler_output
-        close(encoders.encode_clips(encoders.load(tmp_path), frames(3)[:, None]), theirs)
+        close(feature_encoders.encode_clips(feature_encoders.load(tmp_path), frames(3)[:, None]), theirs)
 
 
 @pytest.mark.parametrize('kind', ['Model', 'ForPreTraining', 'ForVideoClassification'])
@@ -96,7 +97,7 @@ def test_videomae_is_that_of_transformers(tmp_path, kind):
     """Encoders alone, before and after fine-tuning: means of tokens, under the norm that there is."""
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
-    config = transformers.VideoMAEConfig(**BLOCK, image_size=20, patch_size=10, num_frames=6, tubelet_size=2,
+    config = transformers.VideoMAEConfig(**random_model.BLOCK, image_size=20, patch_size=10, num_frames=6, tubelet_size=2,
                                          decoder_hidden_size=12, decoder_num_hidden_layers=1,
                                          decoder_num_attention_heads=2, use_mean_pooling=kind != 'ForPreTraining')
     model = saved(tmp_path, getattr(transformers, f'VideoMAE{kind}')(config))
@@ -108,9 +109,9 @@ def test_videomae_is_that_of_transformers(tmp_path, kind):
         theirs = (model if kind == 'Model' else model.videomae)(pixels)[0].mean(1)
         if kind == 'ForVideoClassification':
             theirs = model.fc_norm(theirs)
-    close(encoders.encode_clips(encoders.load(tmp_path), clips), theirs)
+    close(feature_encoders.encode_clips(feature_encoders.load(tmp_path), clips), theirs)
     with pytest.raises(ValueError, match='5 frames, the encoder takes 6'):
-        encoders.encode_clips(encoders.load(tmp_path), clips[:, :5])
+        feature_encoders.encode_clips(feature_encoders.load(tmp_path), clips[:, :5])
 
 
 @pytest.mark.parametrize('how', [
@@ -124,7 +125,7 @@ def test_pictures_are_prepared_as_by_transformers(tmp_path, how, shape):
     pictures = frames(2, *shape)
     theirs = processor(list(pictures), return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
     config = json.loads((tmp_path / 'preprocessor_config.json').read_text())
-    np.testing.assert_allclose(encoders.prepare(encoders._preprocess(config), pictures), theirs, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(feature_encoders.prepare(feature_encoders._preprocess(config), pictures), theirs, rtol=1e-6, atol=1e-5)
 
 
 def test_reading_is_strict_and_leaves_integers_of_no_use(tmp_path):
@@ -134,12 +135,12 @@ def test_reading_is_strict_and_leaves_integers_of_no_use(tmp_path):
     tensors = {n: t.astype(np.float16) for n, t in safetensors.numpy.load_file(file).items()}
     ids = {f'{k}_model.embeddings.position_ids': np.arange(12)[None] for k in ('text', 'vision')}
     safetensors.numpy.save_file(tensors | ids, file)
-    assert np.isfinite(encoders.encode_clips(encoders.load(folder), frames(1)[:, None])).all()
+    assert np.isfinite(feature_encoders.encode_clips(feature_encoders.load(folder), frames(1)[:, None])).all()
     lost = tensors.pop('text_projection.weight')
     wrong = 'vision_model.encoder.layers.1.mlp.fc1.bias'
     safetensors.numpy.save_file(tensors | {'new': lost, wrong: np.zeros(3, np.float16)}, file)
     with pytest.raises(ValueError, match='does not fit its config') as error:
-        encoders.load(folder)
+        feature_encoders.load(folder)
     for problem in 'missing text_projection.weight', f'{wrong} has shape (3,), expected (40,)', 'unexpected new':
         assert problem in str(error.value)
 
@@ -166,7 +167,7 @@ def test_damaged_folders_are_errors_that_name_the_file(tmp_path, name, text, mes
     folder = random_model.write_encoder(tmp_path / 'clip', 'clip')
     broken(folder, name, text)
     with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
-        encoders.load(folder)
+        feature_encoders.load(folder)
     assert '\n' not in str(error.value)
 
 
@@ -175,10 +176,10 @@ def test_a_crop_that_is_not_the_position_table_of_clip_is_an_error(tmp_path):
     path = folder / 'preprocessor_config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'crop_size': 10}))
     with pytest.raises(ValueError, match='does not fit the 2 x 2'):
-        encoders.encode_clips(encoders.load(folder), frames(1)[:, None])
-    how = encoders.Preprocess(10, 3, (20, 20), 1, (0,), (1,))
+        feature_encoders.encode_clips(feature_encoders.load(folder), frames(1)[:, None])
+    how = feature_encoders.Preprocess(10, 3, (20, 20), 1, (0,), (1,))
     with pytest.raises(ValueError, match='crop of'):
-        encoders.prepare(how, frames(1))
+        feature_encoders.prepare(how, frames(1))
 
 
 @pytest.mark.parametrize('antialias', [False, True])
@@ -192,6 +193,6 @@ def test_bicubic_weights_keep_constants_and_mirror(antialias):
 
 def test_tensors_without_use_may_hold_anything(tmp_path):
     safetensors.numpy.save_file({'a': np.ones(2, np.float32), 'ids': np.arange(3)}, tmp_path / 'model.safetensors')
-    assert set(weights.open_safetensors(tmp_path, 'ids|b.*')) == {'a'}
+    assert set(tensor_io.open_safetensors(tmp_path, 'ids|b.*')) == {'a'}
     with pytest.raises(ValueError, match='ids as I64'):
-        weights.open_safetensors(tmp_path)
+        tensor_io.open_safetensors(tmp_path)

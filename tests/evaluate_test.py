@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mask2dit_jax import encoders, evaluate, metrics, random_model, video
+from mask2dit_jax.data import video
+from mask2dit_jax.evaluation import evaluator, feature_encoders, metrics
+from mask2dit_jax.tools import random_model
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +39,7 @@ def write_videos(folder, frames=(4, 7, 3)):
 def test_end_to_end_with_all_encoders(folders, tmp_path):
     """Cuts and their absence are seen, the still video is consistent, and rescoring its features changes nothing."""
     videos = write_videos(tmp_path / 'samples')
-    result = evaluate.evaluate(
+    result = evaluator.evaluate(
         videos, tmp_path / 'out', encoder=folders['clip'], frame_encoder=folders['dinov2'],
         video_encoder=folders['videomae'], reference=videos, frames=3)
     cut, still = result['videos']
@@ -56,7 +58,7 @@ def test_end_to_end_with_all_encoders(folders, tmp_path):
     low, high = result['summary']['visual']['interval']
     assert low == pytest.approx(cut['visual']) and high == pytest.approx(still['visual'])
     assert json.loads((tmp_path / 'out/evaluation.json').read_text()) == json.loads(json.dumps(result))
-    again = evaluate.evaluate(videos, tmp_path / 'again', features=tmp_path / 'out/features.safetensors')
+    again = evaluator.evaluate(videos, tmp_path / 'again', features=tmp_path / 'out/features.safetensors')
     for key in 'summary', 'videos', 'confusion', 'frechet':
         assert again[key] == result[key]
     table = (tmp_path / 'out/evaluation.md').read_text()
@@ -70,11 +72,11 @@ def test_scene_features_are_means_over_frames(folders, tmp_path):
     videos = write_videos(tmp_path / 'samples')
     noise = np.random.default_rng(0).integers(0, 256, (14, 4, 4, 3), np.uint8)
     video.write_mp4(videos / 'video_2.mp4', noise, 8, scale=8)
-    evaluate.evaluate(videos, tmp_path / 'out', encoder=folders['clip'], frames=2)
+    evaluator.evaluate(videos, tmp_path / 'out', encoder=folders['clip'], frames=2)
     features = safetensors.numpy.load_file(tmp_path / 'out/features.safetensors')
     pixels = video.read_video(videos / 'video_2.mp4')[0]
-    encoder = encoders.load(folders['clip'])
-    frames = metrics.unit(encoders.encode_clips(encoder, pixels[[4, 10]][:, None]))  # of scene 2
+    encoder = feature_encoders.load(folders['clip'])
+    frames = metrics.unit(feature_encoders.encode_clips(encoder, pixels[[4, 10]][:, None]))  # of scene 2
     np.testing.assert_allclose(features['video_2/frames/1'], frames, atol=1e-5)
     np.testing.assert_allclose(features['video_2/scenes'][1], frames.mean(0), atol=1e-5)
     assert 'video_2/video' not in features
@@ -82,7 +84,7 @@ def test_scene_features_are_means_over_frames(folders, tmp_path):
 
 def test_encoders_without_captions_score_what_they_can(folders, tmp_path):
     videos = write_videos(tmp_path / 'samples')
-    summary = evaluate.evaluate(videos, tmp_path / 'out', encoder=folders['videomae'])['summary']
+    summary = evaluator.evaluate(videos, tmp_path / 'out', encoder=folders['videomae'])['summary']
     assert set(summary) == {'visual', 'visual_adjacent', 'sharpness', 'placed'}
     assert '| – | – | – |' in (tmp_path / 'out/evaluation.md').read_text()
 
@@ -117,7 +119,7 @@ def test_known_features_from_a_file_and_folders_of_stories(tmp_path):
 
 
 def call(folder, **kwargs):
-    return evaluate.evaluate(folder / 'samples', folder / 'out', **kwargs)
+    return evaluator.evaluate(folder / 'samples', folder / 'out', **kwargs)
 
 
 @pytest.mark.parametrize('change, message', [
@@ -183,5 +185,5 @@ def test_clips_are_no_frames(folders, tmp_path):
 def test_one_story_for_all_files_of_a_folder(tmp_path):
     """--story does not look for story.json, and names are those of the files."""
     write_videos(tmp_path / 'samples').joinpath('story.json').rename(tmp_path / 'mine.json')
-    found = evaluate.find_videos(tmp_path / 'samples', tmp_path / 'mine.json')
+    found = evaluator.find_videos(tmp_path / 'samples', tmp_path / 'mine.json')
     assert [(v.name, v.frames) for v in found] == [('video_2', (4, 7, 3)), ('video_10', (4, 7, 3))]

@@ -5,14 +5,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mask2dit_jax import figures, scenes
+from mask2dit_jax.layout import SceneLayout, token_scenes
+from mask2dit_jax.tools import figures
 
 
 @pytest.mark.parametrize('pattern', figures.PATTERNS)
 def test_kinds_by_definition(pattern):
-    layout = scenes.SceneLayout((1, 2, 3), 1, 2, 2)
+    layout = SceneLayout((1, 2, 3), 1, 2, 2)
     kinds, names = figures.attention_kinds(layout, pattern), list(figures._KINDS)
-    scene, is_text = scenes.token_scenes(layout)
+    scene, is_text = token_scenes(layout)
     for i, j in itertools.product(range(layout.num_tokens), repeat=2):
         same, text = scene[i] == scene[j], is_text[i] or is_text[j]
         seen = pattern == 'full' or same or (pattern == 'dual' and not text)

@@ -5,13 +5,16 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import config, convert, data, generate
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import pipeline
+from mask2dit_jax.data import batches
 from mask2dit_jax.models import dit
+from mask2dit_jax.pretrained import load
 
 MODEL = dit.DiTConfig(num_layers=1, num_attention_heads=1, attention_head_dim=16, in_channels=8, out_channels=8,
                       text_embed_dim=16, time_embed_dim=8, max_text_seq_length=6, patch_size=1, sample_height=4,
                       sample_width=4, sample_frames=4, dtype='float32', attention_backend='dense')
-CONFIG = config.Config(model=MODEL, data=config.DataConfig(codec_components=8), sample=config.SampleConfig(steps=3))
+CONFIG = config_lib.Config(model=MODEL, data=config_lib.DataConfig(codec_components=8), sample=config_lib.SampleConfig(steps=3))
 FRAMES = 4, 8
 STORIES = [['red ring on gray moves left', 'it grows'], ['blue ball on white stays', 'it moves up'],
            ['red ball on gray blinks', 'it stays']]
@@ -21,9 +24,9 @@ STORIES = [['red ring on gray moves left', 'it grows'], ['blue ball on white sta
 def run(tmp_path_factory):
     """generate() of a random model."""
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), convert.abstract_params(MODEL))
-    coders = data.stories_coders(CONFIG, tmp_path_factory.mktemp('run'))
-    return functools.partial(generate.generate, CONFIG, params, coders, frames=FRAMES, seed=1)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), load.abstract_params(MODEL))
+    coders = batches.stories_coders(CONFIG, tmp_path_factory.mktemp('run'))
+    return functools.partial(pipeline.generate, CONFIG, params, coders, frames=FRAMES, seed=1)
 
 
 def test_guidance_one_follows_the_caption_and_zero_ignores_it(run):

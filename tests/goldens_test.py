@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mask2dit_jax import convert, diffusion, samplers, scenes, train_step
+from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.diffusion import schedule as schedule_lib
+from mask2dit_jax.layout import SceneLayout, fit_grid, rope_table, sincos_positions
 from mask2dit_jax.models import dit, t5, vae
+from mask2dit_jax.pretrained import load
+from mask2dit_jax.training import train_step
 
 GOLDENS = pathlib.Path(os.environ.get('MASK2DIT_GOLDENS', pathlib.Path(__file__).parent / 'goldens'))
 FORWARD = sorted(p for p in GOLDENS.glob('transformer_*/*.npz')
@@ -25,7 +29,7 @@ T5 = sorted(GOLDENS.glob('t5/*.npz'))
 
 @functools.cache
 def model_of(folder):
-    return convert.load_transformer(folder)
+    return load.load_transformer(folder)
 
 
 def channels_last(x):
@@ -34,7 +38,7 @@ def channels_last(x):
 
 @functools.cache
 def vae_of(folder):
-    model, params = convert.load_vae(folder)
+    model, params = load.load_vae(folder)
     return model.cfg, params
 
 
@@ -48,7 +52,7 @@ def assert_close(ours, ref, tolerance):
 
 
 def exported(kind, cfg, params):
-    return {n: np.asarray(t) for n, t in convert.export_params(kind, cfg, params).items()}
+    return {n: np.asarray(t) for n, t in load.export_params(kind, cfg, params).items()}
 
 
 def scene_times(case, batch, num_scenes):
@@ -79,7 +83,7 @@ def test_loss_and_gradients(path):
              'text': case['encoder_hidden_states'].reshape(b, s, -1, model.cfg.text_embed_dim)}
 
     def loss_fn(params):
-        total, count = train_step.denoising_loss(model, params, diffusion.Schedule(), batch,
+        total, count = train_step.denoising_loss(model, params, schedule_lib.Schedule(), batch,
                                                  channels_last(case['noise']), case['timesteps'], given, frames)
         return total / count
 
@@ -97,24 +101,24 @@ def test_loss_and_gradients(path):
 def test_sincos_buffer():
     path = GOLDENS / 'transformer_sincos'
     model, _ = model_of(path)
-    layout = scenes.SceneLayout((model.cfg.base_grid[0],), *model.cfg.base_grid[1:], model.cfg.max_text_seq_length)
+    layout = SceneLayout((model.cfg.base_grid[0],), *model.cfg.base_grid[1:], model.cfg.max_text_seq_length)
     ref = np.load(path / 'pos_embedding_buffer.npz')['pos_embedding'][0]
     for rule in ('reference', 'continuous'):
-        ours = scenes.sincos_positions(layout, model.cfg.width, model.cfg.base_grid, rule)
+        ours = sincos_positions(layout, model.cfg.width, model.cfg.base_grid, rule)
         assert_close(ours, ref, 1e-6)
 
 
 def test_schedule_tables():
     ref = np.load(GOLDENS / 'schedule/tables.npz')
-    np.testing.assert_allclose(diffusion.Schedule().alphas_bar(), ref['alphas_cumprod_5b'], rtol=0, atol=1e-12)
-    shifted = diffusion.Schedule(snr_shift_scale=3.0).alphas_bar()
+    np.testing.assert_allclose(schedule_lib.Schedule().alphas_bar(), ref['alphas_cumprod_5b'], rtol=0, atol=1e-12)
+    shifted = schedule_lib.Schedule(snr_shift_scale=3.0).alphas_bar()
     np.testing.assert_allclose(shifted, ref['alphas_cumprod_2b'], rtol=0, atol=1e-12)
-    plain = diffusion.Schedule(rescale_betas_zero_snr=False).alphas_bar()
+    plain = schedule_lib.Schedule(rescale_betas_zero_snr=False).alphas_bar()
     np.testing.assert_allclose(plain, ref['alphas_cumprod_5b_no_rescale'], rtol=0, atol=1e-12)
     for key in ref.files:
         if key.startswith('timesteps_'):
             _, n, *spacing = key.split('_')
-            schedule = diffusion.Schedule(timestep_spacing=spacing[0] if spacing else 'trailing')
+            schedule = schedule_lib.Schedule(timestep_spacing=spacing[0] if spacing else 'trailing')
             np.testing.assert_array_equal(schedule.timesteps(int(n)), ref[key], err_msg=key)
 
 
@@ -124,7 +128,7 @@ def test_ddim_steps():
         if not key.endswith('prev_sample'):
             continue
         n, t = (int(part[1:]) for part in key.split('_')[:2])
-        times, table = samplers.sampler_table('ddim', diffusion.Schedule(), n, reference_prev=True)
+        times, table = samplers.sampler_table('ddim', schedule_lib.Schedule(), n, reference_prev=True)
         row = table[list(times).index(t)]
         x_next, x0 = samplers.step(row, ref['sample'], ref['model_output'], 0.0)
         assert_close(x_next, ref[key], 5e-6)
@@ -133,17 +137,17 @@ def test_ddim_steps():
 
 def test_add_noise_and_velocity():
     ref = np.load(GOLDENS / 'schedule/step.npz')
-    args = diffusion.Schedule(), ref['sample'], ref['model_output'], ref['timesteps']
-    assert_close(diffusion.add_noise(*args), ref['add_noise'], 5e-6)
-    assert_close(diffusion.velocity(*args), ref['velocity'], 5e-6)
+    args = schedule_lib.Schedule(), ref['sample'], ref['model_output'], ref['timesteps']
+    assert_close(schedule_lib.add_noise(*args), ref['add_noise'], 5e-6)
+    assert_close(schedule_lib.velocity(*args), ref['velocity'], 5e-6)
 
 
 def test_bf16_rounding_of_the_reference_leaves_t0_clean():
     x, noise = jnp.ones((1, 2), jnp.bfloat16), jnp.full((1, 2), 8.0, jnp.bfloat16)
-    rounded = diffusion.add_noise(diffusion.Schedule(), x, noise, jnp.array([0]), table_dtype=jnp.bfloat16)
+    rounded = schedule_lib.add_noise(schedule_lib.Schedule(), x, noise, jnp.array([0]), table_dtype=jnp.bfloat16)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, x)
-    assert diffusion.add_noise(diffusion.Schedule(), x.astype(jnp.float32), noise, jnp.array([0]))[0, 0] > 1.2
+    assert schedule_lib.add_noise(schedule_lib.Schedule(), x.astype(jnp.float32), noise, jnp.array([0]))[0, 0] > 1.2
 
 
 def test_timestep_embedding():
@@ -163,9 +167,9 @@ def test_rotary_tables():
             continue
         name = key.split(':')[0]
         head_dim, sample_w, sample_h, patch_t, h, w, frames = (int(v) for v in ref[key])
-        layout = scenes.SceneLayout((frames,), h // 16, w // 16, 1, patch_t or 1)
+        layout = SceneLayout((frames,), h // 16, w // 16, 1, patch_t or 1)
         rule = 'slice' if patch_t else 'linspace'
-        cos, sin = scenes.rope_table(layout, head_dim, rule, (sample_h // 2, sample_w // 2))
+        cos, sin = rope_table(layout, head_dim, rule, (sample_h // 2, sample_w // 2))
         assert len(cos) == ref[f'{name}:total_rows']
         rows = ref[f'{name}:rows']
         np.testing.assert_allclose(cos[rows], ref[f'{name}:cos'], rtol=0, atol=5e-6, err_msg=name)
@@ -174,7 +178,7 @@ def test_rotary_tables():
     out = dit.apply_rope(x, ref['apply_cos'], ref['apply_sin'])
     assert_close(np.moveaxis(out, 2, 1), ref['apply_out'], 5e-6)
     for h, w, top, left, bottom, right in ref['crop_h_w_top_left_bottom_right_base30x45']:
-        assert scenes.fit_grid((int(h), int(w)), (30, 45)) == (top, left, bottom - top, right - left)
+        assert fit_grid((int(h), int(w)), (30, 45)) == (top, left, bottom - top, right - left)
 
 
 @functools.cache
@@ -182,7 +186,7 @@ def run_pipeline(path):
     """Final latents and those of every step."""
     case = dict(np.load(path))
     model, params = model_of(path.parent / 'transformer')
-    schedule = convert.load_schedule(path.parent / 'scheduler/scheduler_config.json')
+    schedule = load.load_schedule(path.parent / 'scheduler/scheduler_config.json')
     s, (b, f) = int(case['num_scenes']), case['init_latents'].shape[:2]
     frames = (f // s,) * s
     layout = model.cfg.layout(frames, *case['init_latents'].shape[-2:])
@@ -214,7 +218,7 @@ def test_sampling_loops(path):
 
 def test_reference_noises_given_latents():
     case = np.load(GOLDENS / 'pipeline/ar_3scenes_5steps_cfg6.npz')
-    noised = diffusion.add_noise(diffusion.Schedule(), case['cond_latents_clean'], case['cond_noise'], 0)
+    noised = schedule_lib.add_noise(schedule_lib.Schedule(), case['cond_latents_clean'], case['cond_noise'], 0)
     assert_close(noised, case['cond_latents_noised'], 5e-6)
 
 
@@ -228,7 +232,7 @@ def test_dynamic_guidance():
 @pytest.mark.parametrize('path', T5, ids=lambda p: p.stem)
 def test_t5(path):
     case = dict(np.load(path))
-    model, params = convert.load_t5(path.parent)
+    model, params = load.load_t5(path.parent)
     mask = case['attention_mask'].astype(bool) if 'attention_mask' in case else None
     out = t5.encode(model.cfg, params, case['input_ids'], mask)
     assert_close(out, case['last_hidden_state'], 1e-5)
@@ -294,8 +298,8 @@ NETWORKS = [('transformer', f) for f in sorted(GOLDENS.glob('transformer_*'))] +
 def test_round_trip_is_bit_equal(kind, folder):
     tensors = load_file(folder / 'weights.safetensors')
     tensors.pop('encoder.embed_tokens.weight', None)  # the same as shared.weight
-    model, params = {'transformer': convert.load_transformer, 'vae': convert.load_vae,
-                     'text_encoder': convert.load_t5}[kind](folder)
+    model, params = {'transformer': load.load_transformer, 'vae': load.load_vae,
+                     'text_encoder': load.load_t5}[kind](folder)
     back = exported(kind, model.cfg, params)
     assert back.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -304,11 +308,11 @@ def test_round_trip_is_bit_equal(kind, folder):
 
 @pytest.mark.parametrize('kind, folder', NETWORKS[-3:], ids=lambda x: getattr(x, 'name', x))
 def test_loading_names_what_does_not_fit(kind, folder):
-    cfg = convert.read_config(kind, folder)
-    target = convert.on_one_device(convert.abstract_params(cfg, kind))
+    cfg = load.read_config(kind, folder)
+    target = load.on_one_device(load.abstract_params(cfg, kind))
     tensors = load_file(folder / 'weights.safetensors')
     first, second = sorted(tensors)[:2]
     tensors['stray'] = tensors.pop(first)
     tensors[second] = tensors[second][:-1]
     with pytest.raises(ValueError, match=f'missing {first}.*{second} has shape.*expected.*unexpected stray'):
-        convert.import_params(kind, cfg, tensors, target)
+        load.import_params(kind, cfg, tensors, target)

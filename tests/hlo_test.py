@@ -1,7 +1,7 @@
 """Counting in a module's text, by hand."""
 import pytest
 
-from mask2dit_jax import hlo
+from mask2dit_jax.aot import hlo
 
 TEXT = '''HloModule test
 

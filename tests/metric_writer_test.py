@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mask2dit_jax import metric_writer
+from mask2dit_jax.training import metric_writer
 
 
 def _refuse(constant):

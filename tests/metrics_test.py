@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mask2dit_jax import metrics
+from mask2dit_jax.evaluation import metrics
 
 SEEDS = st.integers(0, 2**32 - 1)
 SAFE = {'deadline': None, 'max_examples': 25}

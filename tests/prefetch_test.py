@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mask2dit_jax import data
+from mask2dit_jax.data import batches
 
 
 def test_results_come_in_order_at_most_so_many_ahead():
@@ -15,7 +15,7 @@ def test_results_come_in_order_at_most_so_many_ahead():
         assert i <= len(used) + 3
         return i * i
 
-    with data.prefetched(make, range(20), ahead=2) as results:
+    with batches.prefetched(make, range(20), ahead=2) as results:
         for value in results:
             time.sleep(0.001)
             used.append(value)
@@ -25,7 +25,7 @@ def test_results_come_in_order_at_most_so_many_ahead():
 def test_the_next_one_is_made_while_the_last_is_in_use():
     made = threading.Event()
 
-    with data.prefetched(lambda i: made.set() if i == 1 else None, range(5), ahead=1) as results:
+    with batches.prefetched(lambda i: made.set() if i == 1 else None, range(5), ahead=1) as results:
         next(results)
         assert made.wait(10)
 
@@ -39,7 +39,7 @@ def test_errors_surface_in_order_and_end_it():
             raise ValueError('story 3 is broken')
         return i
 
-    with data.prefetched(make, range(10 ** 6)) as results:
+    with batches.prefetched(make, range(10 ** 6)) as results:
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(ValueError, match='story 3 is broken'):
             next(results)
@@ -48,7 +48,7 @@ def test_errors_surface_in_order_and_end_it():
 
 def test_leaving_stops_the_thread():
     before = threading.active_count()
-    with pytest.raises(KeyError), data.prefetched(lambda i: i, range(10 ** 9)) as results:
+    with pytest.raises(KeyError), batches.prefetched(lambda i: i, range(10 ** 9)) as results:
         next(results)
         raise KeyError
     assert threading.active_count() == before

@@ -11,8 +11,13 @@ import sentencepiece
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from mask2dit_jax import checkpoint, config, convert, data, lora, random_model, sample, train, video, weights
-from mask2dit_jax.models import t5, vae
+from mask2dit_jax import checkpoint, sample, tensor_io
+from mask2dit_jax import config as config_lib
+from mask2dit_jax.data import batches, video
+from mask2dit_jax.models import lora, t5, vae
+from mask2dit_jax.pretrained import load
+from mask2dit_jax.tools import random_model
+from mask2dit_jax.training import trainer
 
 TRANSFORMER, VAE = random_model.TRANSFORMER, random_model.VAE
 CAPTIONS = 'red ring on gray moves left', 'it grows'
@@ -29,7 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def converted(folder):
     target = folder.parent / 'converted'
-    convert.convert_folder(folder, target)
+    load.convert_folder(folder, target)
     return target
 
 
@@ -60,7 +65,7 @@ def test_given_clips_are_extended(folder, tmp_path):
     video.write_mp4(tmp_path / 'given.mp4', clip, 8, scale=8)
     made = run_sample(tmp_path / 'out', folder, given=[str(tmp_path / 'given.mp4')])
     assert made.shape[0] == 9 + 5
-    coders = data.pretrained_coders(folder, TRANSFORMER, (32, 32))
+    coders = batches.pretrained_coders(folder, TRANSFORMER, (32, 32))
     seen = video.read_video(tmp_path / 'given.mp4', height_px=32, width_px=32)[0][None]
     through = coders.decode_video(coders.encode_video(seen, (9,)), (3,))[0]
     shown = video.read_video(tmp_path / 'out/video_0.mp4', height_px=32, width_px=32)[0][:9] / 255
@@ -87,15 +92,15 @@ def test_sampling_errors_name_the_input(folder, tmp_path, chosen, message):
 
 
 def test_a_lora_file_gives_the_frames_of_the_merged_folder(folder, sampled, tmp_path):
-    model, params = convert.load_transformer(folder / 'transformer')
-    cfg = config.LoraConfig(2, alpha=3.0)
+    model, params = load.load_transformer(folder / 'transformer')
+    cfg = config_lib.LoraConfig(2, alpha=3.0)
     tree = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32),
                         lora.init(jax.random.key(0), params, cfg))
-    convert.write_lora(tmp_path, model.cfg, tree, cfg)
+    load.write_lora(tmp_path, model.cfg, tree, cfg)
     made = run_sample(tmp_path / 'a', folder, lora=str(tmp_path / 'pytorch_lora_weights.safetensors'))
     shutil.copytree(folder, tmp_path / 'merged', ignore=shutil.ignore_patterns('transformer'))
-    tensors = convert.export_params('transformer', model.cfg, lora.merge(params, tree, cfg))
-    weights.write_safetensors(tmp_path / 'merged/transformer', 'model', tensors)
+    tensors = load.export_params('transformer', model.cfg, lora.merge(params, tree, cfg))
+    tensor_io.write_safetensors(tmp_path / 'merged/transformer', 'model', tensors)
     shutil.copyfile(folder / 'transformer/config.json', tmp_path / 'merged/transformer/config.json')
     np.testing.assert_array_equal(made, run_sample(tmp_path / 'b', tmp_path / 'merged'))
     assert np.abs(made.astype(int) - sampled).max() > 10
@@ -107,8 +112,8 @@ def all_tensors(folder):
 
 def test_round_trip_of_the_folder_is_bit_equal(folder, converted, tmp_path):
     back = tmp_path / 'back'
-    counts = convert.convert_folder(converted, back)
-    for kind in convert.NETWORKS:
+    counts = load.convert_folder(converted, back)
+    for kind in load.NETWORKS:
         want, have = all_tensors(folder / kind), all_tensors(back / kind)
         assert have.keys() == want.keys()
         for name in want:
@@ -118,45 +123,45 @@ def test_round_trip_of_the_folder_is_bit_equal(folder, converted, tmp_path):
         assert (back / kind / 'config.json').read_text() == (folder / kind / 'config.json').read_text()
     assert (back / 'tokenizer/spiece.model').exists() and (back / 'scheduler/scheduler_config.json').exists()
     with pytest.raises(ValueError, match='is not empty'):
-        convert.convert_folder(converted, back)
+        load.convert_folder(converted, back)
 
 
 def test_loading_follows_the_sharding(folder):
     mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
-    cfg = convert.read_config('transformer', folder / 'transformer')
+    cfg = load.read_config('transformer', folder / 'transformer')
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'fsdp'))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=spread if x.ndim == 3 else whole), convert.abstract_params(cfg))
-    params = convert.read_params('transformer', folder / 'transformer', cfg, target)
-    one = convert.load_transformer(folder / 'transformer')[1]
+        x.shape, x.dtype, sharding=spread if x.ndim == 3 else whole), load.abstract_params(cfg))
+    params = load.read_params('transformer', folder / 'transformer', cfg, target)
+    one = load.load_transformer(folder / 'transformer')[1]
     jax.tree.map(np.testing.assert_array_equal, params, one)
     assert params['blocks']['ff_in']['kernel'].sharding == spread
 
 
 def test_fine_tuning_and_handing_back(folder, tmp_path):
     """main on a model folder: trained on stories through its VAE and T5, sampled, exported, loaded again."""
-    cfg = config.Config(
-        data=config.DataConfig(layouts=((5, 5),), height_px=32, width_px=32, num_train=8, num_test=4),
+    cfg = config_lib.Config(
+        data=config_lib.DataConfig(layouts=((5, 5),), height_px=32, width_px=32, num_train=8, num_test=4),
         model=dataclasses.replace(TRANSFORMER, remat='full'),
-        optimizer=config.OptimizerConfig('adamw', 1e-3, warmup_steps=1),
-        train=config.TrainConfig(steps=2, batch_size=8, conditional_probability=0.5, log_every_steps=1),
-        sample=config.SampleConfig(steps=1, sheet_stories=4), eval=config.EvalConfig(4, 4),
-        mesh=config.MeshConfig(data=4, fsdp=2, cpu_devices=8))
-    cfg = convert.adopt(cfg, folder)
+        optimizer=config_lib.OptimizerConfig('adamw', 1e-3, warmup_steps=1),
+        train=config_lib.TrainConfig(steps=2, batch_size=8, conditional_probability=0.5, log_every_steps=1),
+        sample=config_lib.SampleConfig(steps=1, sheet_stories=4), eval=config_lib.EvalConfig(4, 4),
+        mesh=config_lib.MeshConfig(data=4, fsdp=2, cpu_devices=8))
+    cfg = load.adopt(cfg, folder)
     assert cfg.model.remat == 'full' and cfg.schedule.snr_shift_scale == 3.0
     workdir = tmp_path / 'runs/tuned'
-    train.train_and_evaluate(cfg, workdir)
+    trainer.train_and_evaluate(cfg, workdir)
     with flagsaver.flagsaver(workdir=str(workdir), out=str(tmp_path / 'out'), prompt=list(CAPTIONS)):
         sample.main(['sample'])
     assert len(video.read_video(tmp_path / 'out/video_0.mp4')[0]) == 10
-    convert.convert_folder(workdir, tmp_path / 'exported')
-    model, params = convert.load_transformer(tmp_path / 'exported/transformer')
+    load.convert_folder(workdir, tmp_path / 'exported')
+    model, params = load.load_transformer(tmp_path / 'exported/transformer')
     assert model.cfg == dataclasses.replace(TRANSFORMER, attention_backend=model.cfg.attention_backend)
-    target = convert.on_one_device(convert.abstract_params(model.cfg))
+    target = load.on_one_device(load.abstract_params(model.cfg))
     ema = checkpoint.latest(workdir, {'ema': target})[1]['ema']
     jax.tree.map(np.testing.assert_array_equal, params, ema)
-    assert convert.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json') == cfg.schedule
+    assert load.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json') == cfg.schedule
 
 
 def test_models_without_a_counterpart_are_not_exported():
@@ -164,7 +169,7 @@ def test_models_without_a_counterpart_are_not_exported():
     for cfg, message in ((dataclasses.replace(TRANSFORMER, pattern='causal'), "no 'causal' mask"),
                          (tiny, "position_rule 'continuous'")):
         with pytest.raises(ValueError, match=message):
-            convert.transformer_json(cfg)
+            load.transformer_json(cfg)
 
 
 def test_tokenizer(folder, tmp_path):
@@ -191,7 +196,7 @@ def test_tokenizer(folder, tmp_path):
 
 
 def test_padding_can_be_hidden_from_the_text_encoder(folder):
-    seen, hidden = (data.pretrained_coders(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(['it grows'])
+    seen, hidden = (batches.pretrained_coders(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(['it grows'])
                     for m in (False, True))
     assert seen.shape == (1, 12, 24) and np.abs(seen - hidden)[0, 0].max() > 1e-3
 
@@ -204,11 +209,11 @@ def test_tiles_must_fit():
 
 def test_networks_that_do_not_fit_together(folder):
     with pytest.raises(ValueError, match='do not fit a transformer of 4 and 25'):
-        data.pretrained_coders(folder, dataclasses.replace(TRANSFORMER, text_embed_dim=25), (32, 32))
+        batches.pretrained_coders(folder, dataclasses.replace(TRANSFORMER, text_embed_dim=25), (32, 32))
 
 
 def test_command_lines_are_checked(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match='holds neither transformer/, vae/, text_encoder/ nor checkpoints'):
-        convert.convert_folder(tmp_path, tmp_path / 'out')
+        load.convert_folder(tmp_path, tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match=r'neither a checkpoint of a workdir .* nor a model folder'):
         run_sample(tmp_path, tmp_path / 'nothing')

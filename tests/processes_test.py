@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sharding_test
 
-from mask2dit_jax import processes
+from mask2dit_jax.distributed import multihost
 
 CODE = '''
     import json, os, signal, sys, time
@@ -20,26 +20,26 @@ CODE = '''
     jax.config.update('jax_num_cpu_devices', 4)
     jax.config.update('jax_disable_most_optimizations', True)
     address, process, axes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-    from mask2dit_jax import processes, sharding
-    processes.initialize(address, 2, process, devices=8)
+    from mask2dit_jax.distributed import multihost, partitioning
+    multihost.initialize(address, 2, process, devices=8)
     import sharding_test
     mesh = sharding_test.mesh_of(*axes)
     curve, _ = sharding_test.run(sharding_test.tiny_config(), mesh)
-    agreed = [processes.agree(True), processes.agree(process == 0), processes.agree(False)]
+    agreed = [multihost.agree(True), multihost.agree(process == 0), multihost.agree(False)]
     try:
-        processes.require_same(model='dual', steps=process)
+        multihost.require_same(model='dual', steps=process)
     except ValueError as error:
         different = str(error)
     if process == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(4)  # JAX hears of it before anybody asks
-    with processes.termination() as terminated:
+    with multihost.termination() as terminated:
         asked = 1
         while not terminated() and asked < 100:
             asked += 1
-            processes.meet(asked, limited=True)
+            multihost.meet(asked, limited=True)
             time.sleep(0.1)
-    print('RESULT', json.dumps({'curve': curve.tolist(), 'rows': sharding.local_rows(mesh, 16), 'agreed': agreed,
+    print('RESULT', json.dumps({'curve': curve.tolist(), 'rows': partitioning.local_rows(mesh, 16), 'agreed': agreed,
                                 'different': different, 'asked': asked}))
 '''
 
@@ -103,6 +103,6 @@ def test_wrong_flags_are_usage_errors():
 
 
 def test_a_host_without_tpu_is_alone():
-    assert jax.config.jax_platforms == 'cpu' or processes.tpu_chips() == 0
-    processes.initialize(None, None, None, devices=256)
-    assert not jax.distributed.is_initialized() and processes.agree(True) and not processes.agree(False)
+    assert jax.config.jax_platforms == 'cpu' or multihost.tpu_chips() == 0
+    multihost.initialize(None, None, None, devices=256)
+    assert not jax.distributed.is_initialized() and multihost.agree(True) and not multihost.agree(False)

@@ -4,8 +4,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mask2dit_jax import rank
-from mask2dit_jax.datasets import stories
+from mask2dit_jax import stories
+from mask2dit_jax.tools import metric_correlation
 
 FRAMES = (4, 4, 8)
 
@@ -32,7 +32,7 @@ def found(known):
 
     videos = {'right': [stories.render(s) for s in known], 'leaking': [stories.render(leaking(s)) for s in known],
               'strangers': [np.concatenate([strangers(s, i) for i in range(3)]) for s in known]}
-    return {name: rank.score(np.stack(v) / 255, known) for name, v in videos.items()}
+    return {name: metric_correlation.score(np.stack(v) / 255, known) for name, v in videos.items()}
 
 
 def mean(found, run, kind, name):
@@ -44,7 +44,7 @@ def test_measured_features_rank_runs_as_the_exact_scores_do(found):
         assert mean(found, run, 'measured', 'matches') == pytest.approx(mean(found, run, 'exact', 'action'), abs=.03)
     assert mean(found, 'right', 'exact', 'story') == 1 and mean(found, 'right', 'measured', 'semantic') > .999
     assert mean(found, 'leaking', 'exact', 'leak') > .95
-    _, rows = rank.report(found)
+    _, rows = metric_correlation.report(found)
     by_name = {(r['encoder'], r['exact'], r['metric']): r for r in rows}
     for pair in ('action', 'matches'), ('action', 'margin'), ('consistency', 'subject_between'):
         row = by_name['measured', *pair]
@@ -63,16 +63,16 @@ def test_an_encoder_that_sees_no_actions_does_not_tell_leaks(found):
 def test_compare_counts_pairs_and_correlates_ranks():
     low, high, middle = np.arange(8) / 100, 1 - np.arange(8) / 100, .5 + np.arange(8) / 100
     runs = [low, middle, high]
-    assert rank.compare(runs, [x ** 3 for x in runs]) == {'correlation': pytest.approx(1), 'alike': 3, 'open': 0,
+    assert metric_correlation.compare(runs, [x ** 3 for x in runs]) == {'correlation': pytest.approx(1), 'alike': 3, 'open': 0,
                                                           'reversed': 0}
-    assert rank.compare(runs, [-x for x in runs]) == {'correlation': pytest.approx(-1), 'alike': 0, 'open': 0,
+    assert metric_correlation.compare(runs, [-x for x in runs]) == {'correlation': pytest.approx(-1), 'alike': 0, 'open': 0,
                                                       'reversed': 3}
-    assert rank.compare([low, low, high], [high, middle, high]) == {'correlation': pytest.approx(.5, abs=.5),
+    assert metric_correlation.compare([low, low, high], [high, middle, high]) == {'correlation': pytest.approx(.5, abs=.5),
                                                                     'alike': 1, 'open': 1, 'reversed': 0}
-    assert rank.compare([low, high], [np.ones(8)] * 2)['correlation'] is None
+    assert metric_correlation.compare([low, high], [np.ones(8)] * 2)['correlation'] is None
 
 
 def test_the_page_has_a_row_for_every_run_and_pair(found):
-    text, rows = rank.report(found)
+    text, rows = metric_correlation.report(found)
     assert all(f'| {run} | {kind} |' in text for run in found for kind in ('exact', 'measured', 'pixels'))
-    assert len(rows) == 2 * len(rank.FOLLOWS)
+    assert len(rows) == 2 * len(metric_correlation.FOLLOWS)

@@ -14,7 +14,8 @@ import sys
 
 import pytest
 
-from mask2dit_jax import random_model, report, video
+from mask2dit_jax.data import video
+from mask2dit_jax.tools import random_model, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -167,7 +168,7 @@ def test_from_the_top(headings, folder):
         assert lines, heading
         if heading == 'Scoring videos':  # features and encoders that the README takes as given
             first = next(i for i, line in enumerate(lines) if '--features' in line)
-            lines = ['python -m mask2dit_jax.random_model --encoders --out=models/encoders', *lines[:first],
+            lines = ['python -m mask2dit_jax.tools.random_model --encoders --out=models/encoders', *lines[:first],
                      'cp scores/features.safetensors .', *lines[first:]]
         CHECKS[heading](folder, shell(lines, folder))
 

@@ -11,7 +11,10 @@ import urllib.parse
 import numpy as np
 import pytest
 
-from mask2dit_jax import config, metric_writer, report, video
+from mask2dit_jax import config as config_lib
+from mask2dit_jax.data import video
+from mask2dit_jax.tools import report
+from mask2dit_jax.training import metric_writer
 
 NASTY = '<b onclick="alert(1)">red & "blue" ring\'s</b>'
 VOID = {'meta', 'img', 'br', 'hr', 'input', 'link'}
@@ -27,7 +30,7 @@ def write_run(folder, steps=60, scores=True):
     """A workdir as train writes it, without checkpoints; sheets of two steps."""
     folder.mkdir()
     base = f'{NASTY}/{"long" * 40}'
-    config.save(config.parse({'train': {'steps': steps}, 'init_from': base}), folder / 'config.json')
+    config_lib.save(config_lib.parse({'train': {'steps': steps}, 'init_from': base}), folder / 'config.json')
     writer = metric_writer.MetricWriter(folder, steps)
     for step in range(10, 61, 10):
         writer.write(step, {'loss': float('nan') if step == 30 else 1 / step, 'grad_norm': .5, 'data_wait': .01})
@@ -219,7 +222,7 @@ def test_errors_name_the_file(tmp_path, name, content, message):
 
 
 def test_command(tmp_path):
-    command = [sys.executable, '-m', 'mask2dit_jax.report', f'--out={tmp_path}/out']
+    command = [sys.executable, '-m', 'mask2dit_jax.tools.report', f'--out={tmp_path}/out']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and 'Give --run, --samples or --evaluation' in done.stderr + done.stdout
     command.append(f'--run={write_run(tmp_path / "run")}')

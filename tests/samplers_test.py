@@ -3,16 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mask2dit_jax import diffusion, samplers, scenes
+from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.diffusion import schedule as schedule_lib
+from mask2dit_jax.layout import SceneLayout, frame_scenes
 
-LAYOUT = scenes.SceneLayout((1, 2), 1, 1, 1)
-SCHEDULE = diffusion.Schedule()
+LAYOUT = SceneLayout((1, 2), 1, 1, 1)
+SCHEDULE = schedule_lib.Schedule()
 STD = 2.0
 
 
 def gaussian_velocity(x, t, mean=0.7):
     """Exact v for data ~ N(mean, STD²): the posterior mean of a·noise - s·x0 given x."""
-    bar = jnp.asarray(SCHEDULE.alphas_bar(), jnp.float32)[t][:, scenes.frame_scenes(LAYOUT)][..., None, None, None]
+    bar = jnp.asarray(SCHEDULE.alphas_bar(), jnp.float32)[t][:, frame_scenes(LAYOUT)][..., None, None, None]
     a, s = jnp.sqrt(bar), jnp.sqrt(1 - bar)
     x0 = mean + a * STD ** 2 / (bar * STD ** 2 + 1 - bar) * (x - a * mean)
     # From x = a·x0 + s·noise: v = (a·x - x0)/s, which is -x0 at pure noise.
@@ -91,4 +93,4 @@ def test_errors_name_the_choice():
     with pytest.raises(ValueError, match=r'must be in 1...1000, got 0'):
         samplers.sampler_table('ddim', SCHEDULE, 0)
     with pytest.raises(ValueError, match='Unknown timestep_spacing'):
-        diffusion.Schedule(timestep_spacing='random').timesteps(5)
+        schedule_lib.Schedule(timestep_spacing='random').timesteps(5)

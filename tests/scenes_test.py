@@ -5,10 +5,21 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import scenes
+from mask2dit_jax.layout import (
+    PATTERNS,
+    SceneLayout,
+    dense_mask,
+    frame_scenes,
+    key_ranges,
+    loss_mask,
+    resample_positions,
+    rope_table,
+    segment_pairs,
+    sincos_positions,
+)
 from mask2dit_jax.models import dit
 
-LAYOUTS = [scenes.SceneLayout(f, 2, 3, 4) for f in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 3, 2))]
+LAYOUTS = [SceneLayout(f, 2, 3, 4) for f in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 3, 2))]
 
 
 def brute_force(layout, pattern):
@@ -28,28 +39,28 @@ def brute_force(layout, pattern):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: str(x.frames))
-@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+@pytest.mark.parametrize('pattern', PATTERNS)
 def test_masks_are_the_definition(layout, pattern):
-    mask = scenes.dense_mask(layout, pattern)
+    mask = dense_mask(layout, pattern)
     np.testing.assert_array_equal(mask, brute_force(layout, pattern))
-    assert mask.sum() == scenes.segment_pairs(layout, pattern)
+    assert mask.sum() == segment_pairs(layout, pattern)
     assert mask.diagonal().all()
     if pattern != 'causal':
         np.testing.assert_array_equal(mask, mask.T)
     ranges = np.zeros_like(mask)
     for scene, is_text in itertools.product(range(layout.num_scenes), (True, False)):
         a, b = layout.text_range(scene) if is_text else layout.video_range(scene)
-        for start, stop in scenes.key_ranges(layout, pattern, scene, is_text):
+        for start, stop in key_ranges(layout, pattern, scene, is_text):
             ranges[a:b, start:stop] = True
     np.testing.assert_array_equal(ranges, mask)
 
 
 def test_published_setting_counts():
     """Three scenes of 13 latent frames on a 30 x 45 grid with 226 text tokens (pairs as in the paper's setting)."""
-    layout = scenes.SceneLayout((13, 13, 13), 30, 45, 226)
+    layout = SceneLayout((13, 13, 13), 30, 45, 226)
     assert layout.num_tokens == 53328
-    assert scenes.segment_pairs(layout, 'full') == 53328 ** 2
-    assert scenes.segment_pairs(layout, 'dual') == 3 * 226 * (226 + 17550) + 3 * 17550 * (226 + 52650)
+    assert segment_pairs(layout, 'full') == 53328 ** 2
+    assert segment_pairs(layout, 'dual') == 3 * 226 * (226 + 17550) + 3 * 17550 * (226 + 52650)
 
 
 def tiny_model(pattern, layers):
@@ -69,7 +80,7 @@ def tiny_model(pattern, layers):
 def influence(pattern, layers):
     """How much scene i depends on caption j, [S, S]: size of the gradient of a random projection of scene i."""
     model, params, x, text, t, frames = tiny_model(pattern, layers)
-    which = scenes.frame_scenes(model.cfg.layout(frames, 2, 2))
+    which = frame_scenes(model.cfg.layout(frames, 2, 2))
     of_scene = (which == np.arange(3)[:, None])[:, None, :, None, None, None]
     weights = of_scene * np.random.default_rng(1).normal(size=x.shape)
 
@@ -100,55 +111,55 @@ def test_each_scene_follows_its_own_timestep():
     """Under `isolated`, changing one scene's timestep changes that scene and no other."""
     model, params, x, text, t, frames = tiny_model('isolated', 1)
     run = jax.jit(lambda t: model.apply({'params': params}, x, text, t, frames))
-    which = scenes.frame_scenes(model.cfg.layout(frames, 2, 2))
+    which = frame_scenes(model.cfg.layout(frames, 2, 2))
     for scene in range(3):
         change = np.abs(run(t) - run(np.where(np.arange(3) == scene, 0, t))).max(axis=(0, 2, 3, 4))
         np.testing.assert_array_equal(change > 0, which == scene)
 
 
 def test_rotary_timeline_runs_straight_through_scenes():
-    one = scenes.rope_table(scenes.SceneLayout((6,), 2, 3, 4), 32, 'linspace', (2, 3))
-    three = scenes.rope_table(scenes.SceneLayout((1, 3, 2), 2, 3, 4), 32, 'linspace', (2, 3))
+    one = rope_table(SceneLayout((6,), 2, 3, 4), 32, 'linspace', (2, 3))
+    three = rope_table(SceneLayout((1, 3, 2), 2, 3, 4), 32, 'linspace', (2, 3))
     np.testing.assert_array_equal(one[0], three[0])
     np.testing.assert_array_equal(one[1], three[1])
 
 
 def test_sincos_rules_agree_on_one_trained_clip_and_only_the_reference_stretches():
     base = (4, 2, 3)
-    clip = scenes.SceneLayout((4,), 2, 3, 5)
-    a, b = (scenes.sincos_positions(clip, 32, base, rule) for rule in ('reference', 'continuous'))
+    clip = SceneLayout((4,), 2, 3, 5)
+    a, b = (sincos_positions(clip, 32, base, rule) for rule in ('reference', 'continuous'))
     np.testing.assert_allclose(a, b, atol=1e-6)
-    story = scenes.SceneLayout((2, 4), 2, 3, 5)
-    straight = scenes.sincos_positions(story, 32, base, 'continuous')[story.num_text:]
+    story = SceneLayout((2, 4), 2, 3, 5)
+    straight = sincos_positions(story, 32, base, 'continuous')[story.num_text:]
     np.testing.assert_allclose(straight[:24], a[5:], atol=1e-6)  # frames 0...3, whatever the scenes
-    assert np.abs(scenes.sincos_positions(story, 32, base, 'reference')[story.num_text:] - straight).max() > 0.1
+    assert np.abs(sincos_positions(story, 32, base, 'reference')[story.num_text:] - straight).max() > 0.1
     with pytest.raises(ValueError, match='holds 4 latent frames per scene'):
-        scenes.sincos_positions(scenes.SceneLayout((5, 4), 2, 3, 5), 32, base, 'reference')
+        sincos_positions(SceneLayout((5, 4), 2, 3, 5), 32, base, 'reference')
 
 
 def test_learned_positions_start_anew_in_every_scene():
-    layout = scenes.SceneLayout((2, 2, 4), 2, 3, 5)
-    text, time, _, _ = scenes.resample_positions(layout, (2, 2, 3), scenes_share=True)
+    layout = SceneLayout((2, 2, 4), 2, 3, 5)
+    text, time, _, _ = resample_positions(layout, (2, 2, 3), scenes_share=True)
     np.testing.assert_array_equal(text, np.tile(np.eye(5), (3, 1)))
     np.testing.assert_array_equal(time[:4], np.tile(np.eye(2), (2, 1)))
     np.testing.assert_allclose(time.sum(1), 1)
 
 
 def test_loss_mask_counts_scenes_that_are_not_given():
-    mask = scenes.loss_mask(scenes.SceneLayout((1, 2), 1, 1, 1), np.array([[True, False], [False, False]]))
+    mask = loss_mask(SceneLayout((1, 2), 1, 1, 1), np.array([[True, False], [False, False]]))
     np.testing.assert_array_equal(mask, [[False, True, True], [True, True, True]])
 
 
 @pytest.mark.parametrize('frames', [(), (2, 0)])
 def test_layout_without_frames_is_refused(frames):
     with pytest.raises(ValueError, match='at least one'):
-        scenes.SceneLayout(frames, 2, 2, 4)
+        SceneLayout(frames, 2, 2, 4)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'diagonal': use one of dual"):
-        scenes.dense_mask(LAYOUTS[0], 'diagonal')
+        dense_mask(LAYOUTS[0], 'diagonal')
     with pytest.raises(ValueError, match='Unknown rotary rule'):
-        scenes.rope_table(LAYOUTS[0], 32, 'spiral', (2, 3))
+        rope_table(LAYOUTS[0], 32, 'spiral', (2, 3))
     with pytest.raises(ValueError, match='exceeds the trained 1x3'):
-        scenes.rope_table(LAYOUTS[0], 32, 'slice', (1, 3))
+        rope_table(LAYOUTS[0], 32, 'slice', (1, 3))

@@ -9,8 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import config, convert, lora, presets, sharding, train_step
-from mask2dit_jax.models import dit
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import presets
+from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.models import dit, lora
+from mask2dit_jax.pretrained import load
+from mask2dit_jax.training import train_step
 
 FRAMES = (1, 2)
 GOLDEN = pathlib.Path(__file__).with_name('shardings_5b.md')
@@ -20,8 +24,8 @@ def tiny_config(**train):
     model = dit.DiTConfig(num_layers=2, num_attention_heads=8, attention_head_dim=16, in_channels=8, out_channels=8,
                           text_embed_dim=8, time_embed_dim=16, max_text_seq_length=2, patch_size=1, sample_height=2,
                           sample_width=2, sample_frames=5, dtype='float32', learned_positions=True)
-    train = config.TrainConfig(**({'batch_size': 16, 'conditional_probability': 0.5, 'ema_decay': 0.9} | train))
-    return config.Config(model=model, train=train, optimizer=config.OptimizerConfig('muon', 1e-2, warmup_steps=1))
+    train = config_lib.TrainConfig(**({'batch_size': 16, 'conditional_probability': 0.5, 'ema_decay': 0.9} | train))
+    return config_lib.Config(model=model, train=train, optimizer=config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=1))
 
 
 def batch_of(step):
@@ -31,7 +35,7 @@ def batch_of(step):
 
 
 def mesh_of(*axes):
-    return sharding.make_mesh(config.MeshConfig(*axes), jax.devices()[:math.prod(axes)])
+    return partitioning.make_mesh(config_lib.MeshConfig(*axes), jax.devices()[:math.prod(axes)])
 
 
 def child_environment():
@@ -43,13 +47,13 @@ def child_environment():
 def run(cfg, mesh, steps=3):
     batch = batch_of(0)
     make = lambda: train_step.init_state(cfg, (batch['latents'][0], batch['text'][0], FRAMES))  # noqa: E731
-    shardings = sharding.shardings(jax.eval_shape(make), mesh)
+    shardings = partitioning.shardings(jax.eval_shape(make), mesh)
     state = jax.jit(make, out_shardings=shardings)()
-    step = train_step.jit_train_step(cfg, FRAMES, shardings, sharding.batch_sharding(mesh))
+    step = train_step.jit_train_step(cfg, FRAMES, shardings, partitioning.batch_sharding(mesh))
     null, curve = np.zeros((2, 8), np.float32), []
     for i in range(steps):
-        local = {k: v[sharding.local_rows(mesh, 16)] for k, v in batch_of(i).items()}
-        state, metrics = step(state, sharding.global_batch(local, mesh, 16), null)
+        local = {k: v[partitioning.local_rows(mesh, 16)] for k, v in batch_of(i).items()}
+        state, metrics = step(state, partitioning.global_batch(local, mesh, 16), null)
         curve.append([float(metrics['loss']), float(metrics['grad_norm'])])
     return np.array(curve), state
 
@@ -70,30 +74,30 @@ def test_eight_devices_and_micro_batches_give_the_numbers_of_one(axes, grad_accu
     kernel = state.params['blocks']['attn']['to_q']['kernel']
     assert kernel.addressable_shards[0].data.size == kernel.size // math.prod(axes[1:])
     moments = [x for path, x in jax.tree_util.tree_leaves_with_path(state.opt)
-               if sharding.path_name(path).endswith('attn/to_q/kernel')]
+               if partitioning.path_name(path).endswith('attn/to_q/kernel')]
     assert moments and all(m.sharding == kernel.sharding for m in moments)
 
 
 def lora_of(params):
     """Shapes of LoRA tensors of rank 64 for every kernel."""
-    cfg = config.LoraConfig(64, layers='kernel$')
+    cfg = config_lib.LoraConfig(64, layers='kernel$')
     return jax.eval_shape(lambda: lora.init(jax.random.key(0), params, cfg))
 
 
 def golden_table():
     """Markdown: how every parameter and LoRA tensor of 5B lies on every slice, and what is whole on every chip."""
-    configs = {name: config.parse(presets.pod(name)) for name in presets.SLICES}
-    params = convert.abstract_params(config.Config().model)
+    configs = {name: config_lib.parse(presets.pod(name)) for name in presets.SLICES}
+    params = load.abstract_params(config_lib.Config().model)
     params = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(lora_of(params))
     lines = [f'| parameter | shape | spec | {" | ".join(configs)} |', '|---' * (3 + len(configs)) + '|']
     whole = []
     for path, x in params:
-        name = sharding.path_name(path)
+        name = partitioning.path_name(path)
         sizes = []
         for cfg in configs.values():
-            axes = tuple(getattr(cfg.mesh, a) for a in sharding.AXES)
-            mesh = jax.sharding.AbstractMesh(axes, sharding.AXES)
-            spec = sharding.spec_of(name, x.shape, mesh)
+            axes = tuple(getattr(cfg.mesh, a) for a in partitioning.AXES)
+            mesh = jax.sharding.AbstractMesh(axes, partitioning.AXES)
+            spec = partitioning.spec_of(name, x.shape, mesh)
             sizes.append(math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)) * 4 / 1e6)
         lines.append(f'| {name} | {"x".join(map(str, x.shape))} | {tuple(spec)} | '
                      + ' | '.join(f'{size:.3f}' for size in sizes) + ' |')
@@ -109,15 +113,15 @@ def test_golden_table_of_5b_shardings():
 
 
 def test_every_array_of_a_5b_state_matches_one_rule():
-    cfg = config.Config()
-    params = convert.abstract_params(cfg.model)
+    cfg = config_lib.Config()
+    params = load.abstract_params(cfg.model)
     assert sum(p.size for p in jax.tree.leaves(params)) == 5_570_283_072
     opt = jax.eval_shape(train_step.make_optimizer(cfg.optimizer, 10).init, params)
     low_rank = lora_of(params)
     low_rank = {'params': low_rank, 'opt': jax.eval_shape(train_step.make_optimizer(cfg.optimizer, 10).init, low_rank)}
     for path, _ in jax.tree_util.tree_leaves_with_path([{'params': params, 'opt': opt}, low_rank]):
-        name = sharding.path_name(path)
-        assert sum(bool(re.search(pattern, f'/{name}')) for pattern, _ in sharding.RULES) == 1, name
+        name = partitioning.path_name(path)
+        assert sum(bool(re.search(pattern, f'/{name}')) for pattern, _ in partitioning.RULES) == 1, name
 
 
 def test_slices_are_on_the_data_axis():
@@ -131,20 +135,20 @@ def test_slices_are_on_the_data_axis():
         device_kind: str = 'cpu'
 
     devices = [Device(i, i // 4) for i in range(8)]
-    mesh = sharding.make_mesh(config.MeshConfig(2, 2, 2), devices)
+    mesh = partitioning.make_mesh(config_lib.MeshConfig(2, 2, 2), devices)
     for i in range(2):
         assert {d.slice_index for d in mesh.devices[i].flat} == {i}
     with pytest.raises(ValueError, match='data 1 does not divide over 2 slices'):
-        sharding.make_mesh(config.MeshConfig(1, 4, 2), devices)
+        partitioning.make_mesh(config_lib.MeshConfig(1, 4, 2), devices)
 
 
 def test_errors_say_what_to_change():
     with pytest.raises(ValueError, match='= 3 devices, but there are 8'):
-        sharding.make_mesh(config.MeshConfig(data=3))
+        partitioning.make_mesh(config_lib.MeshConfig(data=3))
     with pytest.raises(ValueError, match='No sharding rule matches params/mystery'):
-        sharding.spec_of('params/mystery', (3,), mesh_of(1, 8))
+        partitioning.spec_of('params/mystery', (3,), mesh_of(1, 8))
     with pytest.raises(ValueError, match=r'to_q/kernel \(30, 30\) does not divide over fsdp=8'):
-        sharding.spec_of('params/blocks/attn/to_q/kernel', (30, 30), mesh_of(1, 8))
+        partitioning.spec_of('params/blocks/attn/to_q/kernel', (30, 30), mesh_of(1, 8))
 
 
 if __name__ == '__main__':

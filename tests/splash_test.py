@@ -8,25 +8,26 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from mask2dit_jax import attention, scenes, splash
+from mask2dit_jax.attention import attend, splash
+from mask2dit_jax.layout import PATTERNS, SceneLayout, dense_mask
 
 LAYOUTS = [(3,), (2, 3), (1, 2, 3), (2, 1, 3, 2, 1)]
 
 
 def layout_of(frames):
-    return scenes.SceneLayout(frames, 6, 8, 7)
+    return SceneLayout(frames, 6, 8, 7)
 
 
 def padded_mask(layout, pattern, length):
     """The dense mask in the kernels' order: video, text, padding."""
     order = np.concatenate([np.arange(layout.num_text, layout.num_tokens), np.arange(layout.num_text)])
     mask = np.zeros((length, length), bool)
-    mask[:layout.num_tokens, :layout.num_tokens] = scenes.dense_mask(layout, pattern)[order][:, order]
+    mask[:layout.num_tokens, :layout.num_tokens] = dense_mask(layout, pattern)[order][:, order]
     mask[layout.num_tokens:, :layout.num_tokens] = True  # rows of padding must see something
     return mask
 
 
-@pytest.mark.parametrize('pattern', scenes.PATTERNS)
+@pytest.mark.parametrize('pattern', PATTERNS)
 @pytest.mark.parametrize('frames', LAYOUTS, ids=str)
 def test_mask_by_brute_force(frames, pattern):
     layout = layout_of(frames)
@@ -46,7 +47,7 @@ def test_mask_by_brute_force(frames, pattern):
 
 def test_uniform_blocks_are_not_evaluated():
     """24 scenes of the published size: 417 x 417 blocks, answered from scenes."""
-    layout = scenes.SceneLayout((13,) * 24, 30, 45, 226)
+    layout = SceneLayout((13,) * 24, 30, 45, 226)
     segments = splash._Segments(layout, 1024)
     mask = splash.SceneMask(segments, 'dual', (0, segments.starts[-1]))
     n, sizes = mask.shape[0] // 1024, []
@@ -68,14 +69,14 @@ def assert_equals_dense(frames, pattern, kernel, interpret, dtype=jnp.float32, t
     weights = jax.random.normal(keys[3], q.shape).astype(dtype)
     ours = functools.partial(splash.attend, layout=layout, pattern=pattern, block=block, kernel=kernel,
                              interpret=interpret)
-    dense = functools.partial(attention.dense, layout=layout, pattern=pattern)
+    dense = functools.partial(attend.dense, layout=layout, pattern=pattern)
     for name, mine, theirs in zip(('out', 'dq', 'dk', 'dv'), run(ours, q, k, v, weights), run(dense, q, k, v, weights)):
         assert mine.dtype == theirs.dtype == dtype
         np.testing.assert_allclose(mine.astype(np.float32), theirs.astype(np.float32), atol=tolerance, err_msg=name)
 
 
 # Every pattern, and every layout; their masks in every combination are tested above.
-CASES = [*((LAYOUTS[2], pattern) for pattern in scenes.PATTERNS), *((frames, 'dual') for frames in LAYOUTS)]
+CASES = [*((LAYOUTS[2], pattern) for pattern in PATTERNS), *((frames, 'dual') for frames in LAYOUTS)]
 
 
 @pytest.mark.parametrize('frames, pattern', dict.fromkeys(CASES), ids=str)

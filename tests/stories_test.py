@@ -4,8 +4,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mask2dit_jax.datasets import stories
-from mask2dit_jax.datasets.stories import builder, world
+from mask2dit_jax import stories
+from mask2dit_jax.stories import builder, world
 
 RIGHT = ('action', 'color', 'shape', 'background', 'identity', 'story', 'consistency')
 RED_RING = stories.Story('ring', 'red', 'gray', ('moves left', 'grows', 'stays'), (4, 4, 4),

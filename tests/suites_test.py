@@ -12,7 +12,9 @@ import sys
 import numpy as np
 import pytest
 
-from mask2dit_jax import generate, random_model, suites, video
+from mask2dit_jax import pipeline
+from mask2dit_jax.data import video
+from mask2dit_jax.tools import random_model, suites
 
 FPS = 10
 
@@ -186,7 +188,7 @@ def write_source(folder, suite):
 def sample(stories, samples, suite, frames=17):
     """What sample.sh makes of all stories below a folder."""
     for path in stories.rglob('story.json'):
-        (caption,), _ = generate.read_story(path)
+        (caption,), _ = pipeline.read_story(path)
         folder = samples / path.parent.relative_to(stories)
         for i in range(suites.SUITES[suite].videos):
             video.write_mp4(folder / f'video_{i}.mp4', clip(int(caption.split()[-1]) + i / 2, frames), FPS)
@@ -246,8 +248,8 @@ def test_stories_are_those_that_sample_takes(tmp_path):
     source = write_source(tmp_path, 'evalcrafter')
     suites.write_prompts('evalcrafter', source, tmp_path / 'plain')
     suites.write_prompts('evalcrafter', source, tmp_path / 'asked', frames=49)
-    assert generate.read_story(tmp_path / 'plain/0001/story.json') == (['a / thing 60'], [None])
-    assert generate.read_story(tmp_path / 'asked/0001/story.json') == (['a / thing 60'], [49])
+    assert pipeline.read_story(tmp_path / 'plain/0001/story.json') == (['a / thing 60'], [None])
+    assert pipeline.read_story(tmp_path / 'asked/0001/story.json') == (['a / thing 60'], [49])
 
 
 def test_sample_script_goes_on_where_it_stopped(tmp_path):
@@ -283,9 +285,9 @@ def test_end_to_end_on_a_random_model(tmp_path):
     random_model.write(tmp_path / 'model')
     python = f'python() {{ {sys.executable} "$@"; }}; export -f python'
     commands = f'''{python}
-      python -m mask2dit_jax.suites prompts --suite=vbench --source={source} --out=stories
+      python -m mask2dit_jax.tools.suites prompts --suite=vbench --source={source} --out=stories
       bash stories/sample.sh samples --checkpoint=model --height=64 --width=64 --steps=1 --dtype=float32
-      python -m mask2dit_jax.suites layout --suite=vbench --source={source} --videos=samples --out=out'''
+      python -m mask2dit_jax.tools.suites layout --suite=vbench --source={source} --videos=samples --out=out'''
     done = subprocess.run(['bash', '-euc', commands], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(vbench_standard(tmp_path / 'out/videos', source, ['color'])['color']) == 5
@@ -369,6 +371,6 @@ def test_paths_that_tools_do_not_quote_are_refused(samples, tmp_path):
     (['layout', '--videos=b', '--category=c', '--frames=9'], 'layout has no use here for --category, --frames'),
 ])
 def test_wrong_commands_say_so(tmp_path, arguments, message):
-    done = subprocess.run([sys.executable, '-m', 'mask2dit_jax.suites', '--suite=vbench', '--out=out', *arguments],
+    done = subprocess.run([sys.executable, '-m', 'mask2dit_jax.tools.suites', '--suite=vbench', '--out=out', *arguments],
                           cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and message in done.stderr + done.stdout

@@ -29,9 +29,11 @@ CODE = '''
 import hashlib, json, os, sys, time
 sys.modules['torch'] = None  # tensorboardX imports it where it can, which takes as long as everything else
 from absl import app
-from mask2dit_jax import data, main, processes
+from mask2dit_jax import main
+from mask2dit_jax.data import batches
+from mask2dit_jax.distributed import multihost
 
-def observed(self, step, rows, make=data.Batches.__call__):
+def observed(self, step, rows, make=batches.Batches.__call__):
     layout, batch = make(self, step, rows)
     for i, row in enumerate(rows):
         digest = hashlib.sha256(b''.join(batch[k][i].tobytes() for k in sorted(batch))).hexdigest()
@@ -40,7 +42,7 @@ def observed(self, step, rows, make=data.Batches.__call__):
     disturb(step)
     return layout, batch
 
-data.Batches.__call__ = observed
+batches.Batches.__call__ = observed
 disturb = lambda step: None
 exec(os.environ.get('DISTURB', ''))
 app.run(main.main)
@@ -254,8 +256,8 @@ def test_one_process_is_resumed_on_two(straight, base):
     for path in run.workdir.glob('seen.*'):
         path.unlink()
     # One comes to its first step, which is to be compiled, later than a peer may come to others: the other one waits.
-    late = 'processes.PEER_SECONDS = 12\ndisturb = lambda s: time.sleep(16 if s == 4 else 0)\n'
-    run.finish(TWO, count=2, disturb={0: 'processes.PEER_SECONDS = 12', 1: late})
+    late = 'multihost.PEER_SECONDS = 12\ndisturb = lambda s: time.sleep(16 if s == 4 else 0)\n'
+    run.finish(TWO, count=2, disturb={0: 'multihost.PEER_SECONDS = 12', 1: late})
     assert f'Resuming {run.workdir}/checkpoints/4.' in run.log(1)
     seen = run.batches()
     assert {step for step, _ in seen} == set(range(4, STEPS)) and seen.items() <= straight.batches().items()
@@ -270,7 +272,7 @@ def test_one_process_is_resumed_on_two(straight, base):
 def test_a_peer_that_is_gone_ends_the_others(base, how, victim, quick, started_processes):
     """The shipped limits take a minute, and are tested in the slow variant; so is a kill, which leaves more traces."""
     run = Run(base / f'{how}_{victim}_{quick}', base)
-    limits = 'processes.HEARTBEAT_SECONDS = processes.PEER_SECONDS = 10\n' if quick else ''
+    limits = 'multihost.HEARTBEAT_SECONDS = multihost.PEER_SECONDS = 10\n' if quick else ''
     hang = 'disturb = lambda step: time.sleep(1e6 if step == 5 else 0)\n' if how == 'hung' else ''
     started_processes += run.start(TWO, count=2, disturb={1 - victim: limits, victim: limits + hang})
     run.wait_for(lambda: run.logged() >= 4, started_processes)

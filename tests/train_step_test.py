@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mask2dit_jax import config, diffusion, train_step
+from mask2dit_jax import config as config_lib
+from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.models import dit
+from mask2dit_jax.training import train_step
 
 MODEL = dit.DiTConfig(num_layers=1, num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4,
                       text_embed_dim=5, time_embed_dim=8, max_text_seq_length=3, patch_size=1, sample_height=2,
@@ -21,9 +23,9 @@ BATCH = {'latents': RNG.standard_normal((8, 3, 2, 2, 4), np.float32),
 NULL = np.zeros((3, 5), np.float32)
 
 
-def step_config(optimizer=config.OptimizerConfig(), **train):  # noqa: B008 (frozen)
-    return config.Config(model=MODEL, optimizer=optimizer,
-                         train=config.TrainConfig(**({'batch_size': 8, 'caption_dropout': 0.0} | train)))
+def step_config(optimizer=config_lib.OptimizerConfig(), **train):  # noqa: B008 (frozen)
+    return config_lib.Config(model=MODEL, optimizer=optimizer,
+                         train=config_lib.TrainConfig(**({'batch_size': 8, 'caption_dropout': 0.0} | train)))
 
 
 def random_state(cfg):
@@ -65,7 +67,7 @@ def test_given_scenes_are_clean_and_count_nothing():
     given = jnp.array([[True, False], [False, False]])
 
     def loss(noise, x):
-        return train_step.denoising_loss(dit.DiT(MODEL), params, diffusion.Schedule(),
+        return train_step.denoising_loss(dit.DiT(MODEL), params, schedule_lib.Schedule(),
                                          {'latents': x, 'text': BATCH['text'][:2]}, noise, t, given, FRAMES)
 
     x, noise = BATCH['latents'][:2], BATCH['latents'][2:4]
@@ -87,7 +89,7 @@ def test_given_scenes_run_at_timestep_zero():
             seen.append(np.asarray(t))
             return latents
 
-    train_step.denoising_loss(Recorder(), state.params, diffusion.Schedule(), {k: v[:1] for k, v in BATCH.items()},
+    train_step.denoising_loss(Recorder(), state.params, schedule_lib.Schedule(), {k: v[:1] for k, v in BATCH.items()},
                               BATCH['latents'][1:2], np.array([700]), given, FRAMES)
     np.testing.assert_array_equal(seen, [[[0, 700]]])
 
@@ -111,7 +113,7 @@ def test_scenes_are_given_from_the_step_asked_for():
 
 
 def test_ema_follows_the_new_parameters():
-    cfg = step_config(config.OptimizerConfig(learning_rate=0.1, warmup_steps=0), ema_decay=0.9)
+    cfg = step_config(config_lib.OptimizerConfig(learning_rate=0.1, warmup_steps=0), ema_decay=0.9)
     state = random_state(cfg)
     update = jax.jit(lambda step: train_step.train_step(state.replace(step=step), BATCH, NULL, config=cfg,
                                                         frames=FRAMES)[0])
@@ -136,7 +138,7 @@ def updates(optimizer, grads, steps):
 
 def test_learning_rate_warms_up_and_decays():
     """With a constant gradient Adam moves by exactly the learning rate."""
-    cfg = config.OptimizerConfig(learning_rate=0.5, warmup_steps=4, final_fraction=0.2)
+    cfg = config_lib.OptimizerConfig(learning_rate=0.5, warmup_steps=4, final_fraction=0.2)
     rates = [-float(u['w']) for u in updates(cfg, {'w': jnp.array(0.3)}, 41)]
     np.testing.assert_allclose(rates[:5], [0, 0.125, 0.25, 0.375, 0.5], rtol=1e-4)
     assert (np.diff(rates[4:]) < 0).all()
@@ -144,7 +146,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    cfg = config.OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0)  # such an eps sees the gradient's size
+    cfg = config_lib.OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0)  # such an eps sees the gradient's size
     small, large, clipped = (updates(cfg, {'a': jnp.array(3.0 * s), 'b': jnp.array(4.0 * s)}, 1)[0]
                              for s in (0.1, 10, 0.2))
     np.testing.assert_allclose(small['a'], -0.3 / 1.3, rtol=1e-5)
@@ -156,7 +158,7 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
     kernel = rng.standard_normal((2, 8, 24)).astype(np.float32)
     grads = {'blocks': {'ff_in': {'kernel': kernel, 'bias': kernel[:, 0]}, 'norm1': {'linear': {'kernel': kernel}}},
              'patch': {'kernel': kernel[0]}}
-    cfg = config.OptimizerConfig('muon', 0.1, warmup_steps=0, muon_rms=0.5)
+    cfg = config_lib.OptimizerConfig('muon', 0.1, warmup_steps=0, muon_rms=0.5)
     update = updates(cfg, grads, 1)[0]
     matrix = np.asarray(update['blocks']['ff_in'].pop('kernel'))
     singular = np.linalg.svd(matrix, compute_uv=False)  # [layers, 8]

@@ -10,8 +10,13 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import checkpoint, chips, config, convert, data, generate, sample, sharding, train, video
+from mask2dit_jax import checkpoint, hardware, pipeline, sample
+from mask2dit_jax import config as config_lib
+from mask2dit_jax.data import batches, video
+from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
+from mask2dit_jax.pretrained import load
+from mask2dit_jax.training import trainer
 
 
 def smoke_config(steps=6, **kwargs):
@@ -19,13 +24,13 @@ def smoke_config(steps=6, **kwargs):
                           text_embed_dim=16, time_embed_dim=16, max_text_seq_length=6, patch_size=1, sample_height=4,
                           sample_width=4, sample_frames=4, dtype='float32', learned_positions=True,
                           attention_backend='dense')
-    cfg = config.Config(
-        model=model, optimizer=config.OptimizerConfig('muon', 1e-2, warmup_steps=2, final_fraction=0.1),
-        data=config.DataConfig(layouts=((4, 4), (4, 8)), num_train=32, num_test=16),
-        train=config.TrainConfig(steps=steps, batch_size=8, conditional_probability=0.5, ema_decay=0.9,
+    cfg = config_lib.Config(
+        model=model, optimizer=config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=2, final_fraction=0.1),
+        data=config_lib.DataConfig(layouts=((4, 4), (4, 8)), num_train=32, num_test=16),
+        train=config_lib.TrainConfig(steps=steps, batch_size=8, conditional_probability=0.5, ema_decay=0.9,
                                  log_every_steps=1, checkpoint_every_steps=3, sample_every_steps=100),
-        sample=config.SampleConfig(steps=2, guidance=1.5, sheet_stories=4),
-        eval=config.EvalConfig(stories=8, batch_size=8), mesh=config.MeshConfig(data=8, cpu_devices=8))
+        sample=config_lib.SampleConfig(steps=2, guidance=1.5, sheet_stories=4),
+        eval=config_lib.EvalConfig(stories=8, batch_size=8), mesh=config_lib.MeshConfig(data=8, cpu_devices=8))
     return dataclasses.replace(cfg, **kwargs)
 
 
@@ -33,16 +38,16 @@ def smoke_config(steps=6, **kwargs):
 def finished(tmp_path_factory):
     """A finished run of a few steps on two layouts, and its rows of scores."""
     workdir = tmp_path_factory.mktemp('runs') / 'smoke'
-    return workdir, train.train_and_evaluate(smoke_config(), workdir)
+    return workdir, trainer.train_and_evaluate(smoke_config(), workdir)
 
 
 @pytest.fixture(scope='module')
 def weights(finished):
     """'params' and 'ema' of the finished run, read from its last checkpoint without the package's own functions."""
     cfg = smoke_config()
-    shapes = convert.abstract_params(cfg.model)
+    shapes = load.abstract_params(cfg.model)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                          sharding.shardings({'params': shapes}, sharding.make_mesh(cfg.mesh))['params'])
+                          partitioning.shardings({'params': shapes}, partitioning.make_mesh(cfg.mesh))['params'])
     with ocp.StandardCheckpointer() as reader:
         return {k: reader.restore((finished[0] / 'checkpoints/6' / k).absolute(), target) for k in ('params', 'ema')}
 
@@ -58,12 +63,12 @@ def test_a_run_leaves_what_it_promises(finished):
     assert json.loads((workdir / 'scores.json').read_text()) == rows
     assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5, 6]
     assert len(list((workdir / 'sheets').glob('*.png'))) == 2
-    assert config.load(workdir / 'config.json') == smoke_config()
+    assert config_lib.load(workdir / 'config.json') == smoke_config()
 
 
 def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
-    coders = data.stories_coders(smoke_config(), finished[0])
-    by_ema, by_params = ([path.read_bytes() for path in train.write_sheets(smoke_config(), w, coders, tmp_path / k, 6)]
+    coders = batches.stories_coders(smoke_config(), finished[0])
+    by_ema, by_params = ([path.read_bytes() for path in trainer.write_sheets(smoke_config(), w, coders, tmp_path / k, 6)]
                          for k, w in sorted(weights.items()))
     sheets = [path.read_bytes() for path in (finished[0] / 'sheets').glob('*.png')]
     assert sorted(sheets) == sorted(by_ema)
@@ -79,55 +84,55 @@ def test_resume_is_bit_equal(finished, tmp_path):
     shutil.copytree(workdir, other)
     shutil.copytree(workdir.parent / 'data', tmp_path / 'data')
     shutil.rmtree(other / 'checkpoints' / '6')  # as if killed after the checkpoint of step 3
-    assert train.train_and_evaluate(smoke_config(), other, trace_step=3) == rows
+    assert trainer.train_and_evaluate(smoke_config(), other, trace_step=3) == rows
     trace, = (other / 'trace').rglob('*.xplane.pb')
     names = [e.name for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines
              for e in line.events]
-    assert names.count('CommonPjRtLoadedExecutable::Execute (jit_step)') == train.TRACED_STEPS
+    assert names.count('CommonPjRtLoadedExecutable::Execute (jit_step)') == trainer.TRACED_STEPS
 
     def untimed(path):
         return [{k: v for k, v in r.items() if k not in ('steps_per_second', 'data_wait')} for r in records(path)]
 
     assert untimed(other) == untimed(workdir)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
-        jax.devices()[0])), convert.abstract_params(smoke_config().model))
+        jax.devices()[0])), load.abstract_params(smoke_config().model))
     a, b = (checkpoint.restore(w / 'checkpoints/6', {'ema': target}) for w in (workdir, other))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
     cfg = smoke_config()
-    coders, device = data.stories_coders(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
-    shares = train._peak_share(cfg, types.SimpleNamespace(size=4, devices=np.array([device])), coders)
-    flops = chips.model_flops(cfg, cfg.model.layout((1, 2), 4, 4), 'train')
+    coders, device = batches.stories_coders(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
+    shares = trainer._peak_share(cfg, types.SimpleNamespace(size=4, devices=np.array([device])), coders)
+    flops = hardware.model_flops(cfg, cfg.model.layout((1, 2), 4, 4), 'train')
     assert shares.keys() == {(4, 4), (4, 8)}
     assert shares[4, 8] == pytest.approx(8 * sum(flops.values()) / (4 * 459e12))
-    assert train._peak_share(cfg, sharding.make_mesh(cfg.mesh), coders) == {}
+    assert trainer._peak_share(cfg, partitioning.make_mesh(cfg.mesh), coders) == {}
 
 
 def test_steps_that_are_not_run_cannot_be_recorded(finished):
     with pytest.raises(ValueError, match='--trace_step=2 cannot be recorded: this run goes from step 6 to 6'):
-        train.train_and_evaluate(smoke_config(), finished[0], trace_step=2)
+        trainer.train_and_evaluate(smoke_config(), finished[0], trace_step=2)
 
 
 def test_resuming_another_run_is_refused(finished):
     with pytest.raises(ValueError, match='trained with another seed'):
-        train.train_and_evaluate(smoke_config(seed=1), finished[0])
+        trainer.train_and_evaluate(smoke_config(seed=1), finished[0])
 
 
 def test_divergence_stops_and_saves_nothing(tmp_path):
-    cfg = smoke_config(optimizer=config.OptimizerConfig('adamw', 1e30, warmup_steps=1),
-                       data=config.DataConfig(layouts=((4, 4),), num_train=32, num_test=16))
+    cfg = smoke_config(optimizer=config_lib.OptimizerConfig('adamw', 1e30, warmup_steps=1),
+                       data=config_lib.DataConfig(layouts=((4, 4),), num_train=32, num_test=16))
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, log_every_steps=100))
     with pytest.raises(FloatingPointError, match=r'before step 3: nothing was saved'):  # where the first save is due
-        train.train_and_evaluate(cfg, tmp_path / 'run')
+        trainer.train_and_evaluate(cfg, tmp_path / 'run')
     assert not [p for p in (tmp_path / 'run/checkpoints').glob('*') if p.name.isdigit()]
 
 
 def test_fine_tuning_starts_from_the_ema(finished, weights):
     cfg = smoke_config(steps=1, init_from=str(finished[0]))
-    coders = data.stories_coders(cfg, finished[0])
-    state, _ = train._initial_state(cfg, coders, sharding.make_mesh(cfg.mesh))
+    coders = batches.stories_coders(cfg, finished[0])
+    state, _ = trainer._initial_state(cfg, coders, partitioning.make_mesh(cfg.mesh))
     for ours in state.params, state.ema:
         jax.tree.map(np.testing.assert_array_equal, ours, weights['ema'])
     assert int(state.step) == 0
@@ -141,7 +146,7 @@ def test_sampling_and_fine_tuning_take_the_newest_good_checkpoint(finished, tmp_
     assert json.loads((out / 'story.json').read_text())['checkpoint'] == str(workdir / 'checkpoints/3')
     assert any(f'{workdir}/checkpoints/6 is damaged' in r.getMessage() for r in caplog.records)
     cfg = smoke_config(init_from=str(workdir))
-    state, _ = train._initial_state(cfg, data.stories_coders(cfg, workdir), sharding.make_mesh(cfg.mesh))
+    state, _ = trainer._initial_state(cfg, batches.stories_coders(cfg, workdir), partitioning.make_mesh(cfg.mesh))
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
     ema = checkpoint.restore(workdir / 'checkpoints/3', {'ema': target})['ema']
     jax.tree.map(np.testing.assert_array_equal, state.params, ema)
@@ -198,7 +203,7 @@ def test_story_files_and_frames(tmp_path):
     for text in ('[]', '{"scenes": [{"frames": 4}]}', '{"scenes": []}', '{"scenes": [{"caption": "a", "fames": 4}]}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r'story.json (is no story file|needs a text caption)'):
-            generate.read_story(path)
+            pipeline.read_story(path)
     assert sample.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
     with pytest.raises(ValueError, match='Scene 1 has 4 frames in the story but its given clip has 12'):
         sample.plan_frames([4, 8], [np.zeros((12, 1, 1, 3))], 4)
@@ -210,4 +215,4 @@ def test_missing_workdirs_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no checkpoint'):
         checkpoint.latest(tmp_path, {})
     with pytest.raises(FileNotFoundError, match=r'must be a folder that mask2dit_jax\.main wrote'):
-        config.load(tmp_path / 'config.json')
+        config_lib.load(tmp_path / 'config.json')

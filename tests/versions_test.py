@@ -18,17 +18,17 @@ TESTS = pathlib.Path(__file__).parent
 # Distribution, the versions that were tried, the only file that uses the name, where it is, and what it is called with:
 # of a function its parameters, of a dataclass those of its fields that we set.
 PRIVATE = [
-    ('jax', '0.10.2, 0.11.2, 0.12.0.1', PACKAGE / 'processes.py',
+    ('jax', '0.10.2, 0.11.2, 0.12.0.1', PACKAGE / 'distributed/multihost.py',
      'jax._src.hardware_utils', 'num_available_tpu_chips_and_device_id', ()),
     ('jax', '0.10.2, 0.11.2, 0.12.0.1', TESTS / 'attention_test.py',
      'jax._src.cudnn.fused_attention_stablehlo', 'check_cudnn_version', ()),
-    ('orbax-checkpoint', '0.12.5, 0.12.8', PACKAGE / 'weights.py',
+    ('orbax-checkpoint', '0.12.5, 0.12.8', PACKAGE / 'tensor_io.py',
      'orbax.checkpoint.type_handlers', 'NumpyHandler._open_and_write', ('self', 'value', 'tspec', 'ts_context')),
-    ('tokamax', '0.0.12, 0.0.17', PACKAGE / 'splash.py',
+    ('tokamax', '0.0.12, 0.0.17', PACKAGE / 'attention/splash.py',
      'tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel', 'SplashConfig',
      ('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv', 'block_kv_dkv', 'block_kv_dkv_compute',
       'dq_reduction_steps', 'residual_checkpoint_name', 'interpret')),
-    ('tokamax', '0.0.12, 0.0.17', PACKAGE / 'splash.py',
+    ('tokamax', '0.0.12, 0.0.17', PACKAGE / 'attention/splash.py',
      'tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel', 'make_splash_mha_single_device',
      ('mask', 'config')),
 ]
@@ -63,9 +63,9 @@ def test_private_names_are_as_they_were(row):
 
 
 def test_a_changed_name_is_told_with_the_version():
-    row = ('jax', '0.10.2', PACKAGE / 'processes.py', 'jax._src.hardware_utils')
+    row = ('jax', '0.10.2', PACKAGE / 'distributed/multihost.py', 'jax._src.hardware_utils')
     assert changed('9.9', *row, 'no_such_function', ()).startswith(
-        'jax 9.9 has changed jax._src.hardware_utils.no_such_function, which was as processes.py needs it in 0.10.2:')
+        'jax 9.9 has changed jax._src.hardware_utils.no_such_function, which was as multihost.py needs it in 0.10.2:')
     more = changed('9.9', *row, 'num_available_tpu_chips_and_device_id', ('other',))
     assert 'its parameters are ' in more
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mask2dit_jax import video
+from mask2dit_jax.data import video
 
 
 def _frames(count=6, height=24, width=32):

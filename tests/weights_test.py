@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mask2dit_jax import weights
+from mask2dit_jax import tensor_io
 
 SAFE = {'deadline': None, 'max_examples': 60}
 TENSORS = {'a.weight': np.arange(12, dtype=np.float32).reshape(3, 4), 'a.bias': np.ones(3, np.float16),
@@ -25,7 +25,7 @@ def written(folder, tensors=TENSORS):
 
 
 def read_all(folder):
-    return {n: np.asarray(t) for n, t in weights.open_safetensors(folder).items()}
+    return {n: np.asarray(t) for n, t in tensor_io.open_safetensors(folder).items()}
 
 
 def file_of(header: bytes, data: bytes = b'') -> bytes:
@@ -101,9 +101,9 @@ def test_what_is_written_comes_back(described, shard_bytes):
     described.pop('__metadata__', None)
     rng = np.random.default_rng(0)
     tensors = {n: np.asarray(rng.normal(size=shape)).astype(dtype) for n, (dtype, shape) in described.items()}
-    lazy = {n: weights.Tensor(v.shape, v.dtype, lambda v=v: v) for n, v in tensors.items()}
+    lazy = {n: tensor_io.Tensor(v.shape, v.dtype, lambda v=v: v) for n, v in tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
-        weights.write_safetensors(folder, 'model', lazy, shard_bytes)
+        tensor_io.write_safetensors(folder, 'model', lazy, shard_bytes)
         have = read_all(folder)
     assert have.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -113,70 +113,70 @@ def test_what_is_written_comes_back(described, shard_bytes):
 
 def test_folders_that_lack_something(tmp_path):
     with pytest.raises(FileNotFoundError, match='is no folder'):
-        weights.open_safetensors(tmp_path / 'none')
+        tensor_io.open_safetensors(tmp_path / 'none')
     with pytest.raises(FileNotFoundError, match=r'lacks a \.safetensors file'):
-        weights.open_safetensors(tmp_path)
+        tensor_io.open_safetensors(tmp_path)
     (tmp_path / 'pytorch_model.bin').write_bytes(b'')
     with pytest.raises(ValueError, match=r'pickled weights \(pytorch_model.bin\).*safe_serialization=True'):
-        weights.open_safetensors(tmp_path)
+        tensor_io.open_safetensors(tmp_path)
     written(tmp_path)
     save_file({'b': np.zeros(1, np.float32)}, tmp_path / 'other.safetensors')
     with pytest.raises(ValueError, match=r'has b in two files, one of them other\.safetensors'):
-        weights.open_safetensors(tmp_path)
+        tensor_io.open_safetensors(tmp_path)
 
 
 def test_indexed_files(tmp_path):
-    lazy = {n: weights.Tensor(v.shape, v.dtype, lambda v=v: v) for n, v in TENSORS.items()}
-    weights.write_safetensors(tmp_path, 'model', lazy, shard_bytes=50)
+    lazy = {n: tensor_io.Tensor(v.shape, v.dtype, lambda v=v: v) for n, v in TENSORS.items()}
+    tensor_io.write_safetensors(tmp_path, 'model', lazy, shard_bytes=50)
     assert sorted(read_all(tmp_path)) == sorted(TENSORS)
     index = tmp_path / 'model.safetensors.index.json'
     listed = json.loads(index.read_text())
     more = listed['weight_map'] | {'c': 'model-00001-of-00002.safetensors'}
     index.write_text(json.dumps(listed | {'weight_map': more}))
     with pytest.raises(ValueError, match='lacks tensors that its index lists: c'):
-        weights.open_safetensors(tmp_path)
+        tensor_io.open_safetensors(tmp_path)
     (tmp_path / 'model-00002-of-00002.safetensors').unlink()
     with pytest.raises(FileNotFoundError, match=r'lacks model-00002-of-00002\.safetensors'):
-        weights.open_safetensors(tmp_path)
+        tensor_io.open_safetensors(tmp_path)
     index.write_text('{')
     with pytest.raises(ValueError, match=r'index\.json is no index'):
-        weights.open_safetensors(tmp_path)
+        tensor_io.open_safetensors(tmp_path)
 
 
 def leaf(value, stacked):
     parts = tuple(lambda v=v: v for v in (value if stacked else [value]))
-    return weights.Leaf(value.shape, value.dtype, parts, stacked)
+    return tensor_io.Leaf(value.shape, value.dtype, parts, stacked)
 
 
 def test_orbax_written_part_by_part_is_an_ordinary_checkpoint(tmp_path):
     rng = np.random.default_rng(0)
     tree = {'blocks': {'kernel': rng.normal(size=(3, 4, 5)).astype(ml_dtypes.bfloat16)}, 'bias': np.float32([1, 2])}
-    weights.write_orbax(tmp_path / 'params', {'blocks': {'kernel': leaf(tree['blocks']['kernel'], True)},
+    tensor_io.write_orbax(tmp_path / 'params', {'blocks': {'kernel': leaf(tree['blocks']['kernel'], True)},
                                               'bias': leaf(tree['bias'], False)})
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-    restored = weights.restore_orbax(tmp_path / 'params', target)
+    restored = tensor_io.restore_orbax(tmp_path / 'params', target)
     jax.tree.map(np.testing.assert_array_equal, restored, tree)
-    arrays = weights.open_orbax(tmp_path / 'params')
+    arrays = tensor_io.open_orbax(tmp_path / 'params')
     np.testing.assert_array_equal(arrays['blocks', 'kernel'][1].read().result(), tree['blocks']['kernel'][1])
     other = {'blocks': {'kernel': jax.ShapeDtypeStruct((3, 4, 4), np.float32, sharding=sharding)},
              'extra': target['bias']}
     with pytest.raises(ValueError, match=r'missing extra; unexpected bias; blocks/kernel has shape \(3, 4, 5\)'):
-        weights.restore_orbax(tmp_path / 'params', other)
+        tensor_io.restore_orbax(tmp_path / 'params', other)
 
 
 def test_damaged_orbax_is_named(tmp_path):
     with pytest.raises(ValueError, match='params is no complete Orbax checkpoint'):
-        weights.open_orbax(tmp_path / 'params')
-    weights.write_orbax(tmp_path / 'params', {'bias': leaf(np.float32([1, 2]), False)})
+        tensor_io.open_orbax(tmp_path / 'params')
+    tensor_io.write_orbax(tmp_path / 'params', {'bias': leaf(np.float32([1, 2]), False)})
     (tmp_path / 'params/_METADATA').unlink()
     with pytest.raises(ValueError, match='params is no complete Orbax checkpoint'):
-        weights.open_orbax(tmp_path / 'params')
+        tensor_io.open_orbax(tmp_path / 'params')
 
 
 def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path):
     path = written(tmp_path)
-    tensors = weights.open_safetensors(tmp_path)
+    tensors = tensor_io.open_safetensors(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r'model\.safetensors changed while it was read'):
         np.asarray(tensors['a.weight'])

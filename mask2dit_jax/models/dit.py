@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mask2dit_jax import attention, scenes, sharding
+from mask2dit_jax.attention import attend
+from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.layout import PATTERNS, SceneLayout, resample_positions, rope_table, sincos_positions, token_scenes
 
 # What the backward pass does not compute again: names to keep on the device, names to move to the host's memory.
 REMAT = {'none': None, 'full': ((), ()), 'save_attention': (('attention',), ()),
@@ -71,7 +73,7 @@ class DiTConfig:
     remat: str = 'none'
 
     def __post_init__(self):
-        choices = {'pattern': scenes.PATTERNS, 'attention_backend': tuple(attention.BACKENDS), 'remat': tuple(REMAT),
+        choices = {'pattern': PATTERNS, 'attention_backend': tuple(attend.BACKENDS), 'remat': tuple(REMAT),
                    'position_rule': ('continuous', 'reference'), 'dtype': ('float32', 'bfloat16')}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -92,7 +94,7 @@ class DiTConfig:
         return ((self.sample_frames - 1) // self.temporal_compression_ratio + 1,
                 self.sample_height // self.patch_size, self.sample_width // self.patch_size)
 
-    def layout(self, frames: tuple[int, ...], height: int, width: int) -> scenes.SceneLayout:
+    def layout(self, frames: tuple[int, ...], height: int, width: int) -> SceneLayout:
         """Layout of a story with these latent frames per scene and this latent height and width.
 
         Raises:
@@ -100,7 +102,7 @@ class DiTConfig:
         """
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f'Latent size {height}x{width} is not a multiple of patch_size {self.patch_size}.')
-        return scenes.SceneLayout(tuple(frames), height // self.patch_size, width // self.patch_size,
+        return SceneLayout(tuple(frames), height // self.patch_size, width // self.patch_size,
                                   self.max_text_seq_length, self.patch_size_t or 1)
 
 
@@ -113,7 +115,7 @@ def timestep_embedding(t, width: int, flip_sin_to_cos: bool, freq_shift: int):
     return jnp.concatenate(parts, axis=-1)
 
 
-def patchify(x, layout: scenes.SceneLayout, patch: int):
+def patchify(x, layout: SceneLayout, patch: int):
     """[B, T, H, W, C] to tokens [B, num_video, C·pt·p·p], features in (channel, frame, row, column) order."""
     b, _, h, w, c = x.shape
     pt = layout.patch_t
@@ -125,7 +127,7 @@ def patchify(x, layout: scenes.SceneLayout, patch: int):
     return x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, layout.num_video, c * pt * patch * patch)
 
 
-def unpatchify(x, layout: scenes.SceneLayout, patch: int):
+def unpatchify(x, layout: SceneLayout, patch: int):
     """Inverse of `patchify`, padding frames cut off: [B, num_video, C·pt·p·p] to [B, T, H, W, C]."""
     b, pt = x.shape[0], layout.patch_t
     x = x.reshape(b, sum(layout.token_frames), layout.height, layout.width, -1, pt, patch, patch)
@@ -162,8 +164,8 @@ class _Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        kernel = sharding.gather_context(kernel.astype(self.dtype), '/'.join((*self.path, 'kernel')))
-        flat = sharding.mesh_axes().get('context', 1) == 1
+        kernel = partitioning.gather_context(kernel.astype(self.dtype), '/'.join((*self.path, 'kernel')))
+        flat = partitioning.mesh_axes().get('context', 1) == 1
         y = checkpoint_name((x.reshape(-1, x.shape[-1]) if flat else x).astype(self.dtype) @ kernel, 'matmul')
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
@@ -229,7 +231,7 @@ class _AdaLayerNorm(nn.Module):
 class _Attention(nn.Module):
     """Multi-head attention with normed q and k, rotary positions and the scene mask."""
     cfg: DiTConfig
-    layout: scenes.SceneLayout
+    layout: SceneLayout
 
     @nn.compact
     def __call__(self, x, rope):
@@ -244,19 +246,20 @@ class _Attention(nn.Module):
         if self.is_initializing():  # attention has no parameters, and its kernels ask for their chip
             out = v
         else:
-            out = attention.attend(q, k, v, self.layout, cfg.pattern, cfg.attention_backend)
+            pattern, backend = cfg.pattern, cfg.attention_backend
+            out = attend.attend(q, k, v, self.layout, pattern, backend)
         return dense(name='to_out')(out.reshape(x.shape))
 
 
 class _Block(nn.Module):
     """One transformer block; text and video share all weights but the adaLN vectors."""
     cfg: DiTConfig
-    layout: scenes.SceneLayout
+    layout: SceneLayout
 
     @nn.compact
     def __call__(self, x, emb, rope, token_kind):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        x = checkpoint_name(sharding.constrain_tokens(x), 'layer')
+        x = checkpoint_name(partitioning.constrain_tokens(x), 'layer')
         h, gate = _AdaLayerNorm(cfg, 3, 2, name='norm1')(x, emb, token_kind)
         x = x + gate * _Attention(cfg, self.layout, name='attn')(h, rope)
         h, gate = _AdaLayerNorm(cfg, 3, 2, name='norm2')(x, emb, token_kind)
@@ -310,7 +313,7 @@ class DiT(nn.Module):
         x = jnp.concatenate([text, video], axis=1)  # [B, L, E]
         x = self._add_positions(x, layout)
 
-        scene, is_text = scenes.token_scenes(layout)
+        scene, is_text = token_scenes(layout)
         rope = self._rope(layout) if cfg.rotary else None
         x, _ = _block_stack(cfg)(cfg, layout, name='blocks')(x, emb, rope, 2 * scene + is_text)
 
@@ -323,7 +326,7 @@ class DiT(nn.Module):
     def _rope(self, layout):
         """Rotary tables over the joint sequence; text is not rotated."""
         rule = 'linspace' if self.cfg.patch_size_t is None else 'slice'
-        cos, sin = scenes.rope_table(layout, self.cfg.attention_head_dim, rule, self.cfg.base_grid[1:])
+        cos, sin = rope_table(layout, self.cfg.attention_head_dim, rule, self.cfg.base_grid[1:])
         pad = ((layout.num_text, 0), (0, 0))
         return np.pad(cos, pad, constant_values=1), np.pad(sin, pad)
 
@@ -335,12 +338,12 @@ class DiT(nn.Module):
             m, e = cfg.max_text_seq_length, cfg.width
             table = self.param('positions', nn.initializers.normal(0.02), (m + t0 * h0 * w0, e), jnp.float32)
             share = cfg.position_rule == 'continuous'
-            text, time, rows, cols = scenes.resample_positions(layout, (t0, h0, w0), share)
+            text, time, rows, cols = resample_positions(layout, (t0, h0, w0), share)
             video = jnp.einsum('at,bh,cw,thwe->abce', *(m.astype(np.float32) for m in (time, rows, cols)),
                                table[m:].reshape(t0, h0, w0, e), precision='highest').reshape(-1, e)
             positions = jnp.concatenate([text.astype(np.float32) @ table[:m], video])
         elif not cfg.rotary:
-            positions = scenes.sincos_positions(layout, cfg.width, cfg.base_grid, cfg.position_rule,
+            positions = sincos_positions(layout, cfg.width, cfg.base_grid, cfg.position_rule,
                                                 cfg.temporal_interpolation_scale, cfg.spatial_interpolation_scale)
         else:
             return x

@@ -1,6 +1,6 @@
 """Vision transformers that turn frames and clips into features, and CLIP's text transformer: one network for all.
 
-CLIP, DINOv2 (also with registers) and VideoMAE are configurations of it; mask2dit_jax.encoders reads their folders.
+CLIP, DINOv2 (also with registers) and VideoMAE are configurations of it; mask2dit_jax.evaluation.feature_encoders reads their folders.
 """
 import dataclasses
 import functools

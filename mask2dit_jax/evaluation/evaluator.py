@@ -1,0 +1,308 @@
+"""Scores folders of videos that `sample` wrote."""
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+
+import numpy as np
+import safetensors.numpy
+import tqdm
+
+from mask2dit_jax import pipeline, tensor_io
+from mask2dit_jax.data import video
+from mask2dit_jax.evaluation import feature_encoders, metrics
+
+_PAPER = {'all pairs': ('visual', 'semantic', 'sequence'),
+          'adjacent': ('visual_adjacent', 'semantic', 'sequence_adjacent')}
+_OTHERS = {
+    'subject_within': 'subject consistency within scenes', 'subject_between': 'subject consistency between scenes',
+    'matches': 'scenes that match their own caption best (chance: 1 / scenes)',
+    'margin': 'cosine with own caption less with others'}
+_CUTS = 'sharpness', 'placed'
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video file and its story: a caption and a number of frames per scene."""
+    name: str
+    path: pathlib.Path
+    captions: tuple[str, ...]
+    frames: tuple[int, ...]
+
+
+def find_videos(folder, story=None) -> list[Video]:
+    """All mp4 files of a folder with one story, or, without it, beside the story.json files in and below the folder.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file that is missing, or the story that has no frames or one scene.
+    """
+    folder = pathlib.Path(folder)
+    stories = [pathlib.Path(story)] if story else sorted(folder.rglob('story.json'))
+    if not stories:
+        raise FileNotFoundError(f'{folder} holds no story.json: give --story, {{"scenes": [{{"caption": "...", '
+                                '"frames": 8}, ...]}.')
+    videos = []
+    for path in stories:
+        captions, frames = pipeline.read_story(path)
+        if not all(f and f > 0 for f in frames) or len(frames) < 2:
+            raise ValueError(f'{path} must have two scenes or more, and "frames" in each.')
+        files = (folder if story else path.parent).glob('*.mp4')
+        files = sorted(files, key=lambda p: [int(n) if n.isdigit() else n for n in re.split(r'(\d+)', p.name)])
+        if not files:
+            raise FileNotFoundError(f'{folder if story else path.parent} holds no mp4 file.')
+        videos += [Video(p.relative_to(folder).with_suffix('').as_posix(), p, tuple(captions), tuple(frames))
+                   for p in files]
+    return videos
+
+
+def _spread(pixels, count: int):
+    """`count` frames evenly from first to last; repeated if there are fewer."""
+    return pixels[np.linspace(0, len(pixels) - 1, count).round().astype(int)]
+
+
+def _frame_features(encoder: feature_encoders.Encoder, clips, count: int) -> list[np.ndarray]:
+    """Normalised features [F, E] of at most `count` frames of each clip."""
+    picked = [_spread(pixels, min(count, len(pixels))) for pixels in clips]
+    features = metrics.unit(feature_encoders.encode_clips(encoder, np.concatenate(picked)[:, None]))
+    return np.split(features, np.cumsum([len(p) for p in picked])[:-1])
+
+
+def _clip_features(encoder: feature_encoders.Encoder, clips, count: int) -> np.ndarray:
+    """One feature of each clip, [N, D]."""
+    if encoder.cfg.frames > 1:
+        return feature_encoders.encode_clips(encoder, np.stack([_spread(pixels, encoder.cfg.frames) for pixels in clips]))
+    return np.stack([frames.mean(0) for frames in _frame_features(encoder, clips, count)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Coders:
+    """Encoders of scenes and captions, of frames and of whole videos; None gives no such features."""
+    scenes: feature_encoders.Encoder
+    frames: feature_encoders.Encoder | None
+    videos: feature_encoders.Encoder | None
+
+
+def encode_video(coders: Coders, item: Video, pixels, count: int) -> dict[str, np.ndarray]:
+    """The features of one video uint8 [F, H, W, 3], by their names in a features file; `count` is --frames."""
+    scenes, features = pipeline.split_scenes(pixels, item.frames), {}
+    if coders.frames is not None:
+        framed = _frame_features(coders.frames, scenes, count)
+        features = {f'frames/{i}': frames for i, frames in enumerate(framed)}
+    features['scenes'] = (np.stack([frames.mean(0) for frames in framed]) if coders.frames is coders.scenes
+                          else _clip_features(coders.scenes, scenes, count))
+    if coders.videos is not None:
+        features['video'] = _clip_features(coders.videos, [pixels], count)
+    return {f'{item.name}/{key}': value.astype(np.float32) for key, value in features.items()}
+
+
+def read_features(path) -> dict[str, np.ndarray]:
+    """All features of a safetensors file.
+
+    Raises:
+      FileNotFoundError, ValueError: if it is none.
+    """
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f'{path} is no file: check --features.')
+    return {name: np.asarray(tensor) for name, tensor in tensor_io.open_file(path)[0].items()}
+
+
+def score(item: Video, features: dict, change) -> dict:
+    """All metrics of one video, fractions of 1; see mask2dit_jax.evaluation.metrics.
+
+    Args:
+      item: the video.
+      features: of all videos, by name.
+      change: of metrics.transitions.
+
+    Raises:
+      ValueError: if the features do not fit the story.
+    """
+    own = {key.removeprefix(f'{item.name}/'): x for key, x in features.items() if key.startswith(f'{item.name}/')}
+    for key in ('scenes', 'captions'):
+        if key in own and (own[key].ndim != 2 or len(own[key]) != len(item.frames)):
+            raise ValueError(f'{item.name}/{key} has shape {own[key].shape}: give one row per scene, '
+                             f'{len(item.frames)}.')
+    if 'scenes' not in own:
+        raise ValueError(f'{item.name}/scenes is missing from the features.')
+    cuts = metrics.cut_scores(change, item.frames)
+    out = {'name': item.name} | {name: float(values.mean()) for name, values in cuts.items()}
+    out['visual'] = metrics.visual_consistency(own['scenes'])
+    out['visual_adjacent'] = metrics.visual_consistency(own['scenes'], 'adjacent')
+    if 'captions' in own:
+        confusion = metrics.caption_cosines(own['scenes'], own['captions'])
+        semantic = metrics.semantic_consistency(own['scenes'], own['captions'])
+        out |= {'semantic': semantic, 'matches': float(metrics.caption_matches(confusion).mean()),
+                'margin': metrics.caption_margin(confusion), 'confusion': confusion.tolist()}
+        out |= {'sequence': metrics.sequence_consistency(out['visual'], semantic),
+                'sequence_adjacent': metrics.sequence_consistency(out['visual_adjacent'], semantic)}
+    if 'frames/0' in own:
+        lost = [f'{item.name}/frames/{i}' for i in range(len(item.frames)) if f'frames/{i}' not in own]
+        if lost:
+            raise ValueError(f'{", ".join(lost)} is missing from the features.')
+        frames = [own[f'frames/{i}'] for i in range(len(item.frames))]
+        out |= {'subject_within': metrics.subject_within(frames), 'subject_between': metrics.subject_between(frames)}
+    return out
+
+
+def frechet(videos: list[Video], features: dict) -> dict | None:
+    """Fréchet distance between all NAME/video and the reference, with the counts that it rests on; None without them.
+
+    Raises:
+      ValueError: if there is a reference but not a feature of every video, or too few of either.
+    """
+    if 'reference' not in features:
+        return None
+    lost = [item.name for item in videos if f'{item.name}/video' not in features]
+    if lost:
+        raise ValueError(f'{lost[0]}/video is missing from the features, which have a reference.')
+    parts = [metrics.moments(np.atleast_2d(features[f'{item.name}/video'])) for item in videos]
+    made, real = functools.reduce(metrics.merge, parts), metrics.moments(features['reference'])
+    return {'distance': metrics.frechet_distance(made, real), 'videos': made.count, 'references': real.count,
+            'size': len(real.mean)}
+
+
+def summarize(rows: list[dict], seed: int) -> dict[str, dict]:
+    """Mean and 95 % bootstrap interval of every metric over the videos.
+
+    Raises:
+      ValueError: if one video has metrics that another has not.
+    """
+    names = [name for name in rows[0] if name not in ('name', 'confusion')]
+    for row in rows:
+        if odd := sorted(set(row) ^ set(rows[0])):
+            raise ValueError(f'{row["name"]} and {rows[0]["name"]} differ in {", ".join(odd)}: give the same kinds of '
+                             'features for all videos.')
+    values = {name: [row[name] for row in rows] for name in names}
+    return {name: {'mean': float(np.mean(x)), 'interval': metrics.bootstrap(x, seed)} for name, x in values.items()}
+
+
+def confusions(rows: list[dict]) -> dict[int, list]:
+    """Mean confusion matrix by number of scenes."""
+    by_count = {}
+    for row in rows:
+        if 'confusion' in row:
+            by_count.setdefault(len(row['confusion']), []).append(row['confusion'])
+    return {count: np.mean(group, axis=0).tolist() for count, group in sorted(by_count.items())}
+
+
+def _cell(summary: dict, name: str) -> str:
+    if name not in summary:
+        return '–'
+    interval = summary[name]['interval']
+    return f'{100 * summary[name]["mean"]:.2f}' + (
+        f' [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]' if interval else '')
+
+
+def report(result: dict) -> str:
+    """Markdown of what `evaluate` found."""
+    summary, distance = result['summary'], result['frechet']
+    cuts = ' | '.join(_cell(summary, name) for name in _CUTS)
+    fvd = f'{distance["distance"]:.5g}' if distance else '–'
+    lines = [
+        '# Scores', '',
+        f'{len(result["videos"])} video(s), in percent, mean over videos [95 % bootstrap interval]. '
+        + ', '.join(f'{key}: {value}' for key, value in result['settings'].items()) + '.', '',
+        '| pairs of scenes | visual consistency | semantic consistency | sequence consistency | FVD | cut sharpness | '
+        'cuts placed |', '|---|---:|---:|---:|---:|---:|---:|']
+    lines += [f'| {label} | {" | ".join(_cell(summary, name) for name in names)} | {fvd} | {cuts} |'
+              for label, names in _PAPER.items()]
+    lines += ['', '| | mean | cut sharpness | cuts placed |', '|---|---:|---:|---:|']
+    lines += [f'| {label} | {_cell(summary, name)} | {cuts} |' for name, label in _OTHERS.items()]
+    lines += ['', 'Cut sharpness is 100 for hard cuts between still scenes and 0 where borders change no more than '
+              'scenes do: without cuts, consistency is worth little. Cuts placed: borders that are among the largest '
+              'changes of the video. Captions that leak into other scenes make these alike, which raises consistency '
+              'too: only the matches fall.']
+    if distance:
+        few = min(distance['videos'], distance['references']) <= distance['size']
+        lines += ['', "FVD is the Fréchet distance of the video encoder's features; papers take I3D's, with which it "
+                  f'does not compare. {distance["videos"]} videos against {distance["references"]} of the reference, '
+                  f'features of size {distance["size"]}; no interval, as resampling biases it.' + (
+                      ' Fewer samples than that: compare only numbers of these same counts.' if few else '')]
+    for count, matrix in result['confusion'].items():
+        lines += ['', f'Cosine of scenes (rows) with captions, stories of {count} scenes:', '',
+                  ' | '.join(['| scene', *(f'caption {j + 1}' for j in range(count))]) + ' |',
+                  '|---' * (count + 1) + '|']
+        lines += [f'| {i + 1} | ' + ' | '.join(f'{100 * x:.2f}' for x in row) + ' |' for i, row in enumerate(matrix)]
+    return '\n'.join(lines) + '\n'
+
+
+def _read(path, frames: int | None = None) -> np.ndarray:
+    pixels = video.read_video(path)[0]
+    if frames is not None and len(pixels) != frames:
+        raise ValueError(f'{path} has {len(pixels)} frames, its story {frames}: they must agree.')
+    return pixels
+
+
+def load_coders(encoder, frame_encoder=None, video_encoder=None) -> Coders:
+    """Encoders of these folders; without the last, whole videos are not encoded.
+
+    Raises:
+      FileNotFoundError, ValueError: of encoders.load, and for a frame encoder of clips.
+    """
+    loaded = {folder: feature_encoders.load(folder) for folder in {encoder, frame_encoder, video_encoder} - {None}}
+    if frame_encoder and loaded[frame_encoder].cfg.frames > 1:
+        raise ValueError(f'{frame_encoder} is an encoder of clips: give --frame_encoder one of pictures.')
+    frames = loaded[frame_encoder or encoder]
+    return Coders(loaded[encoder], frames if frames.cfg.frames == 1 else None, loaded.get(video_encoder))
+
+
+def _encode_captions(coders: Coders, videos: list[Video]) -> tuple[dict[str, np.ndarray], int]:
+    """NAME/captions of all videos, and how many captions were cut off; nothing from an encoder without captions."""
+    if coders.scenes.text is None:
+        return {}, 0
+    captions = list(dict.fromkeys(c for item in videos for c in item.captions))
+    features, cut = feature_encoders.encode_captions(coders.scenes, captions)
+    return {f'{item.name}/captions': features[[captions.index(c) for c in item.captions]] for item in videos}, sum(cut)
+
+
+def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video_encoder=None, features=None,
+             reference=None, frames: int = 8, seed: int = 0) -> dict:
+    """Scores the videos of a folder and writes evaluation.md, evaluation.json and features.safetensors to `out`.
+
+    Arguments are the flags of the command; returns what evaluation.json holds.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and what to do.
+    """
+    if bool(encoder) == bool(features):
+        raise ValueError('Give either --encoder or --features.')
+    if features and (frame_encoder or video_encoder or reference):
+        raise ValueError('--features replaces all encoders and the reference: leave these out.')
+    if video_encoder and not reference:
+        raise ValueError('--video_encoder is for the Fréchet distance: give --reference too.')
+    items, out = find_videos(videos, story), pathlib.Path(out)
+    real = sorted(pathlib.Path(reference).rglob('*.mp4')) if reference else []
+    if reference and not real:
+        raise FileNotFoundError(f'{reference} holds no mp4 file: check --reference.')
+    if features:
+        coders, found, settings = None, read_features(features), {'features': str(features)}
+    else:
+        coders = load_coders(encoder, frame_encoder, video_encoder or encoder if reference else None)
+        found, cut = _encode_captions(coders, items)
+        settings = {'encoder': str(encoder), 'frame encoder': str(frame_encoder or encoder), 'frames per scene': frames}
+        settings |= {'captions cut off': cut} if cut else {}
+        settings |= {'reference': str(reference), 'video encoder': str(video_encoder or encoder)} if reference else {}
+    changes = []
+    for item in tqdm.tqdm(items, desc='reading videos', unit='video', delay=3):
+        pixels = _read(item.path, sum(item.frames))
+        changes.append(metrics.transitions(pixels))
+        found |= encode_video(coders, item, pixels, frames) if coders else {}
+    out.mkdir(parents=True, exist_ok=True)
+    if coders:
+        if reference:
+            found['reference'] = np.concatenate([
+                _clip_features(coders.videos, [_read(path)], frames).astype(np.float32)
+                for path in tqdm.tqdm(real, desc='reading reference', unit='video', delay=3)])
+        safetensors.numpy.save_file(found, out / 'features.safetensors')
+    rows = []
+    for item, change in zip(items, changes):
+        try:
+            rows.append(score(item, found, change))
+        except ValueError as error:
+            raise ValueError(f'{item.path}: {error}') from error
+    result = {'settings': settings, 'seed': seed, 'summary': summarize(rows, seed), 'frechet': frechet(items, found),
+              'confusion': confusions(rows), 'videos': rows}
+    (out / 'evaluation.json').write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
+    (out / 'evaluation.md').write_text(report(result), encoding='utf-8')
+    return result
