@@ -175,7 +175,7 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
         raise
     except Exception as error:  # Orbax and tensorstore raise many kinds, Exception itself among them
         reason = _brief(error)
-    if multihost.agree(items is not None):
+    if multihost.all_agree(items is not None):
         found = checksums(items)
         wrong = [name for name in items if found[name] != expected[name]]
         if not wrong:

@@ -11,7 +11,9 @@ import pathlib
 import ml_collections
 
 from mask2dit_jax.diffusion import schedule as schedule_lib
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
+from mask2dit_jax.models import lora as lora_lib
 
 OPTIMIZERS = ('adamw', 'muon')
 CODECS = ('stories', 'vae')
@@ -79,25 +81,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank fine-tuning: only A and B are trained, and a kernel acts as kernel + alpha / rank * A @ B.
-
-    The base, which `init_from` must name, stays as it is and is not saved again. A and B are no matrices of the blocks
-    in the optimizer's sense: under 'muon' they get its Nesterov AdamW.
-
-    Attributes:
-      rank: of A @ B; 0 trains the whole model instead.
-      alpha: see above; 0 means alpha = rank, so a scale of 1, which is also what diffusers takes where a file of LoRA
-        tensors does not say.
-      layers: regular expression, searched for in the parameters' paths, e.g. 'blocks/ff_in/kernel'; the default is the
-        attention's four projections in every block.
-    """
-    rank: int = 0
-    alpha: float = 0.0
-    layers: str = r'/attn/to_(q|k|v|out)/kernel$'
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The training loop.
 
@@ -144,26 +127,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """How devices share the work; the product of the four axes must be the device count.
-
-    Attributes:
-      data: copies of the model, between which only gradients travel; several slices must divide it.
-      fsdp: devices over which one copy's parameters, optimizer and EMA are spread, each with examples of its own.
-      context: devices that share the tokens of an example (Ulysses); it must divide the attention heads.
-      tensor: devices that share the heads and the hidden features.
-      slice: TPU slice (presets.SLICES) that the axes are meant for, which `aot` compiles for.
-      cpu_devices: how many devices JAX makes of the host's CPU; it means nothing on accelerators.
-    """
-    data: int = 1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
-    slice: str = ''
-    cpu_devices: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything `main` needs.
 
@@ -178,11 +141,11 @@ class Config:
     schedule: schedule_lib.Schedule = schedule_lib.Schedule()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    lora: LoraConfig = LoraConfig()
+    lora: lora_lib.LoraConfig = lora_lib.LoraConfig()  # noqa: RUF009 (frozen)
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
-    mesh: MeshConfig = MeshConfig()
+    mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()  # noqa: RUF009 (frozen)
 
 
 def default() -> ml_collections.ConfigDict:

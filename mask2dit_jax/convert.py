@@ -26,16 +26,16 @@ import time
 
 from absl import app, flags
 
-from mask2dit_jax.pretrained import load
-from mask2dit_jax.training import metric_writer
+from mask2dit_jax import logs
+from mask2dit_jax.pretrained import export
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
-    metric_writer.quiet_libraries()
+    logs.quiet_libraries()
     started = time.monotonic()
-    counts = load.convert_folder(_FROM.value, _TO.value)
+    counts = export.convert_folder(_FROM.value, _TO.value)
     listed = ', '.join(f'{kind} {count:,}' for kind, count in counts.items())
     print(f'Wrote {_TO.value} in {time.monotonic() - started:.0f} s; parameters: {listed}.')
 

@@ -21,10 +21,10 @@ import time
 import jax
 from absl import app, flags
 
+from mask2dit_jax import logs
 from mask2dit_jax.data import precompute
 from mask2dit_jax.data import records as records_lib
-from mask2dit_jax.pretrained import load
-from mask2dit_jax.training import metric_writer
+from mask2dit_jax.pretrained import load as load_lib
 
 
 def _job() -> precompute.Job:
@@ -35,8 +35,8 @@ def _job() -> precompute.Job:
     if None in sizes:
         if not folder or sizes != (None, None):
             raise app.UsageError('Give both --height and --width.')
-        model = load.read_config('transformer', pathlib.Path(folder) / 'transformer')
-        factor = load.read_config('vae', pathlib.Path(folder) / 'vae').spatial_factor
+        model = load_lib.read_config('transformer', pathlib.Path(folder) / 'transformer')
+        factor = load_lib.read_config('vae', pathlib.Path(folder) / 'vae').spatial_factor
         sizes = model.sample_height * factor, model.sample_width * factor
     return precompute.Job(manifest=_MANIFEST.value, root=_ROOT.value, folder=folder, frames=_FRAMES.value, height_px=sizes[0],
                width_px=sizes[1], stride=_STRIDE.value, windows=_WINDOWS.value, seed=_SEED.value, store=_STORE.value,
@@ -48,13 +48,13 @@ def main(argv):
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     if (_WORKER.value is None) != (_NUM_WORKERS.value is None):
         raise app.UsageError('Give both --worker and --num_workers, or neither.')
-    metric_writer.quiet_libraries()
+    logs.quiet_libraries()
     job, started = _job(), time.monotonic()
     worker, count = ((jax.process_index(), jax.process_count()) if _WORKER.value is None
                      else (_WORKER.value, _NUM_WORKERS.value))
     if worker >= count:
         raise app.UsageError(f'--worker={worker} must be below --num_workers={count}.')
-    if precompute.encode(job, _OUT.value, worker, count, _THREADS.value):
+    if precompute.precompute(job, _OUT.value, worker, count, _THREADS.value):
         records, text = records_lib.Records(_OUT.value), (pathlib.Path(_OUT.value) / 'report.md').read_text().splitlines()
         print(f'{_OUT.value}: {text[2]} {time.monotonic() - started:.1f} s. See report.md there.')
         if not len(records):

@@ -20,16 +20,16 @@ frames and encoder the paper took is not known: compare numbers of one protocol.
 """
 from absl import app, flags
 
-from mask2dit_jax.evaluation import evaluator
-from mask2dit_jax.training import metric_writer
+from mask2dit_jax import logs
+from mask2dit_jax.evaluation import evaluator, report_table
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
-    metric_writer.quiet_libraries()
+    logs.quiet_libraries()
     names = ('story', 'encoder', 'frame_encoder', 'video_encoder', 'features', 'reference', 'frames', 'seed')
-    print(evaluator.report(evaluator.evaluate(flags.FLAGS.videos, flags.FLAGS.out, **{n: flags.FLAGS[n].value for n in names})), end='')
+    print(report_table.report(evaluator.evaluate(flags.FLAGS.videos, flags.FLAGS.out, **{n: flags.FLAGS[n].value for n in names})), end='')
 
 
 if __name__ == '__main__':

@@ -36,10 +36,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import batches
-from mask2dit_jax.distributed import multihost, partitioning
-from mask2dit_jax.pretrained import load
-from mask2dit_jax.training import metric_writer, trainer
+from mask2dit_jax import logs
+from mask2dit_jax.data import clips
+from mask2dit_jax.distributed import mesh as mesh_lib
+from mask2dit_jax.distributed import multihost
+from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.training import trainer
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Single values are '
@@ -70,12 +72,12 @@ def main(argv):
                              f'{_NUM_PROCESSES.value}.')
     config = config_lib.parse(_CONFIG.value)
     if _CHECKPOINT.value:
-        config = load.adopt(config, _CHECKPOINT.value)
+        config = load_lib.with_model_from(config, _CHECKPOINT.value)
     if config.data.encoded:
-        config = batches.adopt(config)
-    metric_writer.quiet_libraries()
+        config = clips.with_data_from(config)
+    logs.quiet_libraries()
     jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
-    devices = math.prod(getattr(config.mesh, axis) for axis in partitioning.AXES)
+    devices = math.prod(getattr(config.mesh, axis) for axis in mesh_lib.AXES)
     multihost.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, devices)
     with multihost.ending_together():
         trainer.train_and_evaluate(config, _WORKDIR.value, _TRACE_STEP.value)

@@ -1,19 +1,18 @@
 """Captions (and given scenes) to videos: the functions behind training's sheets, the scores and `sample`."""
 import dataclasses
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import batches
+from mask2dit_jax.data import latent_codec
 from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.pretrained import names
 
 
 @functools.cache
@@ -43,7 +42,7 @@ def jit_sample(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sha
         return out.reshape(-1, *shape)
 
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = partitioning.shardings(load.abstract_params(config.model), mesh)
+    params = partitioning.shardings(names.abstract_params(config.model), mesh)
     return jax.jit(run, in_shardings=(params, *[whole] * 8), out_shardings=whole)
 
 
@@ -71,7 +70,7 @@ class Inputs:
     given_scenes: np.ndarray
 
 
-def encode_inputs(coders: batches.Coders, captions, frames: tuple[int, ...], given_videos=None,
+def encode_inputs(coders: latent_codec.LatentCodec, captions, frames: tuple[int, ...], given_videos=None,
                   negative_caption: str = '') -> Inputs:
     """Encodes captions and given scenes.
 
@@ -116,12 +115,12 @@ def sample_latents(config: config_lib.Config, params, inputs: Inputs, *, seed: i
     timesteps, table = samplers.sampler_table(sampler or config.sample.sampler, config.schedule,
                                               steps or config.sample.steps)
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    run = jit_sample(config, inputs.latent_frames, partitioning.mesh_of(params))
+    run = jit_sample(config, inputs.latent_frames, mesh_lib.mesh_of(params))
     return np.asarray(run(
         params, noise, inputs.text, inputs.null_text, inputs.given, inputs.given_scenes, timesteps, table, scale))
 
 
-def generate(config: config_lib.Config, params, coders: batches.Coders, captions, frames: tuple[int, ...], *, seed: int,
+def generate(config: config_lib.Config, params, coders: latent_codec.LatentCodec, captions, frames: tuple[int, ...], *, seed: int,
              first_index: int = 0, given_videos=None, sampler: str | None = None, steps: int | None = None,
              guidance=None) -> np.ndarray:
     """Generates a batch of stories of one layout.
@@ -153,30 +152,3 @@ def _given_count(frames: tuple[int, ...], given_frames: int) -> int:
         raise ValueError(f'Given clips have {given_frames} frames in all, which fills no number of leading scenes of '
                          f'{frames} and leaves one to generate.')
     return ends.index(given_frames) + 1
-
-
-def split_scenes(video, frames: tuple[int, ...]) -> list[np.ndarray]:
-    """[F, H, W, 3] into its scenes."""
-    return np.split(video, np.cumsum(frames)[:-1])
-
-
-def read_story(path) -> tuple[list[str], list[int | None]]:
-    """Captions and frames (None where not said) of a story file.
-
-    Raises:
-      ValueError: naming the file and what is wrong in it.
-    """
-    form = '{"scenes": [{"caption": "...", "frames": 8}, ...]}'
-    try:
-        scenes = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))['scenes']
-        captions, frames = [s['caption'] for s in scenes], [s.get('frames') for s in scenes]
-    except OSError as error:
-        raise ValueError(f'{path} cannot be read ({error.strerror}): check --story.') from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is no story file ({error!r}): write {form}.') from error
-    extra = sorted({k for s in scenes for k in s} - {'caption', 'frames'})
-    if not captions or extra or not all(isinstance(c, str) for c in captions) or not all(
-            f is None or isinstance(f, int) for f in frames):
-        raise ValueError(f'{path} needs a text caption and whole frames per scene and nothing else '
-                         f'{extra or ""}: write {form}.')
-    return captions, frames

@@ -19,14 +19,14 @@ import tqdm
 from absl import app, flags, logging
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import pipeline
-from mask2dit_jax.data import batches, manifest, video
+from mask2dit_jax import logs, pipeline
+from mask2dit_jax.data import latent_codec, manifest, story_file, video
 from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora, vae
 from mask2dit_jax.pretrained import load as load_lib
-from mask2dit_jax.pretrained import runs
-from mask2dit_jax.training import metric_writer
+from mask2dit_jax.pretrained import lora_files, names, runs
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that mask2dit_jax.main has written; its newest good '
                                'checkpoint is used.')
@@ -105,32 +105,32 @@ def _mesh() -> jax.sharding.Mesh:
     sizes = [int(n) for n in _MESH.value] if _MESH.value else [1, 1] if count == 1 else [2, count // 2]
     if len(sizes) != 2:
         raise app.UsageError(f'--mesh needs two numbers, FSDP,CONTEXT, got {",".join(_MESH.value)}.')
-    return partitioning.make_mesh(config_lib.MeshConfig(fsdp=sizes[0], context=sizes[1]), jax.devices()[:count])
+    return mesh_lib.make_mesh(mesh_lib.MeshConfig(fsdp=sizes[0], context=sizes[1]), jax.devices()[:count])
 
 
 def load_run(path: pathlib.Path):
     """As `load_folder`, of a workdir, the newest good checkpoint of which is used, or of one checkpoint in it."""
     workdir = path.absolute() if _WORKDIR.value else path.absolute().parent.parent
     cfg = config_lib.load(workdir / 'config.json')
-    target = partitioning.targets(load_lib.abstract_params(cfg.model), _mesh())
+    target = partitioning.abstract_arrays(names.abstract_params(cfg.model), _mesh())
 
     def load():
         return (runs.newest(path, cfg, target) if _WORKDIR.value
                 else (path, runs.restore(path, cfg, target)))
 
-    return cfg, batches.coders(cfg, workdir), load
+    return cfg, latent_codec.for_run(cfg, workdir), load
 
 
 def load_folder(folder: pathlib.Path):
     """Configuration, coders and a function that loads the transformer and says from where, of a model folder."""
     base = config_lib.Config(data=config_lib.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=_DTYPE.value))
-    cfg = load_lib.adopt(base, folder)
+    cfg = load_lib.with_model_from(base, folder)
     frames, factor = cfg.model.sample_frames, load_lib.read_config('vae', folder / 'vae').spatial_factor
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, layouts=((frames,),)))
     size = _HEIGHT.value or cfg.model.sample_height * factor, _WIDTH.value or cfg.model.sample_width * factor
-    coders = batches.pretrained_coders(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
+    coders = latent_codec.pretrained_codec(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
                                     mask_padding=_MASK_PADDING.value)
-    target = partitioning.targets(load_lib.abstract_params(cfg.model), _mesh(), cfg.model.dtype)
+    target = partitioning.abstract_arrays(names.abstract_params(cfg.model), _mesh(), cfg.model.dtype)
     return cfg, coders, lambda: (folder, load_lib.read_params('transformer', folder / 'transformer', cfg.model, target))
 
 
@@ -140,7 +140,7 @@ def write_outputs(out: pathlib.Path, videos, captions, frames, num_given: int, f
     for i, pixels in enumerate(videos):
         video.write_mp4(out / f'video_{i}.mp4', pixels, fps, scale)
         video.write_gif(out / f'video_{i}.gif', pixels, fps, scale)
-        scenes, marks = pipeline.split_scenes(pixels, frames), [s < num_given for s in range(len(frames))]
+        scenes, marks = story_file.split_scenes(pixels, frames), [s < num_given for s in range(len(frames))]
         video.write_png(out / f'sheet_{i}.png', video.contact_sheet(scenes, captions, given=marks))
     (out / 'story.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
 
@@ -149,7 +149,7 @@ def _inputs():
     """Captions and asked frames from --prompt or --story."""
     if bool(_PROMPT.value) == bool(_STORY.value):
         raise app.UsageError('Give the captions either by --prompt, repeated, or by --story.')
-    return pipeline.read_story(_STORY.value) if _STORY.value else (_PROMPT.value, [None] * len(_PROMPT.value))
+    return story_file.read_story(_STORY.value) if _STORY.value else (_PROMPT.value, [None] * len(_PROMPT.value))
 
 
 def main(argv):
@@ -157,7 +157,7 @@ def main(argv):
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):
         raise app.UsageError('Give either --workdir or --checkpoint.')
-    metric_writer.quiet_libraries()
+    logs.quiet_libraries()
     captions, asked = _inputs()
     path = pathlib.Path(_CHECKPOINT.value or _WORKDIR.value)
     is_folder, chosen = (path / 'transformer').is_dir(), {n: flags.FLAGS[n] for n in _FOLDER_FLAGS}
@@ -167,7 +167,7 @@ def main(argv):
         raise FileNotFoundError(f'{path} is neither a checkpoint of a workdir (with ema/) nor a model folder (with '
                                 'transformer/): check --checkpoint.')
     cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
-    low_rank = load_lib.read_lora(_LORA.value, cfg.model) if _LORA.value else None
+    low_rank = lora_files.read_lora(_LORA.value, cfg.model) if _LORA.value else None
     height, width = coders.size_px
     given = [read_given(g, height, width, _GIVEN_FRAMES.value, _SEED.value) for g in _GIVEN.value]
     frames = plan_frames(asked, given, _FRAMES.value or cfg.data.layouts[0][0])

@@ -4,8 +4,10 @@ import dataclasses
 import pytest
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.aot import compiler
-from mask2dit_jax.benchmark import tasks
+from mask2dit_jax.aot import compiler, kernel_schedules
+from mask2dit_jax.aot import report as report_lib
+from mask2dit_jax.aot import topology as topology_lib
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
 
 pytest.importorskip('libtpu')
@@ -17,7 +19,7 @@ MODEL = dit.DiTConfig(num_layers=12, num_attention_heads=8, text_embed_dim=64, t
 CONFIG = config_lib.Config(
     model=MODEL, data=config_lib.DataConfig(codec='vae', layouts=((5, 5, 5),), height_px=128, width_px=128),
     train=config_lib.TrainConfig(batch_size=2), sample=config_lib.SampleConfig(steps=4),
-    mesh=config_lib.MeshConfig(fsdp=2, context=2))
+    mesh=mesh_lib.MeshConfig(fsdp=2, context=2))
 FRAMES = CONFIG.data.layouts[0]
 
 
@@ -52,7 +54,7 @@ def test_work_of_kernels_by_hand():
     """12 blocks of queries of 256, of two heads; calls in two parts, forward and backward."""
     kernels = {('splash_mha_fwd', (2, 1024, 64)): 3, ('splash_mha_fwd', (2, 2048, 64)): 3,
                ('splash_mha_dkv', (3, 2, 3072, 64)): 1}
-    flops, cycles = compiler.kernel_work(kernels, (256, 10.0, 1.5), {'forward': (100, 200), 'backward': (300, 500)})
+    flops, cycles = report_lib.kernel_work(kernels, (256, 10.0, 1.5), {'forward': (100, 200), 'backward': (300, 500)})
     pairs = 12 * 11.5 * 256 ** 2
     assert flops == 2 * pairs * 2 * 64 * (3 * 2 + 5)
     assert cycles == 2 * 12 * (3 * (10 * 100 + 1.5 * 200) + (10 * 300 + 1.5 * 500))
@@ -73,18 +75,18 @@ def test_sampling_loop():
 @pytest.mark.parametrize('topology, forward, backward', [
     ('v6e:2x2', 2769, 5466), pytest.param('v5p:2x2x1', 4742, 9300, marks=pytest.mark.slow)])
 def test_splash_kernels_at_production_block_size(topology, forward, backward):
-    bundles = tasks.kernel_bundles(topology, 64, 'tokamax')
+    bundles = kernel_schedules.kernel_bundles(topology, 64, 'tokamax')
     assert bundles['forward'][0] <= 1.03 * forward and bundles['backward'][0] <= 1.03 * backward
     assert all(visible < masked for visible, masked in bundles.values())
 
 
 def test_what_does_not_fit_is_said():
     result = report('train', num_layers=30_000, attention_backend='decomposed')
-    assert not result['fits'] and 'DOES NOT FIT' in compiler.to_markdown(result)
+    assert not result['fits'] and 'DOES NOT FIT' in report_lib.to_markdown(result)
 
 
 def test_wrong_topologies_are_named():
     with pytest.raises(ValueError, match="'v9:2x2' is no topology: write one of v4, v5e, v5p, v6e"):
-        compiler.topology_devices('v9:2x2')
+        topology_lib.topology_devices('v9:2x2')
     with pytest.raises(ValueError, match="libtpu knows no topology 'v5p:17x3'"):
-        compiler.topology_devices('v5p:17x3')
+        topology_lib.topology_devices('v5p:17x3')

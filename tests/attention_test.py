@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mask2dit_jax.attention import attend as attend_lib
-from mask2dit_jax.layout import PATTERNS, SceneLayout, dense_mask
+from mask2dit_jax.attention import blockwise as blockwise_lib
+from mask2dit_jax.attention import flash, masks
+from mask2dit_jax.layout import SceneLayout
 
 XLA = ('dense', 'decomposed')  # the backends that every device runs
 FRAMES = [(3,), (2, 4), (3, 1, 2), (1, 3, 2, 1, 2)]
@@ -27,8 +29,8 @@ def forward_and_gradients(backend, q, k, v, do, layout, pattern):
 
 
 # In float32 every pattern of every layout; in bfloat16 every pattern, and every layout.
-CASES = [*((pattern, frames, 'float32') for pattern in PATTERNS for frames in FRAMES),
-         *((pattern, (3, 1, 2), 'bfloat16') for pattern in PATTERNS),
+CASES = [*((pattern, frames, 'float32') for pattern in masks.PATTERNS for frames in FRAMES),
+         *((pattern, (3, 1, 2), 'bfloat16') for pattern in masks.PATTERNS),
          *(('dual', frames, 'bfloat16') for frames in FRAMES)]
 
 
@@ -44,12 +46,12 @@ def test_decomposed_equals_dense(monkeypatch, pattern, frames, dtype):
         np.testing.assert_allclose(ours, ref, rtol=0, atol=TOLERANCE[dtype] * max(1, np.abs(ref).max()), err_msg=name)
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', masks.PATTERNS)
 def test_flash_pieces_equal_dense(pattern):
     """The pieces that cuDNN computes on a GPU, computed by XLA."""
     layout = SceneLayout((3, 1, 2), 2, 3, 5)
     q, k, v, do = qkv(layout, 'float32')
-    pieces = functools.partial(attend_lib.flash_pieces, layout=layout, pattern=pattern, implementation='xla')
+    pieces = functools.partial(flash.flash, layout=layout, pattern=pattern, implementation='xla')
 
     @jax.jit
     def run(q, k, v, do):
@@ -61,12 +63,12 @@ def test_flash_pieces_equal_dense(pattern):
 
 
 @pytest.mark.parametrize('backend', XLA)
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', masks.PATTERNS)
 def test_against_float64(backend, pattern):
     layout = SceneLayout((2, 1), 2, 2, 3)
     q, k, v, _ = (np.asarray(x, np.float64) for x in qkv(layout, 'float32'))
     scores = np.einsum('bqnd,bknd->bnqk', q, k) / 4
-    weights = np.exp(scores) * dense_mask(layout, pattern)
+    weights = np.exp(scores) * masks.dense_mask(layout, pattern)
     expected = np.einsum('bnqk,bknd->bqnd', weights / weights.sum(-1, keepdims=True), v)
     attend = jax.jit(attend_lib.attend, static_argnums=(3, 4, 5))
     ours = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), layout, pattern, backend)
@@ -108,7 +110,7 @@ def test_decomposed_forms_no_quadratic_array_and_repeats_no_video():
     q, k, v, do = qkv(layout, 'float32')
     jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('decomposed', *a, layout, 'dual'))(q, k, v, do).jaxpr
     largest = max(a.size for a in arrays_of(jaxpr))
-    block_scores = attend_lib.QUERY_BLOCK * layout.num_tokens
+    block_scores = blockwise_lib.QUERY_BLOCK * layout.num_tokens
     assert largest <= block_scores < 2 * 2 * layout.num_tokens ** 2 / 4
 
 

@@ -11,9 +11,11 @@ import pytest
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import presets
-from mask2dit_jax.data import batches
-from mask2dit_jax.distributed import context_parallel, partitioning
-from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.data import latent_codec
+from mask2dit_jax.distributed import context_parallel
+from mask2dit_jax.distributed import mesh as mesh_lib
+from mask2dit_jax.models import lora
+from mask2dit_jax.pretrained import export, names
 from mask2dit_jax.training import train_step
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
@@ -36,9 +38,9 @@ def cases(slices):
 @pytest.mark.parametrize('path, variant', cases(slices=True))
 def test_slice_fits_its_mesh(path, variant):
     cfg = config_lib.parse(load(path).get_config(variant))
-    axes = {a: getattr(cfg.mesh, a) for a in partitioning.AXES}
+    axes = {a: getattr(cfg.mesh, a) for a in mesh_lib.AXES}
     assert math.prod(axes.values()) == presets.SLICES[cfg.mesh.slice].chips * axes['data']
-    frames, latent = batches.latent_shape(cfg, cfg.data.layouts[0])
+    frames, latent = latent_codec.latent_shape(cfg, cfg.data.layouts[0])
     tokens = cfg.model.layout(frames, *latent[:2]).num_tokens
     for batch in (cfg.train.batch_size, 2 * cfg.eval.batch_size, 2 * cfg.sample.sheet_stories):
         context_parallel.check(axes, batch, tokens, cfg.model.num_attention_heads)
@@ -48,7 +50,7 @@ def test_slice_fits_its_mesh(path, variant):
 def test_configuration_evaluates(path, variant):
     cfg = config_lib.parse(load(path).get_config(variant))
     b, m = cfg.train.batch_size, cfg.model
-    frames, latent = batches.latent_shape(cfg, cfg.data.layouts[0])
+    frames, latent = latent_codec.latent_shape(cfg, cfg.data.layouts[0])
     shape = jax.ShapeDtypeStruct
     latents = shape((b, sum(frames), *latent), jnp.float32)
     text = shape((b, len(frames), m.max_text_seq_length, m.text_embed_dim), jnp.float32)
@@ -65,10 +67,10 @@ def test_configuration_evaluates(path, variant):
 def test_released_sizes(variant, parameters, tensors):
     """Counts of the released checkpoints; the description of 1.5 has none."""
     model = config_lib.parse(load(CONFIGS[0].with_name('sft.py')).get_config(variant)).model
-    exported = load_lib.export_params('transformer', model, load_lib.abstract_params(model))
+    exported = export.export_params('transformer', model, names.abstract_params(model))
     assert len(exported) == tensors
     assert parameters in (None, sum(math.prod(t.shape) for t in exported.values()))
-    assert load_lib.transformer_config(load_lib.transformer_json(model), remat='full') == model
+    assert names.transformer_config(names.transformer_json(model), remat='full') == model
 
 
 def test_unknown_variant_is_refused():
@@ -102,7 +104,7 @@ def test_errors_name_the_key(change, message):
 
 
 def test_every_field_is_documented():
-    for cls in (config_lib.DataConfig, config_lib.OptimizerConfig, config_lib.LoraConfig, config_lib.TrainConfig, config_lib.MeshConfig):
+    for cls in (config_lib.DataConfig, config_lib.OptimizerConfig, lora.LoraConfig, config_lib.TrainConfig, mesh_lib.MeshConfig):
         missing = [f.name for f in dataclasses.fields(cls) if f.name not in cls.__doc__]
         assert set(missing) <= {'steps', 'b1', 'b2', 'eps', 'weight_decay', 'log_every_steps',
                                 'checkpoint_every_steps', 'sample_every_steps'}, (cls, missing)

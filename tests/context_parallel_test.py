@@ -7,24 +7,25 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from mask2dit_jax import config as config_lib
-from mask2dit_jax.attention import attend as attend_lib
-from mask2dit_jax.attention import splash
-from mask2dit_jax.distributed import context_parallel, partitioning
-from mask2dit_jax.layout import PATTERNS, SceneLayout
+from mask2dit_jax.attention import blockwise as blockwise_lib
+from mask2dit_jax.attention import dense as dense_lib
+from mask2dit_jax.attention import flash, masks, splash
+from mask2dit_jax.distributed import context_parallel
+from mask2dit_jax.distributed import mesh as mesh_lib
+from mask2dit_jax.layout import SceneLayout
 
 MESHES = {(1, 1, 2, 4): '1x1x2x4', (4, 1, 2, 1): '4x1x2x1', (1, 2, 4, 1): '1x2x4x1', (2, 2, 2, 1): '2x2x2x1',
           (1, 1, 8, 1): '1x1x8x1', (1, 1, 1, 8): '1x1x1x8'}
 INSIDE = {
-    'dense': attend_lib.dense, 'decomposed': attend_lib.decomposed,
-    'cudnn': functools.partial(attend_lib.flash_pieces, implementation='xla'),
+    'dense': dense_lib.dense, 'decomposed': blockwise_lib.blockwise,
+    'cudnn': functools.partial(flash.flash, implementation='xla'),
     'splash': functools.partial(splash.attend, block=128, interpret=True),
     'jax_splash': functools.partial(splash.attend, block=128, kernel='jax', interpret=True),
 }
 
 
 def mesh_of(*axes):
-    return partitioning.make_mesh(config_lib.MeshConfig(*axes))
+    return mesh_lib.make_mesh(mesh_lib.MeshConfig(*axes))
 
 
 def layout_of(frames):
@@ -38,7 +39,7 @@ def qkv(layout, batch=4, heads=8, dim=16):
 
 @functools.cache
 def dense(layout, pattern):
-    return jax.jit(functools.partial(forward_and_gradients, attend_lib.dense, layout, pattern))(*qkv(layout))
+    return jax.jit(functools.partial(forward_and_gradients, dense_lib.dense, layout, pattern))(*qkv(layout))
 
 
 def forward_and_gradients(attend, layout, pattern, q, k, v, do):
@@ -72,14 +73,14 @@ def test_every_mesh(axes):
 
 
 @pytest.mark.parametrize('frames, pattern', [
-    *(((3, 1, 2), pattern) for pattern in PATTERNS),
+    *(((3, 1, 2), pattern) for pattern in masks.PATTERNS),
     *((frames, 'dual') for frames in ((3,), (2, 4), (1, 3, 2, 1, 2)))], ids=str)
 @pytest.mark.parametrize('inside', ['dense', 'decomposed', 'cudnn'])
 def test_every_pattern_and_number_of_scenes(inside, frames, pattern):
     assert_equal((2, 1, 4, 1), inside, frames, pattern)
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', masks.PATTERNS)
 @pytest.mark.parametrize('inside', ['splash', 'jax_splash'])
 def test_splash_inside(inside, pattern):
     assert_equal((1, 2, 4, 1), inside, (3, 1, 2), pattern)
@@ -107,4 +108,4 @@ def test_captions_get_no_gradient_from_other_scenes_on_any_mesh(axes):
     ((1, 2, 4, 1), (2, 43, 8), r'43 tokens do not divide over context 4: .* may be 1\.$')], ids=str)
 def test_errors_say_what_would_fit(axes, size, message):
     with pytest.raises(ValueError, match=message):
-        context_parallel.check(dict(zip(partitioning.AXES, axes)), *size)
+        context_parallel.check(dict(zip(mesh_lib.AXES, axes)), *size)

@@ -20,11 +20,12 @@ from PIL import Image
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
+from mask2dit_jax.data import clips, latent_codec, precompute, video
 from mask2dit_jax.data import manifest as manifest_lib
-from mask2dit_jax.data import precompute, video
 from mask2dit_jax.data import records as records_lib
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import vae
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.tools import random_model
 from mask2dit_jax.training import trainer
 
@@ -66,21 +67,21 @@ def videos(tmp_path_factory):
 def encoded(folder, videos, tmp_path_factory):
     """'clips' and 'stories', encoded."""
     out = tmp_path_factory.mktemp('encoded')
-    assert precompute.encode(job(videos / 'clips.csv', folder), out / 'clips')
-    assert precompute.encode(job(videos / 'stories.json', folder), out / 'stories')
+    assert precompute.precompute(job(videos / 'clips.csv', folder), out / 'clips')
+    assert precompute.precompute(job(videos / 'stories.json', folder), out / 'stories')
     return out
 
 
 def config_of(folder, encoded, **kwargs):
-    cfg = load.adopt(config_lib.Config(), folder)
+    cfg = load_lib.with_model_from(config_lib.Config(), folder)
     own = {'encoded': str(encoded), 'layouts': ((5, 5),)} | kwargs
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **own),
                               train=config_lib.TrainConfig(batch_size=4, steps=4))
-    return batches_lib.adopt(cfg)
+    return clips.with_data_from(cfg)
 
 
 def batches_of(cfg):
-    return batches_lib.train_batches(cfg, '/nowhere', batches_lib.coders(cfg, '/nowhere'))
+    return batches_lib.train_batches(cfg, '/nowhere', latent_codec.for_run(cfg, '/nowhere'))
 
 
 def test_records_hold_what_the_networks_say(encoded, folder, videos):
@@ -91,11 +92,11 @@ def test_records_hold_what_the_networks_say(encoded, folder, videos):
     rng = np.random.default_rng([0, 1, 2, 0])
     indices = manifest_lib.choose_frames(manifest_lib.MULTI_SCENE, 40, 9, 3, rng)
     pixels = video.read_video(videos / '5.mp4', height_px=SIZE, width_px=SIZE)[0][indices]
-    model, params = load.load_vae(folder / 'vae')
+    model, params = load_lib.load_vae(folder / 'vae')
     mean, logvar = vae.encode(model.cfg, params, pixels[None] / np.float32(127.5) - 1)
     np.testing.assert_allclose(record['moments'].astype(np.float32), np.concatenate([mean, logvar], -1)[0], rtol=2e-2,
                                atol=1e-2)
-    coders = batches_lib.pretrained_coders(folder, random_model.TRANSFORMER, (SIZE, SIZE))
+    coders = latent_codec.pretrained_codec(folder, random_model.TRANSFORMER, (SIZE, SIZE))
     np.testing.assert_allclose(record['text'].astype(np.float32), coders.encode_text(['shot 5'])[0], rtol=1e-2,
                                atol=1e-2)
 
@@ -108,7 +109,7 @@ def test_the_data_set_is_one_of_tfds(encoded):
 
 def test_frames_can_be_stored_instead(videos, tmp_path):
     cut = job(videos / 'clips.csv', None, windows=2)
-    assert precompute.encode(cut, tmp_path / 'out')
+    assert precompute.precompute(cut, tmp_path / 'out')
     records = records_lib.Records(tmp_path / 'out')
     assert len(records) == 14 and records[0]['video'].shape == (FRAMES, SIZE, SIZE, 3)
     assert len(np.unique(records.rows[:, 0])) == 14 and (records[0]['video'] != records[1]['video']).any()
@@ -116,7 +117,7 @@ def test_frames_can_be_stored_instead(videos, tmp_path):
 
 def test_workers_share_the_parts(encoded, folder, videos, tmp_path):
     work = job(videos / 'stories.json', folder)
-    assert [precompute.encode(work, tmp_path / 'out', w, 2) for w in (1, 0)] == [False, True]
+    assert [precompute.precompute(work, tmp_path / 'out', w, 2) for w in (1, 0)] == [False, True]
     np.testing.assert_array_equal(records_lib.Records(tmp_path / 'out').rows, records_lib.Records(encoded / 'stories').rows)
     for i in range(7):
         a, b = records_lib.Records(tmp_path / 'out')[i], records_lib.Records(encoded / 'stories')[i]
@@ -137,7 +138,7 @@ def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {p: p.stat().st_mtime_ns for p in out.glob('*-of-00003')}
-    assert precompute.encode(job(videos / 'clips.csv', folder), out)
+    assert precompute.precompute(job(videos / 'clips.csv', folder), out)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     for i in range(7):
         a, b = records_lib.Records(out)[i], records_lib.Records(encoded / 'clips')[i]
@@ -147,7 +148,7 @@ def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
 
 def test_other_settings_do_not_go_on(encoded, folder, videos):
     with pytest.raises(ValueError, match='begun with another seed, stride: use the same'):
-        precompute.encode(job(videos / 'clips.csv', folder, stride=2, seed=1), encoded / 'clips')
+        precompute.precompute(job(videos / 'clips.csv', folder, stride=2, seed=1), encoded / 'clips')
 
 
 def test_several_devices_take_a_clip_each(folder):
@@ -205,7 +206,7 @@ def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
     with (tmp_path / 'clips.csv').open('w', newline='') as file:
         csv.writer(file).writerows([('caption', 'path', 'num_frame'),
                                     *((f'about {n}', n, 400 if n == 'good.mp4' else '') for n in expected)])
-    assert precompute.encode(job(tmp_path / 'clips.csv', None), tmp_path / 'out')
+    assert precompute.precompute(job(tmp_path / 'clips.csv', None), tmp_path / 'out')
     records, used = records_lib.Records(tmp_path / 'out'), [n for n, (_, ok, _) in expected.items() if ok]
     assert [records[i]['path'].decode() for i in range(len(records))] == [str(tmp_path / n) for n in used]
     text = (tmp_path / 'out/report.md').read_text()
@@ -231,11 +232,11 @@ def test_a_host_reads_only_its_rows(encoded, folder, monkeypatch):
 def test_scenes_that_the_vae_cannot_code_are_listed(folder, videos, tmp_path):
     shots = [{'video': str(videos / '0.mp4'), 'caption': 'a', 'frames': n} for n in (6, 9)]
     (tmp_path / 'stories.json').write_text(json.dumps({'scenes': shots}))
-    precompute.encode(job(tmp_path / 'stories.json', folder), tmp_path / 'out')
+    precompute.precompute(job(tmp_path / 'stories.json', folder), tmp_path / 'out')
     assert 'A scene of 6 frames cannot be coded' in (tmp_path / 'out/report.md').read_text()
     assert records_lib.Records(tmp_path / 'out').rows.tolist() == [[0, 1, 9]]
     with pytest.raises(ValueError, match='A scene of 6 frames cannot be coded'):
-        precompute.encode(job(tmp_path / 'stories.json', folder, frames=6), tmp_path / 'other')
+        precompute.precompute(job(tmp_path / 'stories.json', folder, frames=6), tmp_path / 'other')
 
 
 # Batches.
@@ -345,7 +346,7 @@ def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):
         cfg, optimizer=config_lib.OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
         train=config_lib.TrainConfig(batch_size=8, steps=3, conditional_probability=0.5, given='any', log_every_steps=1),
         sample=config_lib.SampleConfig(steps=2, sheet_stories=4), eval=config_lib.EvalConfig(stories=8, batch_size=8),
-        mesh=config_lib.MeshConfig(data=8, cpu_devices=8))
+        mesh=mesh_lib.MeshConfig(data=8, cpu_devices=8))
     rows = trainer.train_and_evaluate(cfg, tmp_path / 'run')
     assert [(r['task'], r['frames']) for r in rows] == [('generated', '5+5'), ('extended', '5+5')]
     assert all(np.isfinite(r['loss']) for r in rows) and rows[0]['loss'] != rows[1]['loss']

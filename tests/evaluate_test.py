@@ -9,6 +9,7 @@ import safetensors.numpy
 
 from mask2dit_jax.data import video
 from mask2dit_jax.evaluation import evaluator, feature_encoders, metrics
+from mask2dit_jax.evaluation import videos as videos_lib
 from mask2dit_jax.tools import random_model
 
 
@@ -185,5 +186,5 @@ def test_clips_are_no_frames(folders, tmp_path):
 def test_one_story_for_all_files_of_a_folder(tmp_path):
     """--story does not look for story.json, and names are those of the files."""
     write_videos(tmp_path / 'samples').joinpath('story.json').rename(tmp_path / 'mine.json')
-    found = evaluator.find_videos(tmp_path / 'samples', tmp_path / 'mine.json')
+    found = videos_lib.find_videos(tmp_path / 'samples', tmp_path / 'mine.json')
     assert [(v.name, v.frames) for v in found] == [('video_2', (4, 7, 3)), ('video_10', (4, 7, 3))]

@@ -7,9 +7,9 @@ import pytest
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import pipeline
-from mask2dit_jax.data import batches
+from mask2dit_jax.data import latent_codec
 from mask2dit_jax.models import dit
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.pretrained import names
 
 MODEL = dit.DiTConfig(num_layers=1, num_attention_heads=1, attention_head_dim=16, in_channels=8, out_channels=8,
                       text_embed_dim=16, time_embed_dim=8, max_text_seq_length=6, patch_size=1, sample_height=4,
@@ -24,8 +24,8 @@ STORIES = [['red ring on gray moves left', 'it grows'], ['blue ball on white sta
 def run(tmp_path_factory):
     """generate() of a random model."""
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), load.abstract_params(MODEL))
-    coders = batches.stories_coders(CONFIG, tmp_path_factory.mktemp('run'))
+    params = jax.tree.map(lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), names.abstract_params(MODEL))
+    coders = latent_codec.stories_codec(CONFIG, tmp_path_factory.mktemp('run'))
     return functools.partial(pipeline.generate, CONFIG, params, coders, frames=FRAMES, seed=1)
 
 

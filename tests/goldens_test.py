@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mask2dit_jax.diffusion import guidance as guidance_lib
+from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.diffusion import schedule as schedule_lib
-from mask2dit_jax.layout import SceneLayout, fit_grid, rope_table, sincos_positions
-from mask2dit_jax.models import dit, t5, vae
-from mask2dit_jax.pretrained import load
-from mask2dit_jax.training import train_step
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models import embeddings, t5, vae
+from mask2dit_jax.pretrained import export, names
+from mask2dit_jax.pretrained import load as load_lib
 
 GOLDENS = pathlib.Path(os.environ.get('MASK2DIT_GOLDENS', pathlib.Path(__file__).parent / 'goldens'))
 FORWARD = sorted(p for p in GOLDENS.glob('transformer_*/*.npz')
@@ -29,7 +31,7 @@ T5 = sorted(GOLDENS.glob('t5/*.npz'))
 
 @functools.cache
 def model_of(folder):
-    return load.load_transformer(folder)
+    return load_lib.load_transformer(folder)
 
 
 def channels_last(x):
@@ -38,7 +40,7 @@ def channels_last(x):
 
 @functools.cache
 def vae_of(folder):
-    model, params = load.load_vae(folder)
+    model, params = load_lib.load_vae(folder)
     return model.cfg, params
 
 
@@ -52,7 +54,7 @@ def assert_close(ours, ref, tolerance):
 
 
 def exported(kind, cfg, params):
-    return {n: np.asarray(t) for n, t in load.export_params(kind, cfg, params).items()}
+    return {n: np.asarray(t) for n, t in export.export_params(kind, cfg, params).items()}
 
 
 def scene_times(case, batch, num_scenes):
@@ -83,7 +85,7 @@ def test_loss_and_gradients(path):
              'text': case['encoder_hidden_states'].reshape(b, s, -1, model.cfg.text_embed_dim)}
 
     def loss_fn(params):
-        total, count = train_step.denoising_loss(model, params, schedule_lib.Schedule(), batch,
+        total, count = loss_lib.denoising_loss(model, params, schedule_lib.Schedule(), batch,
                                                  channels_last(case['noise']), case['timesteps'], given, frames)
         return total / count
 
@@ -104,7 +106,7 @@ def test_sincos_buffer():
     layout = SceneLayout((model.cfg.base_grid[0],), *model.cfg.base_grid[1:], model.cfg.max_text_seq_length)
     ref = np.load(path / 'pos_embedding_buffer.npz')['pos_embedding'][0]
     for rule in ('reference', 'continuous'):
-        ours = sincos_positions(layout, model.cfg.width, model.cfg.base_grid, rule)
+        ours = embeddings.sincos_positions(layout, model.cfg.width, model.cfg.base_grid, rule)
         assert_close(ours, ref, 1e-6)
 
 
@@ -154,7 +156,7 @@ def test_timestep_embedding():
     ref = np.load(GOLDENS / 'schedule/timestep_embedding.npz')
     for key in set(ref.files) - {'timesteps'}:
         width, flip, shift = (int(''.join(filter(str.isdigit, part))) for part in key.split('_'))
-        ours = dit.timestep_embedding(ref['timesteps'], width, bool(flip), shift)
+        ours = embeddings.timestep_embedding(ref['timesteps'], width, bool(flip), shift)
         # float32 angles of up to 999 rad carry 6e-5 on either side; small timesteps are exact.
         np.testing.assert_allclose(ours, ref[key], rtol=0, atol=1.3e-4, err_msg=key)
         np.testing.assert_allclose(ours[:3], ref[key][:3], rtol=0, atol=4e-6, err_msg=key)
@@ -169,16 +171,16 @@ def test_rotary_tables():
         head_dim, sample_w, sample_h, patch_t, h, w, frames = (int(v) for v in ref[key])
         layout = SceneLayout((frames,), h // 16, w // 16, 1, patch_t or 1)
         rule = 'slice' if patch_t else 'linspace'
-        cos, sin = rope_table(layout, head_dim, rule, (sample_h // 2, sample_w // 2))
+        cos, sin = embeddings.rope_table(layout, head_dim, rule, (sample_h // 2, sample_w // 2))
         assert len(cos) == ref[f'{name}:total_rows']
         rows = ref[f'{name}:rows']
         np.testing.assert_allclose(cos[rows], ref[f'{name}:cos'], rtol=0, atol=5e-6, err_msg=name)
         np.testing.assert_allclose(sin[rows], ref[f'{name}:sin'], rtol=0, atol=5e-6, err_msg=name)
     x = np.moveaxis(ref['apply_x'], 1, 2)  # [B, L, N, D]
-    out = dit.apply_rope(x, ref['apply_cos'], ref['apply_sin'])
+    out = embeddings.apply_rope(x, ref['apply_cos'], ref['apply_sin'])
     assert_close(np.moveaxis(out, 2, 1), ref['apply_out'], 5e-6)
     for h, w, top, left, bottom, right in ref['crop_h_w_top_left_bottom_right_base30x45']:
-        assert fit_grid((int(h), int(w)), (30, 45)) == (top, left, bottom - top, right - left)
+        assert embeddings.fit_grid((int(h), int(w)), (30, 45)) == (top, left, bottom - top, right - left)
 
 
 @functools.cache
@@ -186,7 +188,7 @@ def run_pipeline(path):
     """Final latents and those of every step."""
     case = dict(np.load(path))
     model, params = model_of(path.parent / 'transformer')
-    schedule = load.load_schedule(path.parent / 'scheduler/scheduler_config.json')
+    schedule = load_lib.load_schedule(path.parent / 'scheduler/scheduler_config.json')
     s, (b, f) = int(case['num_scenes']), case['init_latents'].shape[:2]
     frames = (f // s,) * s
     layout = model.cfg.layout(frames, *case['init_latents'].shape[-2:])
@@ -223,16 +225,16 @@ def test_reference_noises_given_latents():
 
 
 def test_dynamic_guidance():
-    assert samplers.reference_dynamic_guidance(6.0, 50, 50) == 1
-    assert samplers.reference_dynamic_guidance(6.0, 0, 50) == 1 + 6
+    assert guidance_lib.reference_dynamic_guidance(6.0, 50, 50) == 1
+    assert guidance_lib.reference_dynamic_guidance(6.0, 0, 50) == 1 + 6
     # ((50 - t)/50)^5 = 1/2: the cosine is 0.
-    assert samplers.reference_dynamic_guidance(6.0, 50 - 50 * 0.5 ** 0.2, 50) == pytest.approx(1 + 6 / 2)
+    assert guidance_lib.reference_dynamic_guidance(6.0, 50 - 50 * 0.5 ** 0.2, 50) == pytest.approx(1 + 6 / 2)
 
 
 @pytest.mark.parametrize('path', T5, ids=lambda p: p.stem)
 def test_t5(path):
     case = dict(np.load(path))
-    model, params = load.load_t5(path.parent)
+    model, params = load_lib.load_t5(path.parent)
     mask = case['attention_mask'].astype(bool) if 'attention_mask' in case else None
     out = t5.encode(model.cfg, params, case['input_ids'], mask)
     assert_close(out, case['last_hidden_state'], 1e-5)
@@ -298,8 +300,8 @@ NETWORKS = [('transformer', f) for f in sorted(GOLDENS.glob('transformer_*'))] +
 def test_round_trip_is_bit_equal(kind, folder):
     tensors = load_file(folder / 'weights.safetensors')
     tensors.pop('encoder.embed_tokens.weight', None)  # the same as shared.weight
-    model, params = {'transformer': load.load_transformer, 'vae': load.load_vae,
-                     'text_encoder': load.load_t5}[kind](folder)
+    model, params = {'transformer': load_lib.load_transformer, 'vae': load_lib.load_vae,
+                     'text_encoder': load_lib.load_t5}[kind](folder)
     back = exported(kind, model.cfg, params)
     assert back.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -308,11 +310,11 @@ def test_round_trip_is_bit_equal(kind, folder):
 
 @pytest.mark.parametrize('kind, folder', NETWORKS[-3:], ids=lambda x: getattr(x, 'name', x))
 def test_loading_names_what_does_not_fit(kind, folder):
-    cfg = load.read_config(kind, folder)
-    target = load.on_one_device(load.abstract_params(cfg, kind))
+    cfg = load_lib.read_config(kind, folder)
+    target = load_lib.on_one_device(names.abstract_params(cfg, kind))
     tensors = load_file(folder / 'weights.safetensors')
     first, second = sorted(tensors)[:2]
     tensors['stray'] = tensors.pop(first)
     tensors[second] = tensors[second][:-1]
     with pytest.raises(ValueError, match=f'missing {first}.*{second} has shape.*expected.*unexpected stray'):
-        load.import_params(kind, cfg, tensors, target)
+        load_lib.import_params(kind, cfg, tensors, target)

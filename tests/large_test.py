@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mask2dit_jax.models import dit
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.pretrained import export, names
 
 pytestmark = pytest.mark.slow
 PEAK = 'import resource; print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)'
@@ -30,8 +30,8 @@ def write_synthetic(folder):
     """A 5B transformer in bf16 and 2 GB files; returns the sum of every tensor, taken from its values."""
     folder.mkdir(parents=True)
     cfg = dit.DiTConfig(position_rule='reference')
-    tensors = load.export_params('transformer', cfg, load.abstract_params(cfg))
-    (folder / 'config.json').write_text(json.dumps(load.transformer_json(cfg)))
+    tensors = export.export_params('transformer', cfg, names.abstract_params(cfg))
+    (folder / 'config.json').write_text(json.dumps(names.transformer_json(cfg)))
     rng, sums, shard, filled, files = np.random.default_rng(0), {}, {}, 0, []
     for i, (name, tensor) in enumerate(tensors.items()):
         bits = rng.integers(2 ** 16, size=tensor.shape, dtype=np.uint16)  # any sign and fraction, 2^-3 to 2^1
@@ -57,8 +57,8 @@ def test_5b_transformer_to_orbax_and_back(tmp_path):
     paths = [tmp_path / n for n in ('released', 'orbax', 'back')]
     for source, target in itertools.pairwise(paths):
         seconds, peak, _ = python(f'''
-            from mask2dit_jax.pretrained import load as convert
-            convert.convert_folder({str(source)!r}, {str(target)!r})''')
+            from mask2dit_jax.pretrained import export
+            export.convert_folder({str(source)!r}, {str(target)!r})''')
         size = sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 2 ** 30
         print(f'\n5B {source.name} -> {target.name}: {seconds:.0f} s, peak {peak:.2f} GiB of memory, '
               f'{size:.1f} GiB on disk')
@@ -66,8 +66,8 @@ def test_5b_transformer_to_orbax_and_back(tmp_path):
     assert sums_of(tmp_path / 'back/transformer') == sums
     for source in paths[:2]:
         seconds, peak, _ = python(f'''
-            from mask2dit_jax.pretrained import load as convert
-            convert.load_transformer({str(source / 'transformer')!r}, param_dtype='bfloat16')''')
+            from mask2dit_jax.pretrained import load
+            load.load_transformer({str(source / 'transformer')!r}, param_dtype='bfloat16')''')
         print(f'\n5B loading {source.name}: {seconds:.0f} s, peak {peak:.2f} GiB (10.4 GiB of them parameters)')
 
 
@@ -77,12 +77,12 @@ def test_released_vae_at_480x720(task, tiling):
     """49 frames of random video through random weights of the real channel sizes; half an hour to an hour each."""
     seconds, peak, out = python(f'''
         import jax, numpy as np
-        from mask2dit_jax.pretrained import load as convert
+        from mask2dit_jax.pretrained import names
         from mask2dit_jax.models import vae
         cfg = vae.VAEConfig()
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda p: jax.numpy.asarray(rng.standard_normal(p.shape, np.float32) * 0.03),
-                              convert.abstract_params(cfg, 'vae'))
+                              names.abstract_params(cfg, 'vae'))
         if {task!r} == 'decode':
             out = vae.decode(cfg, params, rng.standard_normal((1, 13, 60, 90, 16), np.float32), tiling={tiling})
         else:

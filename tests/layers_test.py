@@ -5,22 +5,13 @@ import pathlib
 import mask2dit_jax
 
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
-LAYERS = (
-    ('scenes', 'diffusion', 'hlo', 'sharding', 'video', 'metric_writer', 'weights', 'processes', 'metrics', 'datasets'),
-    ('attention', 'context_parallel', 'samplers', 'splash'),
-    ('models',),
-    ('config', 'presets', 'chips', 'checkpoint'),
-    ('lora',),
-    ('convert', 'random_model', 'encoders'),
-    ('data', 'runs'),
-    ('train_step', 'generate'),
-    ('train',),
-    ('main', 'sample', 'encode', 'evaluate', 'report', 'benchmark', 'benchmark_worker', 'aot',
-     'figures'),
-    ('rank', 'suites'),
-)
+# Lowest first: each imports itself and what stands before it. Nothing imports a command, and tools only each other.
+ORDER = ('layout', 'logs', 'tables', 'tensor_io', 'distributed', 'attention', 'hardware', 'diffusion', 'models', 'config',
+         'presets', 'checkpoint', 'pretrained', 'stories', 'data', 'evaluation', 'pipeline', 'training', 'aot', 'benchmark',
+         'tools', 'main', 'sample', 'encode', 'convert', 'evaluate')
+COMMANDS = ORDER[ORDER.index('main'):]
 FORBIDDEN = {'torch', 'tensorflow', 'clu', 'pickle', 'diffusers', 'transformers'}
-COMPARED = {('benchmark_worker', 'torch'), ('benchmark_worker', 'diffusers')}  # if they are installed
+COMPARED = {('benchmark', 'torch'), ('benchmark', 'diffusers')}  # if they are installed
 
 
 def imports(path):
@@ -32,18 +23,15 @@ def imports(path):
             yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 
-def layer_of(name):
-    return next((i for i, layer in enumerate(LAYERS) if name in layer), None)
-
-
-def test_layers():
-    files = [p for p in PACKAGE.rglob('*.py') if p.name != '__init__.py']
-    assert len(files) > 15
+def test_order():
+    files = [p for p in PACKAGE.rglob('*.py') if p != PACKAGE / '__init__.py']
+    assert len(files) > 60
     for path in files:
         top = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
-        assert layer_of(top) is not None, f'{top} is in no layer: add it to LAYERS.'
+        assert top in ORDER, f'{top} has no place: add it to ORDER.'
         for name in imports(path):
             root, *rest = name.split('.')
             assert root not in FORBIDDEN or (top, root) in COMPARED, f'{path} imports {name}'
-            if root == 'mask2dit_jax' and rest:
-                assert layer_of(rest[0]) <= layer_of(top), f'{path} imports {name} from a higher layer'
+            if root == 'mask2dit_jax' and rest and rest[0] != top:
+                assert rest[0] in ORDER[:ORDER.index(top)], f'{path} imports {name}, which does not stand before {top}'
+                assert rest[0] not in COMMANDS, f'{path} imports the command {name}'

@@ -19,19 +19,23 @@ from safetensors.numpy import load_file, save_file
 from mask2dit_jax import checkpoint, sample, tensor_io
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
-from mask2dit_jax.data import video
+from mask2dit_jax.data import latent_codec, video
+from mask2dit_jax.diffusion import loss as loss_lib
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora
-from mask2dit_jax.pretrained import load, runs
-from mask2dit_jax.training import train_step, trainer
+from mask2dit_jax.pretrained import export, lora_files, names, runs
+from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.training import ema, train_step, trainer
+from mask2dit_jax.training import optimizer as optimizer_lib
 
 MODEL = dit.DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=48, out_channels=48,
                       text_embed_dim=16, time_embed_dim=16, max_text_seq_length=6, patch_size=1, sample_height=4,
                       sample_width=4, sample_frames=4, dtype='float32', learned_positions=True,
                       position_rule='reference', attention_backend='dense')
-LORA = config_lib.LoraConfig(8, alpha=12.0)
+LORA = lora.LoraConfig(8, alpha=12.0)
 PAIRS = {('blocks', 'attn', name, f'lora_{kind}') for name in ('to_q', 'to_k', 'to_v', 'to_out') for kind in 'AB'}
-ENTRIES = load._entries('transformer', MODEL)
+ENTRIES = names.parameter_entries('transformer', MODEL)
 
 
 def run_config(steps=6, **kwargs):
@@ -41,7 +45,7 @@ def run_config(steps=6, **kwargs):
         train=config_lib.TrainConfig(steps=steps, batch_size=8, conditional_probability=0.5, ema_decay=0.5,
                                  log_every_steps=1, checkpoint_every_steps=3, sample_every_steps=100),
         sample=config_lib.SampleConfig(steps=1, guidance=1.5, sheet_stories=4),
-        eval=config_lib.EvalConfig(stories=8, batch_size=8), mesh=config_lib.MeshConfig(data=8))
+        eval=config_lib.EvalConfig(stories=8, batch_size=8), mesh=mesh_lib.MeshConfig(data=8))
     return dataclasses.replace(cfg, **kwargs)
 
 
@@ -51,11 +55,11 @@ def random_tree(tree, seed=0):
 
 
 def random_lora(cfg=LORA, seed=1):
-    return random_tree(jax.eval_shape(lambda: lora.init(jax.random.key(0), load.abstract_params(MODEL), cfg)), seed)
+    return random_tree(jax.eval_shape(lambda: lora.init(jax.random.key(0), names.abstract_params(MODEL), cfg)), seed)
 
 
 def target(cfg):
-    return partitioning.targets(load.abstract_params(cfg.model), partitioning.make_mesh(cfg.mesh))
+    return partitioning.abstract_arrays(names.abstract_params(cfg.model), mesh_lib.make_mesh(cfg.mesh))
 
 
 def assert_equal(a, b):
@@ -75,7 +79,7 @@ def write_run(workdir, cfg, params):
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
     """Workdir of a run of the whole model, with random parameters."""
-    params = random_tree(load.abstract_params(MODEL))
+    params = random_tree(names.abstract_params(MODEL))
     return write_run(tmp_path_factory.mktemp('runs') / 'base', run_config(), params)
 
 
@@ -89,27 +93,27 @@ def finished(base):
 def test_only_lora_is_trained_and_the_loss_falls(base):
     """On stories; the base stays bit for bit, and neither optimizer nor EMA knows of it."""
     cfg = run_config(steps=40, init_from=str(base), lora=LORA)
-    coders = batches_lib.coders(cfg, base)
-    batches, mesh = batches_lib.train_batches(cfg, base, coders), partitioning.make_mesh(cfg.mesh)
+    coders = latent_codec.for_run(cfg, base)
+    batches, mesh = batches_lib.train_batches(cfg, base, coders), mesh_lib.make_mesh(cfg.mesh)
     state, shardings = trainer._initial_state(cfg, coders, mesh)
     _, whole = runs.newest(base, run_config(), target(cfg))
-    assert_equal(train_step.model_ema(cfg, state), whole)  # B is zero
+    assert_equal(ema.model_ema(cfg, state), whole)  # B is zero
     (layout, batch), null = batches(0, range(8)), coders.encode_text([''])[0]
     frames = coders.latent_frames(layout)
     noise = np.random.default_rng(0).standard_normal(batch['latents'].shape, np.float32)
 
     @jax.jit
     def loss(params):
-        total, count = train_step.denoising_loss(dit.DiT(MODEL), params, cfg.schedule, batch, noise,
+        total, count = loss_lib.denoising_loss(dit.DiT(MODEL), params, cfg.schedule, batch, noise,
                                                  np.arange(0, 1000, 125), np.zeros((8, 2), bool), frames)
         return total / count
 
     before = loss(whole)
-    step = train_step.jit_train_step(cfg, frames, shardings, partitioning.batch_sharding(mesh))
+    step = train_step.jit_train_step(cfg, frames, shardings, mesh_lib.batch_sharding(mesh))
     first = jax.tree.map(np.array, state.params)
     for _ in range(cfg.train.steps):
         # One at a time: steps in flight would wait for each other's threads on a small host.
-        state, _ = jax.block_until_ready(step(state, partitioning.global_batch(batch, mesh, 8), null))
+        state, _ = jax.block_until_ready(step(state, mesh_lib.global_batch(batch, mesh, 8), null))
     assert_equal(state.base, whole)
     assert set(traverse_util.flatten_dict(state.params)) == PAIRS
     for old, new in zip(jax.tree.leaves(first), jax.tree.leaves(state.params)):
@@ -120,7 +124,7 @@ def test_only_lora_is_trained_and_the_loss_falls(base):
 
 
 def test_initialisation_is_pefts():
-    tree = lora.init(jax.random.key(0), load.abstract_params(MODEL), dataclasses.replace(LORA, layers='kernel$'))
+    tree = lora.init(jax.random.key(0), names.abstract_params(MODEL), dataclasses.replace(LORA, layers='kernel$'))
     flat = traverse_util.flatten_dict(tree)
     assert {p[:-1] for p in flat} == {e.path[:-1] for e in ENTRIES if e.path[-1] == 'kernel'}
     a = np.asarray(flat['blocks', 'ff_out', 'lora_A'])
@@ -133,7 +137,7 @@ def test_initialisation_is_pefts():
 
 def test_muon_leaves_lora_to_its_adamw():
     tree = random_lora()
-    optimizer = train_step.make_optimizer(config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=0, clip_norm=1e9), 10)
+    optimizer = optimizer_lib.make_optimizer(config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=0, clip_norm=1e9), 10)
     adamw = optax.adamw(1e-2, nesterov=True, weight_decay=0.0)
     ours, theirs = (tx.update(tree, tx.init(tree), tree)[0] for tx in (optimizer, adamw))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
@@ -141,7 +145,7 @@ def test_muon_leaves_lora_to_its_adamw():
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
 def test_merging_adds_the_scaled_product_of_each_layer(dtype):
-    params = jax.tree.map(lambda x: x.astype(dtype), random_tree(load.abstract_params(MODEL)))
+    params = jax.tree.map(lambda x: x.astype(dtype), random_tree(names.abstract_params(MODEL)))
     tree = random_lora()
     merged = traverse_util.flatten_dict(lora.merge(params, tree, LORA))
     for path, value in traverse_util.flatten_dict(params).items():
@@ -153,7 +157,7 @@ def test_merging_adds_the_scaled_product_of_each_layer(dtype):
         else:
             np.testing.assert_array_equal(merged[path], value)
         assert merged[path].dtype == dtype
-    assert lora.scale(config_lib.LoraConfig(4)) == 1
+    assert lora.scale(lora.LoraConfig(4)) == 1
 
 
 @pytest.mark.parametrize('layers, message', [
@@ -164,10 +168,10 @@ def test_merging_adds_the_scaled_product_of_each_layer(dtype):
 ])
 def test_layers_that_cannot_be(layers, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        lora.matched(load.abstract_params(MODEL), config_lib.LoraConfig(8, layers=layers))
+        lora.matched(names.abstract_params(MODEL), lora.LoraConfig(8, layers=layers))
 
 
-MESH_CONFIG = dataclasses.replace(sharding_test.tiny_config(), lora=config_lib.LoraConfig(4, layers='kernel$'),
+MESH_CONFIG = dataclasses.replace(sharding_test.tiny_config(), lora=lora.LoraConfig(4, layers='kernel$'),
                                   optimizer=config_lib.OptimizerConfig('adamw', 1e-2, warmup_steps=1, eps=1e-3))
 
 
@@ -182,10 +186,10 @@ def mesh_run(axes, grad_accumulation=1):
     state = jax.jit(make, out_shardings=shardings)()
     start = jax.tree.map(np.array, state.base)
     state = state.replace(base=jax.device_put(random_tree(start), shardings.base))
-    step = train_step.jit_train_step(cfg, sharding_test.FRAMES, shardings, partitioning.batch_sharding(mesh))
+    step = train_step.jit_train_step(cfg, sharding_test.FRAMES, shardings, mesh_lib.batch_sharding(mesh))
     for i in range(3):
         state, metrics = jax.block_until_ready(step(
-            state, partitioning.global_batch(sharding_test.batch_of(i), mesh, 16), np.zeros((2, 8), np.float32)))
+            state, mesh_lib.global_batch(sharding_test.batch_of(i), mesh, 16), np.zeros((2, 8), np.float32)))
     return metrics, state
 
 
@@ -197,7 +201,7 @@ def test_eight_devices_and_micro_batches_give_the_numbers_of_one():
         assert np.abs(ref).max() > 1e-3
         np.testing.assert_allclose(ours, ref, atol=1e-4)
     assert_equal(state.base, one_device[1].base)
-    merged = train_step.model_ema(MESH_CONFIG, state)
+    merged = ema.model_ema(MESH_CONFIG, state)
     assert jax.tree.map(lambda x: x.sharding, merged) == jax.tree.map(lambda x: x.sharding, state.base)
 
 
@@ -234,42 +238,42 @@ def ema_of(workdir):
 
 def test_lora_on_lora(finished, base, tmp_path):
     """The base of a run may be a run of LoRA, merged into its own base."""
-    cfg = run_config(init_from=str(finished[0]), lora=config_lib.LoraConfig(2, layers='ff_in/kernel$'))
-    workdir = write_run(tmp_path / 'second', runs.pin_base(cfg), random_lora(cfg.lora))
+    cfg = run_config(init_from=str(finished[0]), lora=lora.LoraConfig(2, layers='ff_in/kernel$'))
+    workdir = write_run(tmp_path / 'second', runs.resolve_base_checkpoint(cfg), random_lora(cfg.lora))
     path = checkpoint.folders(workdir)[-1]
     whole = runs.restore(path, config_lib.load_run(path), target(cfg))
     first = lora.merge(runs.newest(base, run_config(), target(cfg))[1], ema_of(finished[0]), LORA)
     want = lora.merge(first, ema_of(workdir), cfg.lora)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole, want)
-    load.convert_folder(workdir, tmp_path / 'out')
-    exported = load.load_transformer(tmp_path / 'out/transformer')[1]
+    export.convert_folder(workdir, tmp_path / 'out')
+    exported = load_lib.load_transformer(tmp_path / 'out/transformer')[1]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), exported, want)
 
 
 @pytest.mark.parametrize('converted', [False, True])
 def test_lora_on_a_model_folder(converted, tmp_path):
     """The base as released, in bfloat16, and as Orbax."""
-    params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), random_tree(load.abstract_params(MODEL)))
+    params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), random_tree(names.abstract_params(MODEL)))
     folder = tmp_path / 'released/transformer'
-    tensor_io.write_safetensors(folder, 'model', load.export_params('transformer', MODEL, params))
-    (folder / 'config.json').write_text(json.dumps(load.transformer_json(MODEL)))
+    tensor_io.write_safetensors(folder, 'model', export.export_params('transformer', MODEL, params))
+    (folder / 'config.json').write_text(json.dumps(names.transformer_json(MODEL)))
     if converted:
-        load.convert_folder(tmp_path / 'released', tmp_path / 'orbax')
+        export.convert_folder(tmp_path / 'released', tmp_path / 'orbax')
         folder = tmp_path / 'orbax/transformer'
     cfg, tree = run_config(init_from=str(folder.parent), lora=LORA), random_lora()
-    workdir = write_run(tmp_path / 'run', runs.pin_base(cfg), tree)
+    workdir = write_run(tmp_path / 'run', runs.resolve_base_checkpoint(cfg), tree)
     want = lora.merge(jax.tree.map(lambda x: x.astype(np.float32), params), tree, LORA)
     path = checkpoint.folders(workdir)[-1]
     whole = runs.restore(path, config_lib.load_run(path), target(cfg))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole, want)
-    load.convert_folder(workdir, tmp_path / 'out')
-    exported = load.load_transformer(tmp_path / 'out/transformer')[1]
+    export.convert_folder(workdir, tmp_path / 'out')
+    exported = load_lib.load_transformer(tmp_path / 'out/transformer')[1]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), exported, want)
 
 
 def test_export_is_merged_and_alone(finished, base, tmp_path):
-    counts = load.convert_folder(finished[0], tmp_path / 'out')
-    model, params = load.load_transformer(tmp_path / 'out/transformer')
+    counts = export.convert_folder(finished[0], tmp_path / 'out')
+    model, params = load_lib.load_transformer(tmp_path / 'out/transformer')
     assert counts == {'transformer': sum(x.size for x in jax.tree.leaves(params)), 'LoRA': 2 * 2 * 4 * 32 * 8}
     merged = runs.restore(checkpoint.folders(finished[0])[-1], config_lib.load(finished[0] / 'config.json'),
                                     target(run_config()))
@@ -278,11 +282,11 @@ def test_export_is_merged_and_alone(finished, base, tmp_path):
     inputs = (rng.standard_normal((1, 2, 4, 4, 48), np.float32), rng.standard_normal((1, 2, 6, 16), np.float32),
               np.array([[300, 0]]))
     apply = jax.jit(model.apply, static_argnums=4)
-    _, whole = runs.newest(base, run_config(), load.on_one_device(load.abstract_params(MODEL)))
+    _, whole = runs.newest(base, run_config(), load_lib.on_one_device(names.abstract_params(MODEL)))
     trained = apply({'params': lora.merge(whole, ema_of(finished[0]), LORA)}, *inputs, (1, 1))
     np.testing.assert_allclose(apply({'params': params}, *inputs, (1, 1)), trained, atol=2e-5)
     assert np.abs(apply({'params': whole}, *inputs, (1, 1)) - trained).max() > 1e-3
-    tree, cfg = load.read_lora(tmp_path / 'out/pytorch_lora_weights.safetensors', MODEL)
+    tree, cfg = lora_files.read_lora(tmp_path / 'out/pytorch_lora_weights.safetensors', MODEL)
     assert_equal(tree, ema_of(finished[0]))
     assert lora.scale(cfg) == lora.scale(LORA)
 
@@ -295,7 +299,7 @@ def run_sample(out, **chosen):
 
 def test_sampling_merges(finished, base, tmp_path):
     """A run of LoRA gives the frames of its base with the LoRA file, which are not those of the base."""
-    load.write_lora(tmp_path, MODEL, ema_of(finished[0]), LORA)
+    lora_files.write_lora(tmp_path, MODEL, ema_of(finished[0]), LORA)
     run = run_sample(tmp_path / 'run', workdir=str(finished[0]))
     alone = run_sample(tmp_path / 'alone', workdir=str(base))
     named = run_sample(tmp_path / 'file', workdir=str(base), lora=str(tmp_path / 'pytorch_lora_weights.safetensors'))
@@ -304,11 +308,11 @@ def test_sampling_merges(finished, base, tmp_path):
     assert json.loads((tmp_path / 'file/story.json').read_text())['lora'].endswith('weights.safetensors')
 
 
-@pytest.mark.parametrize('cfg', [LORA, config_lib.LoraConfig(3, layers='kernel$')])
+@pytest.mark.parametrize('cfg', [LORA, lora.LoraConfig(3, layers='kernel$')])
 def test_files_come_back_bit_equal(cfg, tmp_path):
     tree = random_lora(cfg)
-    count = load.write_lora(tmp_path, MODEL, tree, cfg)
-    back, found = load.read_lora(tmp_path / 'pytorch_lora_weights.safetensors', MODEL)
+    count = lora_files.write_lora(tmp_path, MODEL, tree, cfg)
+    back, found = lora_files.read_lora(tmp_path / 'pytorch_lora_weights.safetensors', MODEL)
     assert_equal(back, tree)
     assert (found.rank, lora.scale(found)) == (cfg.rank, lora.scale(cfg))
     tensors = load_file(tmp_path / 'pytorch_lora_weights.safetensors')
@@ -322,7 +326,7 @@ Q1 = 'transformer.transformer_blocks.1.attn1.to_q'
 
 def edited(tmp_path, change, metadata=None):
     """A good LoRA file after `change` of its tensors."""
-    load.write_lora(tmp_path, MODEL, random_lora(), LORA)
+    lora_files.write_lora(tmp_path, MODEL, random_lora(), LORA)
     file = tmp_path / 'pytorch_lora_weights.safetensors'
     tensors = load_file(file)
     change(tensors)
@@ -342,7 +346,7 @@ def edited(tmp_path, change, metadata=None):
 ])
 def test_wrong_tensors_are_named(change, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        load.read_lora(edited(tmp_path, change), MODEL)
+        lora_files.read_lora(edited(tmp_path, change), MODEL)
     assert 'pytorch_lora_weights.safetensors' in str(error.value) and '\n' not in str(error.value)
 
 
@@ -358,16 +362,16 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
 def test_settings_of_peft_that_are_not_implemented_are_named(peft, message, tmp_path):
     file = edited(tmp_path, lambda t: None, {'lora_adapter_metadata': peft})
     with pytest.raises(ValueError, match=re.escape(message)):
-        load.read_lora(file, MODEL)
+        lora_files.read_lora(file, MODEL)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='nothing is no file: give a LoRA file'):
-        load.read_lora(tmp_path / 'nothing', MODEL)
+        lora_files.read_lora(tmp_path / 'nothing', MODEL)
 
 
 def test_without_metadata_the_scale_is_one(tmp_path):
-    assert lora.scale(load.read_lora(edited(tmp_path, lambda t: None), MODEL)[1]) == 1
+    assert lora.scale(lora_files.read_lora(edited(tmp_path, lambda t: None), MODEL)[1]) == 1
 
 
 def test_bases_that_cannot_be_are_named(finished, base, tmp_path):
@@ -383,7 +387,7 @@ def test_bases_that_cannot_be_are_named(finished, base, tmp_path):
     with pytest.raises(ValueError, match=r'blocks/ff_in/kernel has shape \(2, 32, 128\), expected \(3, 32, 128\)'):
         start(model=dataclasses.replace(MODEL, num_layers=3))
     with pytest.raises(ValueError, match='trained with another lora'):
-        start(finished[0], lora=config_lib.LoraConfig(4))
+        start(finished[0], lora=lora.LoraConfig(4))
     with pytest.raises(ValueError, match='trained with another init_from'):
         start(finished[0], init_from=str(finished[0]))
     moved = tmp_path / 'moved'

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mask2dit_jax import logs, tables
 from mask2dit_jax.training import metric_writer
 
 
@@ -28,7 +29,7 @@ def _records(workdir):
 @pytest.mark.parametrize('seconds, text', [
     (12, '12s'), (0.2, '0s'), (59.6, '1m00s'), (209, '3m29s'), (3599.7, '1h00m'), (3720, '1h02m'), (360000, '100h00m')])
 def test_format_eta(seconds, text):
-    assert metric_writer.format_eta(seconds) == text
+    assert logs.format_eta(seconds) == text
 
 
 def test_non_finite_values_keep_the_file_valid_json(tmp_path):
@@ -192,7 +193,7 @@ def test_only_process_0_writes(tmp_path):
 
 def test_format_table():
     rows = [{'pattern': 'dual', 'cut': 0.98765432, 'steps': 12345}, {'pattern': 'a|b', 'steps': 7}]
-    assert metric_writer.format_table(rows, ['pattern', 'cut', 'steps']).splitlines() == [
+    assert tables.format_table(rows, ['pattern', 'cut', 'steps']).splitlines() == [
         '| pattern |    cut | steps |',
         '| ------- | -----: | ----: |',
         '| dual    | 0.9877 | 12345 |',

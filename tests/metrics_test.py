@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mask2dit_jax.evaluation import metrics
+from mask2dit_jax.evaluation import cuts, frechet, metrics
 
 SEEDS = st.integers(0, 2**32 - 1)
 SAFE = {'deadline': None, 'max_examples': 25}
@@ -97,10 +97,10 @@ def test_cosines_know_directions_alone(seed, count):
     lambda: metrics.unit([1, np.nan]), lambda: metrics.caption_cosines(np.ones((2, 3)), np.ones((3, 3))),
     lambda: metrics.caption_cosines(np.ones((2, 3)), np.ones((2, 4))),
     lambda: metrics.subject_within([np.ones((1, 3))]),
-    lambda: metrics.transitions(np.zeros((2, 1, 1, 3))), lambda: metrics.cut_scores(np.ones(3), (2, 3)),
-    lambda: metrics.cut_scores(np.ones(3), (1, 1, 2)),
-    lambda: metrics.frechet_distance(metrics.moments(np.ones((1, 2))), metrics.moments(np.ones((3, 2)))),
-    lambda: metrics.frechet_distance(metrics.moments(np.ones((3, 3))), metrics.moments(np.ones((3, 2)))),
+    lambda: cuts.transitions(np.zeros((2, 1, 1, 3))), lambda: cuts.cut_scores(np.ones(3), (2, 3)),
+    lambda: cuts.cut_scores(np.ones(3), (1, 1, 2)),
+    lambda: frechet.frechet_distance(frechet.moments(np.ones((1, 2))), frechet.moments(np.ones((3, 2)))),
+    lambda: frechet.frechet_distance(frechet.moments(np.ones((3, 3))), frechet.moments(np.ones((3, 2)))),
 ])
 def test_what_has_no_answer_is_an_error(call):
     with pytest.raises(ValueError) as error:
@@ -115,27 +115,27 @@ def test_frechet_distance_of_gaussians_in_closed_form(seed, size):
     rng = np.random.default_rng(seed)
     axes = np.linalg.qr(rng.normal(size=(size, size)))[0]
     stds, means = rng.uniform(0, 3, (2, size)), rng.normal(size=(2, size))
-    a, b = (metrics.Moments(2, mean, axes * std ** 2 @ axes.T) for mean, std in zip(means, stds))
+    a, b = (frechet.Moments(2, mean, axes * std ** 2 @ axes.T) for mean, std in zip(means, stds))
     expected = np.sum((means[0] - means[1]) ** 2) + np.sum((stds[0] - stds[1]) ** 2)
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8, abs=1e-8)
-    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-8, abs=1e-8)
+    assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8, abs=1e-8)
+    assert frechet.frechet_distance(b, a) == pytest.approx(expected, rel=1e-8, abs=1e-8)
 
 
 def test_frechet_distance_of_other_axes_is_that_of_scipy():
     """Against the textbook form, a general matrix square root; scipy comes with jax."""
     import scipy.linalg
-    a, b = (metrics.moments(normal(s, 50, 5) @ normal(s + 10, 5, 5) + s) for s in (0, 1))
+    a, b = (frechet.moments(normal(s, 50, 5) @ normal(s + 10, 5, 5) + s) for s in (0, 1))
     root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
     expected = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance + b.covariance - 2 * root)
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_few_samples_in_many_dimensions():
     """Two samples span a line: covariances of rank one, of which everything is known."""
     a, b = np.zeros((2, 2, 50))
     a[1, 0], b[1, 1] = 2, 4  # covariances 2 and 8 along two axes, means half way
-    assert metrics.frechet_distance(metrics.moments(a), metrics.moments(b)) == pytest.approx(1 + 4 + 2 + 8)
-    assert metrics.frechet_distance(metrics.moments(a), metrics.moments(a)) == pytest.approx(0, abs=1e-6)
+    assert frechet.frechet_distance(frechet.moments(a), frechet.moments(b)) == pytest.approx(1 + 4 + 2 + 8)
+    assert frechet.frechet_distance(frechet.moments(a), frechet.moments(a)) == pytest.approx(0, abs=1e-6)
 
 
 @settings(**SAFE)
@@ -144,7 +144,7 @@ def test_streaming_is_the_whole(seed, sizes):
     """Batches merge to numpy's mean and covariance, also far from the origin, where sums of squares would fail."""
     features = normal(seed, sum(sizes) + 2, 4) + 1e6
     parts = np.split(features, np.cumsum(sizes))
-    merged = functools.reduce(metrics.merge, map(metrics.moments, parts))
+    merged = functools.reduce(frechet.merge, map(frechet.moments, parts))
     assert merged.count == len(features)
     np.testing.assert_allclose(merged.mean, features.mean(0), rtol=1e-14)
     np.testing.assert_allclose(merged.covariance, np.cov(features.T), rtol=1e-6, atol=1e-9)
@@ -156,12 +156,12 @@ def still(levels, frames):
 
 
 def test_transitions_by_hand():
-    assert metrics.transitions(still([0, 255, 204], [2, 1, 2])).tolist() == pytest.approx([0, 1, .2, 0])
+    assert cuts.transitions(still([0, 255, 204], [2, 1, 2])).tolist() == pytest.approx([0, 1, .2, 0])
 
 
 def test_hard_cuts_between_still_scenes_are_perfect():
     frames = (3, 5, 2)
-    scores = metrics.cut_scores(metrics.transitions(still([10, 90, 50], frames)), frames)
+    scores = cuts.cut_scores(cuts.transitions(still([10, 90, 50], frames)), frames)
     assert scores['sharpness'].tolist() == [1, 1] and scores['placed'].tolist() == [1, 1]
 
 
@@ -169,33 +169,33 @@ def test_no_cuts_are_seen_as_none():
     frames = (3, 5, 2)
     ramp = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.full((1, 4, 6, 3), 20, np.uint8)
     for video in (still([30, 30, 30], frames), ramp):
-        scores = metrics.cut_scores(metrics.transitions(video), frames)
+        scores = cuts.cut_scores(cuts.transitions(video), frames)
         np.testing.assert_allclose(scores['sharpness'], 0, atol=1e-12)
         assert scores['placed'].tolist() == [0, 0]
 
 
 def test_cuts_in_the_wrong_place():
     """One cut of two is where the layout says; the other, a frame late, makes its border the stillest place."""
-    scores = metrics.cut_scores(metrics.transitions(still([10, 90, 50], (4, 5, 3))), (4, 4, 4))
+    scores = cuts.cut_scores(cuts.transitions(still([10, 90, 50], (4, 5, 3))), (4, 4, 4))
     assert scores['placed'].tolist() == [1, 0]
     assert scores['sharpness'].tolist() == [1, -1]
 
 
 def test_cut_by_hand_and_invisible_changes():
     change = [.1, .3, .1, .001, .1]
-    scores = metrics.cut_scores(change, (2, 2, 2))
+    scores = cuts.cut_scores(change, (2, 2, 2))
     assert scores['sharpness'].tolist() == pytest.approx([(.3 - .1) / .4, -1])
     assert scores['placed'].tolist() == [1, 0]
-    assert metrics.cut_scores([.3, .3, .3, .3, .1], (2, 2, 2))['placed'].tolist() == [0, 0]  # two rivals for two places
-    assert metrics.cut_scores([.3, .3, .2, .3, .1], (2, 2, 2))['placed'].tolist() == [1, 1]
+    assert cuts.cut_scores([.3, .3, .3, .3, .1], (2, 2, 2))['placed'].tolist() == [0, 0]  # two rivals for two places
+    assert cuts.cut_scores([.3, .3, .2, .3, .1], (2, 2, 2))['placed'].tolist() == [1, 1]
 
 
 @settings(**SAFE)
 @given(SEEDS, st.floats(1, 50), st.lists(st.integers(2, 6), min_size=2, max_size=5))
 def test_cut_scores_know_no_brightness_nor_direction_of_time(seed, factor, frames):
     change = np.random.default_rng(seed).uniform(.01, .02, sum(frames) - 1)
-    scores, scaled = metrics.cut_scores(change, frames), metrics.cut_scores(factor * change, frames)
-    backwards = metrics.cut_scores(change[::-1], frames[::-1])
+    scores, scaled = cuts.cut_scores(change, frames), cuts.cut_scores(factor * change, frames)
+    backwards = cuts.cut_scores(change[::-1], frames[::-1])
     for name in scores:
         np.testing.assert_allclose(scaled[name], scores[name], atol=1e-9)
         np.testing.assert_allclose(backwards[name][::-1], scores[name], atol=1e-9)

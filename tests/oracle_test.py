@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import config as config_lib
-from mask2dit_jax import layout as layout_lib
 from mask2dit_jax import tensor_io
+from mask2dit_jax.attention import masks
 from mask2dit_jax.benchmark import worker
-from mask2dit_jax.layout import SceneLayout, rope_table
-from mask2dit_jax.models import lora, t5, vae
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models import embeddings, lora, t5, vae
+from mask2dit_jax.pretrained import export, lora_files, names
+from mask2dit_jax.pretrained import load as load_lib
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -72,7 +72,7 @@ def close(ours, theirs, tolerance):
 
 
 def save_ours(kind, folder, cfg, params, config_json):
-    tensor_io.write_safetensors(folder, load.NETWORKS[kind].stem, load.export_params(kind, cfg, params),
+    tensor_io.write_safetensors(folder, names.NETWORKS[kind].stem, export.export_params(kind, cfg, params),
                               shard_bytes=100_000)
     (folder / 'config.json').write_text(json.dumps(config_json))
 
@@ -93,7 +93,7 @@ def load_theirs(cls, folder):
 def test_transformer(seed, tmp_path):
     config, theirs = random_transformer(seed)
     theirs.save_pretrained(tmp_path / 'theirs', max_shard_size='50KB')
-    model, params = load.load_transformer(tmp_path / 'theirs', pattern='full')
+    model, params = load_lib.load_transformer(tmp_path / 'theirs', pattern='full')
     rng = np.random.default_rng(seed)
     frames = (config['sample_frames'] - 1) // 4 + 1
     x = rng.normal(size=(1, frames, 4, 8, 12)).astype(np.float32)
@@ -107,7 +107,7 @@ def test_transformer(seed, tmp_path):
 
     close(ours(params), forward(theirs, config, x, text, 437), 5e-6)
     params = other_params(params, seed)
-    save_ours('transformer', tmp_path / 'ours', model.cfg, params, load.transformer_json(model.cfg))
+    save_ours('transformer', tmp_path / 'ours', model.cfg, params, names.transformer_json(model.cfg))
     close(ours(params), forward(load_theirs(diffusers.CogVideoXTransformer3DModel, tmp_path / 'ours'), config, x, text,
                                 437), 5e-6)
 
@@ -118,7 +118,7 @@ def test_lora(seed, tmp_path):
     peft = pytest.importorskip('peft')
     config, theirs = random_transformer(seed)
     theirs.save_pretrained(tmp_path / 'base')
-    model, params = load.load_transformer(tmp_path / 'base', pattern='full')
+    model, params = load_lib.load_transformer(tmp_path / 'base', pattern='full')
     rng = np.random.default_rng(seed)
     frames = (config['sample_frames'] - 1) // 4 + 1
     x = rng.normal(size=(1, frames, 4, 8, 12)).astype(np.float32)
@@ -131,9 +131,9 @@ def test_lora(seed, tmp_path):
         close(np.moveaxis(out, -1, 2), forward(theirs, config, x, text, 437), 1e-5)
 
     pipeline = diffusers.CogVideoXPipeline
-    cfg = config_lib.LoraConfig(3, alpha=4.5, layers='kernel$')
+    cfg = lora.LoraConfig(3, alpha=4.5, layers='kernel$')
     tree = other_params(lora.init(jax.random.key(0), params, cfg), seed)
-    load.write_lora(tmp_path / 'ours', model.cfg, tree, cfg)
+    lora_files.write_lora(tmp_path / 'ours', model.cfg, tree, cfg)
     # The two steps of pipeline.load_lora_weights.
     state, metadata = pipeline.lora_state_dict(str(tmp_path / 'ours'), return_lora_metadata=True)
     assert all('lora' in name for name in state)
@@ -150,7 +150,7 @@ def test_lora(seed, tmp_path):
     pipeline.save_lora_weights(tmp_path / 'named', peft.get_peft_model_state_dict(theirs, adapter_name='peft'),
                                transformer_lora_adapter_metadata=theirs.peft_config['peft'].to_dict())
     for folder in 'bare', 'named':
-        tree, cfg = load.read_lora(tmp_path / folder / 'pytorch_lora_weights.safetensors', model.cfg)
+        tree, cfg = lora_files.read_lora(tmp_path / folder / 'pytorch_lora_weights.safetensors', model.cfg)
         assert (cfg.rank, lora.scale(cfg)) == (2, 2.5)
         compare(tree, cfg)
 
@@ -163,7 +163,7 @@ def test_vae(seed, tmp_path):
     torch.manual_seed(seed)
     theirs = randomised(diffusers.AutoencoderKLCogVideoX(**config))
     theirs.save_pretrained(tmp_path / 'theirs')
-    model, params = load.load_vae(tmp_path / 'theirs')
+    model, params = load_lib.load_vae(tmp_path / 'theirs')
 
     def compare(theirs, params, frames, height, width):
         x = rng.uniform(-1, 1, (1, 3, frames, height, width)).astype(np.float32)
@@ -197,7 +197,7 @@ def test_t5(seed, tmp_path):
     torch.manual_seed(seed)
     theirs = randomised(transformers.T5EncoderModel(config))
     theirs.save_pretrained(tmp_path / 'theirs')
-    model, params = load.load_t5(tmp_path / 'theirs')
+    model, params = load_lib.load_t5(tmp_path / 'theirs')
     ids = np.random.default_rng(seed).integers(2, 50, (2, 226)).astype(np.int32)
     ids[:, 150:] = t5.PAD
     mask = ids != t5.PAD
@@ -236,7 +236,7 @@ def test_rotary_tables_of_other_sizes():
     for rows, cols in ((4, 6), (3, 6), (4, 5), (2, 3)):
         region = get_resize_crop_region_for_grid((rows, cols), 6, 4)
         cos, sin = get_3d_rotary_pos_embed(16, region, (rows, cols), 3)
-        ours = rope_table(SceneLayout((3,), rows, cols, 1), 16, 'linspace', (4, 6))
+        ours = embeddings.rope_table(SceneLayout((3,), rows, cols, 1), 16, 'linspace', (4, 6))
         close(ours[0], cos.numpy(), 5e-6)
         close(ours[1], sin.numpy(), 5e-6)
 
@@ -256,8 +256,8 @@ def test_a_key_that_config_json_leaves_out_means_the_default_of_the_oracle(kind,
     parameters = inspect.signature(getattr(pytest.importorskip(package), name).__init__).parameters
     defaults = {k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty}
     given = {'feed_forward_proj': 'gated-gelu'} if kind == 'text_encoder' else {}
-    ours = dataclasses.asdict(load.NETWORKS[kind].parse(given))
-    theirs = dataclasses.asdict(load.NETWORKS[kind].parse(
+    ours = dataclasses.asdict(names.NETWORKS[kind].parse(given))
+    theirs = dataclasses.asdict(names.NETWORKS[kind].parse(
         given | {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()
                  if k != 'feed_forward_proj' and (kind != 'text_encoder' or k in ours)}))
     assert ours == theirs
@@ -276,6 +276,6 @@ def test_the_dual_mask_is_the_references_two_attention_calls(what, monkeypatch):
     np.testing.assert_allclose(ours(), theirs(), rtol=2e-5)
     if what != 'forward':
         return
-    monkeypatch.setattr(layout_lib, 'visible', lambda *args, usual=layout_lib.visible: usual('full', *args[1:]))
+    monkeypatch.setattr(masks, 'may_attend', lambda *args, usual=masks.may_attend: usual('full', *args[1:]))
     other = worker.ours(case | {'formulation': 'dense'})[0]()
     assert abs(other() - theirs()) > 1e-3 * abs(theirs())  # under another mask it would show

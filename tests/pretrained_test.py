@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 
 from mask2dit_jax import checkpoint, sample, tensor_io
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import batches, video
+from mask2dit_jax.data import latent_codec, video
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import lora, t5, vae
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.pretrained import export, lora_files, names
+from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.tools import random_model
 from mask2dit_jax.training import trainer
 
@@ -34,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def converted(folder):
     target = folder.parent / 'converted'
-    load.convert_folder(folder, target)
+    export.convert_folder(folder, target)
     return target
 
 
@@ -65,7 +67,7 @@ def test_given_clips_are_extended(folder, tmp_path):
     video.write_mp4(tmp_path / 'given.mp4', clip, 8, scale=8)
     made = run_sample(tmp_path / 'out', folder, given=[str(tmp_path / 'given.mp4')])
     assert made.shape[0] == 9 + 5
-    coders = batches.pretrained_coders(folder, TRANSFORMER, (32, 32))
+    coders = latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32))
     seen = video.read_video(tmp_path / 'given.mp4', height_px=32, width_px=32)[0][None]
     through = coders.decode_video(coders.encode_video(seen, (9,)), (3,))[0]
     shown = video.read_video(tmp_path / 'out/video_0.mp4', height_px=32, width_px=32)[0][:9] / 255
@@ -92,14 +94,14 @@ def test_sampling_errors_name_the_input(folder, tmp_path, chosen, message):
 
 
 def test_a_lora_file_gives_the_frames_of_the_merged_folder(folder, sampled, tmp_path):
-    model, params = load.load_transformer(folder / 'transformer')
-    cfg = config_lib.LoraConfig(2, alpha=3.0)
+    model, params = load_lib.load_transformer(folder / 'transformer')
+    cfg = lora.LoraConfig(2, alpha=3.0)
     tree = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32),
                         lora.init(jax.random.key(0), params, cfg))
-    load.write_lora(tmp_path, model.cfg, tree, cfg)
+    lora_files.write_lora(tmp_path, model.cfg, tree, cfg)
     made = run_sample(tmp_path / 'a', folder, lora=str(tmp_path / 'pytorch_lora_weights.safetensors'))
     shutil.copytree(folder, tmp_path / 'merged', ignore=shutil.ignore_patterns('transformer'))
-    tensors = load.export_params('transformer', model.cfg, lora.merge(params, tree, cfg))
+    tensors = export.export_params('transformer', model.cfg, lora.merge(params, tree, cfg))
     tensor_io.write_safetensors(tmp_path / 'merged/transformer', 'model', tensors)
     shutil.copyfile(folder / 'transformer/config.json', tmp_path / 'merged/transformer/config.json')
     np.testing.assert_array_equal(made, run_sample(tmp_path / 'b', tmp_path / 'merged'))
@@ -112,8 +114,8 @@ def all_tensors(folder):
 
 def test_round_trip_of_the_folder_is_bit_equal(folder, converted, tmp_path):
     back = tmp_path / 'back'
-    counts = load.convert_folder(converted, back)
-    for kind in load.NETWORKS:
+    counts = export.convert_folder(converted, back)
+    for kind in names.NETWORKS:
         want, have = all_tensors(folder / kind), all_tensors(back / kind)
         assert have.keys() == want.keys()
         for name in want:
@@ -123,18 +125,18 @@ def test_round_trip_of_the_folder_is_bit_equal(folder, converted, tmp_path):
         assert (back / kind / 'config.json').read_text() == (folder / kind / 'config.json').read_text()
     assert (back / 'tokenizer/spiece.model').exists() and (back / 'scheduler/scheduler_config.json').exists()
     with pytest.raises(ValueError, match='is not empty'):
-        load.convert_folder(converted, back)
+        export.convert_folder(converted, back)
 
 
 def test_loading_follows_the_sharding(folder):
     mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
-    cfg = load.read_config('transformer', folder / 'transformer')
+    cfg = load_lib.read_config('transformer', folder / 'transformer')
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'fsdp'))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=spread if x.ndim == 3 else whole), load.abstract_params(cfg))
-    params = load.read_params('transformer', folder / 'transformer', cfg, target)
-    one = load.load_transformer(folder / 'transformer')[1]
+        x.shape, x.dtype, sharding=spread if x.ndim == 3 else whole), names.abstract_params(cfg))
+    params = load_lib.read_params('transformer', folder / 'transformer', cfg, target)
+    one = load_lib.load_transformer(folder / 'transformer')[1]
     jax.tree.map(np.testing.assert_array_equal, params, one)
     assert params['blocks']['ff_in']['kernel'].sharding == spread
 
@@ -147,21 +149,21 @@ def test_fine_tuning_and_handing_back(folder, tmp_path):
         optimizer=config_lib.OptimizerConfig('adamw', 1e-3, warmup_steps=1),
         train=config_lib.TrainConfig(steps=2, batch_size=8, conditional_probability=0.5, log_every_steps=1),
         sample=config_lib.SampleConfig(steps=1, sheet_stories=4), eval=config_lib.EvalConfig(4, 4),
-        mesh=config_lib.MeshConfig(data=4, fsdp=2, cpu_devices=8))
-    cfg = load.adopt(cfg, folder)
+        mesh=mesh_lib.MeshConfig(data=4, fsdp=2, cpu_devices=8))
+    cfg = load_lib.with_model_from(cfg, folder)
     assert cfg.model.remat == 'full' and cfg.schedule.snr_shift_scale == 3.0
     workdir = tmp_path / 'runs/tuned'
     trainer.train_and_evaluate(cfg, workdir)
     with flagsaver.flagsaver(workdir=str(workdir), out=str(tmp_path / 'out'), prompt=list(CAPTIONS)):
         sample.main(['sample'])
     assert len(video.read_video(tmp_path / 'out/video_0.mp4')[0]) == 10
-    load.convert_folder(workdir, tmp_path / 'exported')
-    model, params = load.load_transformer(tmp_path / 'exported/transformer')
+    export.convert_folder(workdir, tmp_path / 'exported')
+    model, params = load_lib.load_transformer(tmp_path / 'exported/transformer')
     assert model.cfg == dataclasses.replace(TRANSFORMER, attention_backend=model.cfg.attention_backend)
-    target = load.on_one_device(load.abstract_params(model.cfg))
+    target = load_lib.on_one_device(names.abstract_params(model.cfg))
     ema = checkpoint.latest(workdir, {'ema': target})[1]['ema']
     jax.tree.map(np.testing.assert_array_equal, params, ema)
-    assert load.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json') == cfg.schedule
+    assert load_lib.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json') == cfg.schedule
 
 
 def test_models_without_a_counterpart_are_not_exported():
@@ -169,7 +171,7 @@ def test_models_without_a_counterpart_are_not_exported():
     for cfg, message in ((dataclasses.replace(TRANSFORMER, pattern='causal'), "no 'causal' mask"),
                          (tiny, "position_rule 'continuous'")):
         with pytest.raises(ValueError, match=message):
-            load.transformer_json(cfg)
+            names.transformer_json(cfg)
 
 
 def test_tokenizer(folder, tmp_path):
@@ -196,7 +198,7 @@ def test_tokenizer(folder, tmp_path):
 
 
 def test_padding_can_be_hidden_from_the_text_encoder(folder):
-    seen, hidden = (batches.pretrained_coders(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(['it grows'])
+    seen, hidden = (latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(['it grows'])
                     for m in (False, True))
     assert seen.shape == (1, 12, 24) and np.abs(seen - hidden)[0, 0].max() > 1e-3
 
@@ -209,11 +211,11 @@ def test_tiles_must_fit():
 
 def test_networks_that_do_not_fit_together(folder):
     with pytest.raises(ValueError, match='do not fit a transformer of 4 and 25'):
-        batches.pretrained_coders(folder, dataclasses.replace(TRANSFORMER, text_embed_dim=25), (32, 32))
+        latent_codec.pretrained_codec(folder, dataclasses.replace(TRANSFORMER, text_embed_dim=25), (32, 32))
 
 
 def test_command_lines_are_checked(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match='holds neither transformer/, vae/, text_encoder/ nor checkpoints'):
-        load.convert_folder(tmp_path, tmp_path / 'out')
+        export.convert_folder(tmp_path, tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match=r'neither a checkpoint of a workdir .* nor a model folder'):
         run_sample(tmp_path, tmp_path / 'nothing')

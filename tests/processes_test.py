@@ -20,14 +20,14 @@ CODE = '''
     jax.config.update('jax_num_cpu_devices', 4)
     jax.config.update('jax_disable_most_optimizations', True)
     address, process, axes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-    from mask2dit_jax.distributed import multihost, partitioning
+    from mask2dit_jax.distributed import mesh as mesh_lib, multihost
     multihost.initialize(address, 2, process, devices=8)
     import sharding_test
     mesh = sharding_test.mesh_of(*axes)
     curve, _ = sharding_test.run(sharding_test.tiny_config(), mesh)
-    agreed = [multihost.agree(True), multihost.agree(process == 0), multihost.agree(False)]
+    agreed = [multihost.all_agree(True), multihost.all_agree(process == 0), multihost.all_agree(False)]
     try:
-        multihost.require_same(model='dual', steps=process)
+        multihost.assert_same_on_all_hosts(model='dual', steps=process)
     except ValueError as error:
         different = str(error)
     if process == 1:
@@ -37,9 +37,9 @@ CODE = '''
         asked = 1
         while not terminated() and asked < 100:
             asked += 1
-            multihost.meet(asked, limited=True)
+            multihost.barrier(asked, limited=True)
             time.sleep(0.1)
-    print('RESULT', json.dumps({'curve': curve.tolist(), 'rows': partitioning.local_rows(mesh, 16), 'agreed': agreed,
+    print('RESULT', json.dumps({'curve': curve.tolist(), 'rows': mesh_lib.local_rows(mesh, 16), 'agreed': agreed,
                                 'different': different, 'asked': asked}))
 '''
 
@@ -105,4 +105,4 @@ def test_wrong_flags_are_usage_errors():
 def test_a_host_without_tpu_is_alone():
     assert jax.config.jax_platforms == 'cpu' or multihost.tpu_chips() == 0
     multihost.initialize(None, None, None, devices=256)
-    assert not jax.distributed.is_initialized() and multihost.agree(True) and not multihost.agree(False)
+    assert not jax.distributed.is_initialized() and multihost.all_agree(True) and not multihost.all_agree(False)

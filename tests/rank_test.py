@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mask2dit_jax import stories
+from mask2dit_jax.stories import world
 from mask2dit_jax.tools import metric_correlation
 
 FRAMES = (4, 4, 8)
@@ -13,7 +13,7 @@ FRAMES = (4, 4, 8)
 @pytest.fixture(scope='module')
 def known():
     rng = np.random.default_rng(0)
-    return [s for s in (stories.sample_story(rng, FRAMES, split='test') for _ in range(40))
+    return [s for s in (world.sample_story(rng, FRAMES, split='test') for _ in range(40))
             if len(set(s.actions)) == 3][:16]
 
 
@@ -22,15 +22,15 @@ def found(known):
     """Renderings that are right, of which every scene shows the next one's action, or another character each."""
     def leaking(story):
         return dataclasses.replace(story, actions=story.actions[1:] + story.actions[:1],
-                                   starts=tuple((8 - np.array(stories.MOTIONS[a][0]) / 2).tolist()
+                                   starts=tuple((8 - np.array(world.MOTIONS[a][0]) / 2).tolist()
                                                 for a in story.actions[1:] + story.actions[:1]))
 
     def strangers(story, i):
-        others = [c for c in stories.COLORS if c != story.color]
-        cut = np.split(stories.render(dataclasses.replace(story, color=others[i])), np.cumsum(FRAMES)[:-1])
+        others = [c for c in world.COLORS if c != story.color]
+        cut = np.split(world.render(dataclasses.replace(story, color=others[i])), np.cumsum(FRAMES)[:-1])
         return cut[i]
 
-    videos = {'right': [stories.render(s) for s in known], 'leaking': [stories.render(leaking(s)) for s in known],
+    videos = {'right': [world.render(s) for s in known], 'leaking': [world.render(leaking(s)) for s in known],
               'strangers': [np.concatenate([strangers(s, i) for i in range(3)]) for s in known]}
     return {name: metric_correlation.score(np.stack(v) / 255, known) for name, v in videos.items()}
 

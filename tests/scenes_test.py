@@ -5,19 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax.layout import (
-    PATTERNS,
-    SceneLayout,
-    dense_mask,
-    frame_scenes,
-    key_ranges,
-    loss_mask,
-    resample_positions,
-    rope_table,
-    segment_pairs,
-    sincos_positions,
-)
-from mask2dit_jax.models import dit
+from mask2dit_jax.attention import masks
+from mask2dit_jax.diffusion import loss
+from mask2dit_jax.layout import SceneLayout, frame_scenes
+from mask2dit_jax.models import dit, embeddings
 
 LAYOUTS = [SceneLayout(f, 2, 3, 4) for f in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 3, 2))]
 
@@ -39,18 +30,18 @@ def brute_force(layout, pattern):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: str(x.frames))
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', masks.PATTERNS)
 def test_masks_are_the_definition(layout, pattern):
-    mask = dense_mask(layout, pattern)
+    mask = masks.dense_mask(layout, pattern)
     np.testing.assert_array_equal(mask, brute_force(layout, pattern))
-    assert mask.sum() == segment_pairs(layout, pattern)
+    assert mask.sum() == masks.segment_pairs(layout, pattern)
     assert mask.diagonal().all()
     if pattern != 'causal':
         np.testing.assert_array_equal(mask, mask.T)
     ranges = np.zeros_like(mask)
     for scene, is_text in itertools.product(range(layout.num_scenes), (True, False)):
         a, b = layout.text_range(scene) if is_text else layout.video_range(scene)
-        for start, stop in key_ranges(layout, pattern, scene, is_text):
+        for start, stop in masks.key_ranges(layout, pattern, scene, is_text):
             ranges[a:b, start:stop] = True
     np.testing.assert_array_equal(ranges, mask)
 
@@ -59,8 +50,8 @@ def test_published_setting_counts():
     """Three scenes of 13 latent frames on a 30 x 45 grid with 226 text tokens (pairs as in the paper's setting)."""
     layout = SceneLayout((13, 13, 13), 30, 45, 226)
     assert layout.num_tokens == 53328
-    assert segment_pairs(layout, 'full') == 53328 ** 2
-    assert segment_pairs(layout, 'dual') == 3 * 226 * (226 + 17550) + 3 * 17550 * (226 + 52650)
+    assert masks.segment_pairs(layout, 'full') == 53328 ** 2
+    assert masks.segment_pairs(layout, 'dual') == 3 * 226 * (226 + 17550) + 3 * 17550 * (226 + 52650)
 
 
 def tiny_model(pattern, layers):
@@ -118,8 +109,8 @@ def test_each_scene_follows_its_own_timestep():
 
 
 def test_rotary_timeline_runs_straight_through_scenes():
-    one = rope_table(SceneLayout((6,), 2, 3, 4), 32, 'linspace', (2, 3))
-    three = rope_table(SceneLayout((1, 3, 2), 2, 3, 4), 32, 'linspace', (2, 3))
+    one = embeddings.rope_table(SceneLayout((6,), 2, 3, 4), 32, 'linspace', (2, 3))
+    three = embeddings.rope_table(SceneLayout((1, 3, 2), 2, 3, 4), 32, 'linspace', (2, 3))
     np.testing.assert_array_equal(one[0], three[0])
     np.testing.assert_array_equal(one[1], three[1])
 
@@ -127,26 +118,26 @@ def test_rotary_timeline_runs_straight_through_scenes():
 def test_sincos_rules_agree_on_one_trained_clip_and_only_the_reference_stretches():
     base = (4, 2, 3)
     clip = SceneLayout((4,), 2, 3, 5)
-    a, b = (sincos_positions(clip, 32, base, rule) for rule in ('reference', 'continuous'))
+    a, b = (embeddings.sincos_positions(clip, 32, base, rule) for rule in ('reference', 'continuous'))
     np.testing.assert_allclose(a, b, atol=1e-6)
     story = SceneLayout((2, 4), 2, 3, 5)
-    straight = sincos_positions(story, 32, base, 'continuous')[story.num_text:]
+    straight = embeddings.sincos_positions(story, 32, base, 'continuous')[story.num_text:]
     np.testing.assert_allclose(straight[:24], a[5:], atol=1e-6)  # frames 0...3, whatever the scenes
-    assert np.abs(sincos_positions(story, 32, base, 'reference')[story.num_text:] - straight).max() > 0.1
+    assert np.abs(embeddings.sincos_positions(story, 32, base, 'reference')[story.num_text:] - straight).max() > 0.1
     with pytest.raises(ValueError, match='holds 4 latent frames per scene'):
-        sincos_positions(SceneLayout((5, 4), 2, 3, 5), 32, base, 'reference')
+        embeddings.sincos_positions(SceneLayout((5, 4), 2, 3, 5), 32, base, 'reference')
 
 
 def test_learned_positions_start_anew_in_every_scene():
     layout = SceneLayout((2, 2, 4), 2, 3, 5)
-    text, time, _, _ = resample_positions(layout, (2, 2, 3), scenes_share=True)
+    text, time, _, _ = embeddings.resample_positions(layout, (2, 2, 3), scenes_share=True)
     np.testing.assert_array_equal(text, np.tile(np.eye(5), (3, 1)))
     np.testing.assert_array_equal(time[:4], np.tile(np.eye(2), (2, 1)))
     np.testing.assert_allclose(time.sum(1), 1)
 
 
 def test_loss_mask_counts_scenes_that_are_not_given():
-    mask = loss_mask(SceneLayout((1, 2), 1, 1, 1), np.array([[True, False], [False, False]]))
+    mask = loss.loss_mask(SceneLayout((1, 2), 1, 1, 1), np.array([[True, False], [False, False]]))
     np.testing.assert_array_equal(mask, [[False, True, True], [True, True, True]])
 
 
@@ -158,8 +149,8 @@ def test_layout_without_frames_is_refused(frames):
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'diagonal': use one of dual"):
-        dense_mask(LAYOUTS[0], 'diagonal')
+        masks.dense_mask(LAYOUTS[0], 'diagonal')
     with pytest.raises(ValueError, match='Unknown rotary rule'):
-        rope_table(LAYOUTS[0], 32, 'spiral', (2, 3))
+        embeddings.rope_table(LAYOUTS[0], 32, 'spiral', (2, 3))
     with pytest.raises(ValueError, match='exceeds the trained 1x3'):
-        rope_table(LAYOUTS[0], 32, 'slice', (1, 3))
+        embeddings.rope_table(LAYOUTS[0], 32, 'slice', (1, 3))

@@ -11,10 +11,11 @@ import pytest
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import presets
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora
-from mask2dit_jax.pretrained import load
-from mask2dit_jax.training import train_step
+from mask2dit_jax.pretrained import names
+from mask2dit_jax.training import optimizer, train_step
 
 FRAMES = (1, 2)
 GOLDEN = pathlib.Path(__file__).with_name('shardings_5b.md')
@@ -35,7 +36,7 @@ def batch_of(step):
 
 
 def mesh_of(*axes):
-    return partitioning.make_mesh(config_lib.MeshConfig(*axes), jax.devices()[:math.prod(axes)])
+    return mesh_lib.make_mesh(mesh_lib.MeshConfig(*axes), jax.devices()[:math.prod(axes)])
 
 
 def child_environment():
@@ -49,11 +50,11 @@ def run(cfg, mesh, steps=3):
     make = lambda: train_step.init_state(cfg, (batch['latents'][0], batch['text'][0], FRAMES))  # noqa: E731
     shardings = partitioning.shardings(jax.eval_shape(make), mesh)
     state = jax.jit(make, out_shardings=shardings)()
-    step = train_step.jit_train_step(cfg, FRAMES, shardings, partitioning.batch_sharding(mesh))
+    step = train_step.jit_train_step(cfg, FRAMES, shardings, mesh_lib.batch_sharding(mesh))
     null, curve = np.zeros((2, 8), np.float32), []
     for i in range(steps):
-        local = {k: v[partitioning.local_rows(mesh, 16)] for k, v in batch_of(i).items()}
-        state, metrics = step(state, partitioning.global_batch(local, mesh, 16), null)
+        local = {k: v[mesh_lib.local_rows(mesh, 16)] for k, v in batch_of(i).items()}
+        state, metrics = step(state, mesh_lib.global_batch(local, mesh, 16), null)
         curve.append([float(metrics['loss']), float(metrics['grad_norm'])])
     return np.array(curve), state
 
@@ -80,14 +81,14 @@ def test_eight_devices_and_micro_batches_give_the_numbers_of_one(axes, grad_accu
 
 def lora_of(params):
     """Shapes of LoRA tensors of rank 64 for every kernel."""
-    cfg = config_lib.LoraConfig(64, layers='kernel$')
+    cfg = lora.LoraConfig(64, layers='kernel$')
     return jax.eval_shape(lambda: lora.init(jax.random.key(0), params, cfg))
 
 
 def golden_table():
     """Markdown: how every parameter and LoRA tensor of 5B lies on every slice, and what is whole on every chip."""
     configs = {name: config_lib.parse(presets.pod(name)) for name in presets.SLICES}
-    params = load.abstract_params(config_lib.Config().model)
+    params = names.abstract_params(config_lib.Config().model)
     params = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(lora_of(params))
     lines = [f'| parameter | shape | spec | {" | ".join(configs)} |', '|---' * (3 + len(configs)) + '|']
     whole = []
@@ -95,9 +96,9 @@ def golden_table():
         name = partitioning.path_name(path)
         sizes = []
         for cfg in configs.values():
-            axes = tuple(getattr(cfg.mesh, a) for a in partitioning.AXES)
-            mesh = jax.sharding.AbstractMesh(axes, partitioning.AXES)
-            spec = partitioning.spec_of(name, x.shape, mesh)
+            axes = tuple(getattr(cfg.mesh, a) for a in mesh_lib.AXES)
+            mesh = jax.sharding.AbstractMesh(axes, mesh_lib.AXES)
+            spec = partitioning.partition_spec(name, x.shape, mesh)
             sizes.append(math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)) * 4 / 1e6)
         lines.append(f'| {name} | {"x".join(map(str, x.shape))} | {tuple(spec)} | '
                      + ' | '.join(f'{size:.3f}' for size in sizes) + ' |')
@@ -114,11 +115,11 @@ def test_golden_table_of_5b_shardings():
 
 def test_every_array_of_a_5b_state_matches_one_rule():
     cfg = config_lib.Config()
-    params = load.abstract_params(cfg.model)
+    params = names.abstract_params(cfg.model)
     assert sum(p.size for p in jax.tree.leaves(params)) == 5_570_283_072
-    opt = jax.eval_shape(train_step.make_optimizer(cfg.optimizer, 10).init, params)
+    opt = jax.eval_shape(optimizer.make_optimizer(cfg.optimizer, 10).init, params)
     low_rank = lora_of(params)
-    low_rank = {'params': low_rank, 'opt': jax.eval_shape(train_step.make_optimizer(cfg.optimizer, 10).init, low_rank)}
+    low_rank = {'params': low_rank, 'opt': jax.eval_shape(optimizer.make_optimizer(cfg.optimizer, 10).init, low_rank)}
     for path, _ in jax.tree_util.tree_leaves_with_path([{'params': params, 'opt': opt}, low_rank]):
         name = partitioning.path_name(path)
         assert sum(bool(re.search(pattern, f'/{name}')) for pattern, _ in partitioning.RULES) == 1, name
@@ -135,20 +136,20 @@ def test_slices_are_on_the_data_axis():
         device_kind: str = 'cpu'
 
     devices = [Device(i, i // 4) for i in range(8)]
-    mesh = partitioning.make_mesh(config_lib.MeshConfig(2, 2, 2), devices)
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(2, 2, 2), devices)
     for i in range(2):
         assert {d.slice_index for d in mesh.devices[i].flat} == {i}
     with pytest.raises(ValueError, match='data 1 does not divide over 2 slices'):
-        partitioning.make_mesh(config_lib.MeshConfig(1, 4, 2), devices)
+        mesh_lib.make_mesh(mesh_lib.MeshConfig(1, 4, 2), devices)
 
 
 def test_errors_say_what_to_change():
     with pytest.raises(ValueError, match='= 3 devices, but there are 8'):
-        partitioning.make_mesh(config_lib.MeshConfig(data=3))
+        mesh_lib.make_mesh(mesh_lib.MeshConfig(data=3))
     with pytest.raises(ValueError, match='No sharding rule matches params/mystery'):
-        partitioning.spec_of('params/mystery', (3,), mesh_of(1, 8))
+        partitioning.partition_spec('params/mystery', (3,), mesh_of(1, 8))
     with pytest.raises(ValueError, match=r'to_q/kernel \(30, 30\) does not divide over fsdp=8'):
-        partitioning.spec_of('params/blocks/attn/to_q/kernel', (30, 30), mesh_of(1, 8))
+        partitioning.partition_spec('params/blocks/attn/to_q/kernel', (30, 30), mesh_of(1, 8))
 
 
 if __name__ == '__main__':

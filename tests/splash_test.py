@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from mask2dit_jax.attention import attend, splash
-from mask2dit_jax.layout import PATTERNS, SceneLayout, dense_mask
+from mask2dit_jax.attention import dense as dense_lib
+from mask2dit_jax.attention import masks, splash
+from mask2dit_jax.layout import SceneLayout
 
 LAYOUTS = [(3,), (2, 3), (1, 2, 3), (2, 1, 3, 2, 1)]
 
@@ -22,12 +23,12 @@ def padded_mask(layout, pattern, length):
     """The dense mask in the kernels' order: video, text, padding."""
     order = np.concatenate([np.arange(layout.num_text, layout.num_tokens), np.arange(layout.num_text)])
     mask = np.zeros((length, length), bool)
-    mask[:layout.num_tokens, :layout.num_tokens] = dense_mask(layout, pattern)[order][:, order]
+    mask[:layout.num_tokens, :layout.num_tokens] = masks.dense_mask(layout, pattern)[order][:, order]
     mask[layout.num_tokens:, :layout.num_tokens] = True  # rows of padding must see something
     return mask
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', masks.PATTERNS)
 @pytest.mark.parametrize('frames', LAYOUTS, ids=str)
 def test_mask_by_brute_force(frames, pattern):
     layout = layout_of(frames)
@@ -69,14 +70,14 @@ def assert_equals_dense(frames, pattern, kernel, interpret, dtype=jnp.float32, t
     weights = jax.random.normal(keys[3], q.shape).astype(dtype)
     ours = functools.partial(splash.attend, layout=layout, pattern=pattern, block=block, kernel=kernel,
                              interpret=interpret)
-    dense = functools.partial(attend.dense, layout=layout, pattern=pattern)
+    dense = functools.partial(dense_lib.dense, layout=layout, pattern=pattern)
     for name, mine, theirs in zip(('out', 'dq', 'dk', 'dv'), run(ours, q, k, v, weights), run(dense, q, k, v, weights)):
         assert mine.dtype == theirs.dtype == dtype
         np.testing.assert_allclose(mine.astype(np.float32), theirs.astype(np.float32), atol=tolerance, err_msg=name)
 
 
 # Every pattern, and every layout; their masks in every combination are tested above.
-CASES = [*((LAYOUTS[2], pattern) for pattern in PATTERNS), *((frames, 'dual') for frames in LAYOUTS)]
+CASES = [*((LAYOUTS[2], pattern) for pattern in masks.PATTERNS), *((frames, 'dual') for frames in LAYOUTS)]
 
 
 @pytest.mark.parametrize('frames, pattern', dict.fromkeys(CASES), ids=str)

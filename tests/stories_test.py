@@ -4,25 +4,25 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mask2dit_jax import stories
-from mask2dit_jax.stories import builder, world
+from mask2dit_jax.stories import builder, scores, world
+from mask2dit_jax.stories import codec as codec_lib
 
 RIGHT = ('action', 'color', 'shape', 'background', 'identity', 'story', 'consistency')
-RED_RING = stories.Story('ring', 'red', 'gray', ('moves left', 'grows', 'stays'), (4, 4, 4),
+RED_RING = world.Story('ring', 'red', 'gray', ('moves left', 'grows', 'stays'), (4, 4, 4),
                          ((8.0, 10.5), (8.0, 8.0), (7.0, 9.0)))
 
 
 def sample(count, frames, seed=0, split='test', **kwargs):
     rng = np.random.default_rng(seed)
-    return [stories.sample_story(rng, frames, split=split, **kwargs) for _ in range(count)]
+    return [world.sample_story(rng, frames, split=split, **kwargs) for _ in range(count)]
 
 
 def video_of(story):
-    return stories.render(story) / np.float32(255)
+    return world.render(story) / np.float32(255)
 
 
 def means(videos, told):
-    return stories.summarize(stories.score(videos, told))
+    return scores.summarize(scores.score(videos, told))
 
 
 @pytest.mark.parametrize('frames', [(4, 4, 4), (4, 8, 4, 12, 8), (2, 3)])
@@ -39,18 +39,18 @@ def test_ground_truth_scores_one(frames):
 @pytest.mark.parametrize('patch_frames', [2, 4])
 def test_codec_keeps_what_is_scored(patch_frames):
     told = sample(256, (4, 8, 4))
-    codec = stories.default_codec(16, patch_frames)
-    latents = stories.encode(codec, np.stack([stories.render(story) for story in told]))
+    codec = codec_lib.default_codec(16, patch_frames)
+    latents = codec_lib.encode(codec, np.stack([world.render(story) for story in told]))
     assert latents.shape == (256, 16 // patch_frames, 4, 4, 12 * patch_frames) and latents.dtype == np.float32
     assert abs(latents.mean()) < 0.05 and abs(latents.var() - 1) < 0.1
-    out = means(stories.decode(codec, latents), told)
+    out = means(codec_lib.decode(codec, latents), told)
     assert {out[name] for name in RIGHT} == {1.0} and out['leak'] == 0
     assert out['residual'] < 0.2
 
 
 def test_score_at_other_sizes():
     told = sample(32, (4, 4), size_px=32)
-    out = means([stories.render(story) for story in told], told)  # uint8, as a list
+    out = means([world.render(story) for story in told], told)  # uint8, as a list
     assert {out[name] for name in RIGHT} == {1.0}
 
 
@@ -58,7 +58,7 @@ def test_swapped_action_is_wrong_and_leaks_only_if_another_scene_has_it():
     for shown, leak in (('moves left', True), ('shrinks', False)):
         video = video_of(dataclasses.replace(RED_RING, actions=('moves left', 'grows', shown),
                                              starts=((8.0, 10.5), (8.0, 8.0), (7.0, 10.5))))
-        out = stories.score(video[None], [RED_RING])
+        out = scores.score(video[None], [RED_RING])
         assert out['action'].tolist() == [[True, True, False]]
         assert out['leak'].tolist() == [[False, False, leak]]
         assert not out['story'][0] and out['consistency'][0] and out['identity'].all() and out['background'].all()
@@ -70,7 +70,7 @@ def test_swapped_action_is_wrong_and_leaks_only_if_another_scene_has_it():
 def test_one_scene_changed_is_wrong_in_its_column(field, value, columns):
     video = video_of(RED_RING)
     video[4:8] = video_of(dataclasses.replace(RED_RING, **{field: value}))[4:8]
-    out = stories.score(video[None], [RED_RING])
+    out = scores.score(video[None], [RED_RING])
     for name in ('action', 'color', 'shape', 'background', 'identity'):
         assert out[name].tolist() == [[True, name not in columns, True]], name
     assert not out['story'][0] and not out['consistency'][0] and not out['leak'].any()
@@ -78,14 +78,14 @@ def test_one_scene_changed_is_wrong_in_its_column(field, value, columns):
 
 def test_other_identity_in_all_scenes_is_consistent():
     other = dataclasses.replace(RED_RING, shape='tower', color='cyan', background='white')
-    out = stories.score(video_of(other)[None], [RED_RING])
+    out = scores.score(video_of(other)[None], [RED_RING])
     assert out['consistency'][0] and out['action'].all()
     assert not (out['color'].any() or out['shape'].any() or out['background'].any() or out['story'][0])
 
 
 def test_nothing_shown_scores_nothing():
     empty = np.full((1, 12, 16, 16, 3), 0.5, np.float32)
-    out = stories.score(empty, [RED_RING])
+    out = scores.score(empty, [RED_RING])
     assert out['background'].all() and (out['residual'] == 1).all()
     assert not any(out[name].any() for name in ('action', 'color', 'shape', 'leak', 'story', 'consistency'))
 
@@ -93,9 +93,9 @@ def test_nothing_shown_scores_nothing():
 def test_scenes_select_columns_but_consistency_sees_all():
     video = video_of(RED_RING)
     video[:4] = video_of(dataclasses.replace(RED_RING, color='blue'))[:4]
-    out = stories.score(video[None], [RED_RING], scenes=(2,))
+    out = scores.score(video[None], [RED_RING], scenes=(2,))
     assert out['color'].shape == (1, 1) and out['story'][0] and not out['consistency'][0]
-    assert stories.summarize(out, scenes=(2,))['identity/3'] == 1.0
+    assert scores.summarize(out, scenes=(2,))['identity/3'] == 1.0
 
 
 def test_blur_and_noise_raise_the_residual():
@@ -118,7 +118,7 @@ def test_mottled_characters_keep_their_shape():
     (np.zeros((1, 11, 16, 16, 3)), [RED_RING], '11 frames'), (np.zeros((2, 12, 16, 16, 3)), [RED_RING], '2 videos')])
 def test_score_refuses_what_does_not_match(videos, told, message):
     with pytest.raises(ValueError, match=message):
-        stories.score(videos, told)
+        scores.score(videos, told)
 
 
 def test_train_and_test_share_no_combination():
@@ -132,7 +132,7 @@ def test_train_and_test_share_no_combination():
 
 def test_every_action_spans_its_scene_inside_the_frame():
     for story in sample(300, (2, 4, 12)):
-        video = stories.render(story).astype(int)
+        video = world.render(story).astype(int)
         border = np.ones((16, 16), bool)
         border[1:-1, 1:-1] = False
         assert np.abs(video[:, border] - video[0, 0, 0]).max() <= 128  # at most the outer half of a soft edge
@@ -151,7 +151,7 @@ def test_blink_is_seen_in_every_scene_length(frames, shown):
 def test_sampling_is_deterministic_and_survives_json():
     assert sample(20, (4, 8)) == sample(20, (4, 8)) != sample(20, (4, 8), seed=1)
     for story in sample(20, (4, 8)):
-        assert stories.story_from_json(stories.story_to_json(story)) == story
+        assert world.story_from_json(world.story_to_json(story)) == story
 
 
 @pytest.mark.parametrize('fields, message', [
@@ -163,14 +163,14 @@ def test_story_refuses_what_is_not_in_the_world(fields, message):
 
 
 def test_captions():
-    assert stories.captions(RED_RING) == ['red ring on gray moves left', 'it grows', 'it stays']
-    assert stories.captions(RED_RING, 'every')[1] == 'red ring on gray grows'
+    assert world.captions(RED_RING) == ['red ring on gray moves left', 'it grows', 'it stays']
+    assert world.captions(RED_RING, 'every')[1] == 'red ring on gray grows'
     for story in sample(50, (4, 4, 4)):
         told = (story.shape, story.color, story.background, story.actions)
-        assert stories.parse_captions(stories.captions(story)) == told
-        assert stories.parse_captions(stories.captions(story, 'every')) == told
+        assert world.parse_captions(world.captions(story)) == told
+        assert world.parse_captions(world.captions(story, 'every')) == told
     with pytest.raises(ValueError, match='style'):
-        stories.captions(RED_RING, 'last')
+        world.captions(RED_RING, 'last')
 
 
 @pytest.mark.parametrize('texts, message', [
@@ -179,40 +179,40 @@ def test_captions():
     (['red ring on gray stays', 'blue ring on gray stays'], '2 identities')])
 def test_parse_captions_names_what_is_wrong(texts, message):
     with pytest.raises(ValueError, match=message):
-        stories.parse_captions(texts)
+        world.parse_captions(texts)
 
 
 def test_embed_captions():
-    out = stories.embed_captions(['red ring on gray moves left', 'it grows', ''])
+    out = world.embed_captions(['red ring on gray moves left', 'it grows', ''])
     assert out.shape == (3, 6, 64) and out.dtype == np.float32
     np.testing.assert_array_equal(out[1, 2:], out[2, 2:])  # pad word
-    words = stories.embed_captions(list(stories.VOCABULARY), tokens=1)[:, 0]
+    words = world.embed_captions(list(world.VOCABULARY), tokens=1)[:, 0]
     assert abs(words.var() - 1) < 0.05
     similar = words @ words.T / 64 - np.eye(len(words))
     assert np.abs(similar).max() < 0.6  # no two words alike
     np.testing.assert_allclose(out[0, 0, :3], [-0.4029734, -1.5617714, 0.5530654], atol=1e-6)  # on every platform
     with pytest.raises(ValueError, match=r"'cube'.*tower"):
-        stories.embed_captions(['red cube on gray stays'])
+        world.embed_captions(['red cube on gray stays'])
     with pytest.raises(ValueError, match='more than 6'):
-        stories.embed_captions(['it ' * 7])
+        world.embed_captions(['it ' * 7])
 
 
 def test_codec_is_exact_with_all_components_and_deterministic(tmp_path):
-    videos = np.stack([stories.render(story) for story in sample(64, (4, 4))])
-    full = stories.fit_codec(videos, components=96, patch_frames=2)
+    videos = np.stack([world.render(story) for story in sample(64, (4, 4))])
+    full = codec_lib.fit_codec(videos, components=96, patch_frames=2)
     noise = np.random.default_rng(0).random((2, 3, 4, 8, 12, 3), np.float32)  # any leading axes, any size
-    np.testing.assert_allclose(stories.decode(full, stories.encode(full, noise)), noise, atol=1e-3)
-    codec, again = stories.default_codec(), stories.default_codec.__wrapped__()
+    np.testing.assert_allclose(codec_lib.decode(full, codec_lib.encode(full, noise)), noise, atol=1e-3)
+    codec, again = codec_lib.default_codec(), codec_lib.default_codec.__wrapped__()
     np.testing.assert_array_equal(codec.basis, again.basis)
-    stories.save_codec(tmp_path / 'codec.safetensors', codec)
-    loaded = stories.load_codec(tmp_path / 'codec.safetensors')
-    np.testing.assert_array_equal(stories.encode(loaded, videos), stories.encode(codec, videos))
+    codec_lib.save_codec(tmp_path / 'codec.safetensors', codec)
+    loaded = codec_lib.load_codec(tmp_path / 'codec.safetensors')
+    np.testing.assert_array_equal(codec_lib.encode(loaded, videos), codec_lib.encode(codec, videos))
 
 
 def test_codec_scales_by_the_root_of_the_deviation():
-    videos = np.stack([stories.render(story) for story in sample(64, (4, 4))])
-    codec = stories.fit_codec(videos, components=20)
-    latents = stories.encode(codec, videos)
+    videos = np.stack([world.render(story) for story in sample(64, (4, 4))])
+    codec = codec_lib.fit_codec(videos, components=20)
+    latents = codec_lib.encode(codec, videos)
     np.testing.assert_allclose(latents.reshape(-1, 20).mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(latents.var(), 1, atol=1e-3)
     variance = latents.reshape(-1, 20).var(0)
@@ -221,35 +221,35 @@ def test_codec_scales_by_the_root_of_the_deviation():
 
 def test_codec_refuses_what_does_not_divide():
     with pytest.raises(ValueError, match='6 frames'):
-        stories.encode(stories.default_codec(), np.zeros((6, 16, 16, 3)))
+        codec_lib.encode(codec_lib.default_codec(), np.zeros((6, 16, 16, 3)))
     with pytest.raises(ValueError, match='200 components'):
-        stories.fit_codec(np.zeros((1, 4, 16, 16, 3)), components=200)
+        codec_lib.fit_codec(np.zeros((1, 4, 16, 16, 3)), components=200)
 
 
 def test_load_builds_once_and_gives_the_stories(tmp_path):
     sizes = {'num_train': 24, 'num_test': 5}
-    train = stories.load(tmp_path, (4, 8), 'train', **sizes)
-    test = stories.load(tmp_path, (4, 8), 'test', **sizes)
+    train = builder.load(tmp_path, (4, 8), 'train', **sizes)
+    test = builder.load(tmp_path, (4, 8), 'test', **sizes)
     assert len(train) == 24 and len(test) == 5 and train.fingerprint != test.fingerprint
     for index in (23, 0, 7):  # in any order
         example = train[index]
         assert example['story'] == builder.make_story(train.config, 'train', index)
-        np.testing.assert_array_equal(example['video'], stories.render(example['story']))
+        np.testing.assert_array_equal(example['video'], world.render(example['story']))
     assert not {train[i]['story'].starts for i in range(24)} & {test[i]['story'].starts for i in range(5)}
     folder = tmp_path / 'stories' / train.config.name
     written = [path.stat().st_mtime_ns for path in sorted(folder.rglob('*'))]
-    assert stories.load(tmp_path, (4, 8), 'train', **sizes).fingerprint == train.fingerprint
+    assert builder.load(tmp_path, (4, 8), 'train', **sizes).fingerprint == train.fingerprint
     assert [path.stat().st_mtime_ns for path in sorted(folder.rglob('*'))] == written
     with pytest.raises(ValueError, match="split 'valid' is unknown"):
-        stories.load(tmp_path, (4, 8), 'valid', **sizes)
+        builder.load(tmp_path, (4, 8), 'valid', **sizes)
 
 
 def test_load_refuses_stories_of_another_world(tmp_path, monkeypatch):
-    stories.load(tmp_path, (4, 4), num_train=4, num_test=1)
+    builder.load(tmp_path, (4, 4), num_train=4, num_test=1)
     monkeypatch.setattr(world, 'TRAVEL', 4.0)
     monkeypatch.setitem(world.EXTENTS, 'ball', (2.0, 2.0))
     monkeypatch.setitem(world.EXTENTS, 'ring', (3.0, 3.0))
     monkeypatch.setitem(world.EXTENTS, 'bar', (1.0, 3.0))
     monkeypatch.setitem(world.EXTENTS, 'tower', (3.0, 1.0))
     with pytest.raises(ValueError, match=r'stories.2x4_16px_4_1.*delete'):
-        stories.load(tmp_path, (4, 4), num_train=4, num_test=1)
+        builder.load(tmp_path, (4, 4), num_train=4, num_test=1)

@@ -12,8 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from mask2dit_jax import pipeline
-from mask2dit_jax.data import video
+from mask2dit_jax.data import story_file, video
 from mask2dit_jax.tools import random_model, suites
 
 FPS = 10
@@ -188,7 +187,7 @@ def write_source(folder, suite):
 def sample(stories, samples, suite, frames=17):
     """What sample.sh makes of all stories below a folder."""
     for path in stories.rglob('story.json'):
-        (caption,), _ = pipeline.read_story(path)
+        (caption,), _ = story_file.read_story(path)
         folder = samples / path.parent.relative_to(stories)
         for i in range(suites.SUITES[suite].videos):
             video.write_mp4(folder / f'video_{i}.mp4', clip(int(caption.split()[-1]) + i / 2, frames), FPS)
@@ -248,8 +247,8 @@ def test_stories_are_those_that_sample_takes(tmp_path):
     source = write_source(tmp_path, 'evalcrafter')
     suites.write_prompts('evalcrafter', source, tmp_path / 'plain')
     suites.write_prompts('evalcrafter', source, tmp_path / 'asked', frames=49)
-    assert pipeline.read_story(tmp_path / 'plain/0001/story.json') == (['a / thing 60'], [None])
-    assert pipeline.read_story(tmp_path / 'asked/0001/story.json') == (['a / thing 60'], [49])
+    assert story_file.read_story(tmp_path / 'plain/0001/story.json') == (['a / thing 60'], [None])
+    assert story_file.read_story(tmp_path / 'asked/0001/story.json') == (['a / thing 60'], [49])
 
 
 def test_sample_script_goes_on_where_it_stopped(tmp_path):

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.models import dit
+from mask2dit_jax.training import optimizer as optimizer_lib
 from mask2dit_jax.training import train_step
+from mask2dit_jax.training.objectives import denoising
 
 MODEL = dit.DiTConfig(num_layers=1, num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4,
                       text_embed_dim=5, time_embed_dim=8, max_text_seq_length=3, patch_size=1, sample_height=2,
@@ -34,7 +37,7 @@ def random_state(cfg):
     rng = np.random.default_rng(0)
     params, ema = (jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes.params)
                    for _ in range(2))
-    opt = train_step.make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
+    opt = optimizer_lib.make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
     return train_step.TrainState(np.int32(0), params, ema, opt)
 
 
@@ -46,19 +49,19 @@ def loss_fn(cfg):
 
 
 def test_stratified_timesteps():
-    t = np.stack([train_step.stratified_timesteps(jax.random.key(i), 8, 1000) for i in range(200)])
+    t = np.stack([denoising.stratified_timesteps(jax.random.key(i), 8, 1000) for i in range(200)])
     np.testing.assert_array_equal(np.sort(t // 125, axis=1), np.tile(np.arange(8), (200, 1)))
     assert np.abs(t.mean(0) - 499.5).max() < 80  # every example of the batch sees every timestep
     assert t.min() >= 0 and t.max() <= 999
 
 
 def test_random_given():
-    given = np.asarray(train_step.random_given(jax.random.key(0), 4000, 4, 0.5))
+    given = np.asarray(denoising.random_given(jax.random.key(0), 4000, 4, 0.5))
     count = given.sum(1)
     assert abs((count > 0).mean() - 0.5) < 0.05
     assert set(count) == {0, 1, 2, 3}
     np.testing.assert_array_equal(given, np.arange(4) < count[:, None])  # leading scenes
-    assert not train_step.random_given(jax.random.key(0), 8, 1, 1.0).any()
+    assert not denoising.random_given(jax.random.key(0), 8, 1, 1.0).any()
 
 
 def test_given_scenes_are_clean_and_count_nothing():
@@ -67,7 +70,7 @@ def test_given_scenes_are_clean_and_count_nothing():
     given = jnp.array([[True, False], [False, False]])
 
     def loss(noise, x):
-        return train_step.denoising_loss(dit.DiT(MODEL), params, schedule_lib.Schedule(),
+        return loss_lib.denoising_loss(dit.DiT(MODEL), params, schedule_lib.Schedule(),
                                          {'latents': x, 'text': BATCH['text'][:2]}, noise, t, given, FRAMES)
 
     x, noise = BATCH['latents'][:2], BATCH['latents'][2:4]
@@ -89,7 +92,7 @@ def test_given_scenes_run_at_timestep_zero():
             seen.append(np.asarray(t))
             return latents
 
-    train_step.denoising_loss(Recorder(), state.params, schedule_lib.Schedule(), {k: v[:1] for k, v in BATCH.items()},
+    loss_lib.denoising_loss(Recorder(), state.params, schedule_lib.Schedule(), {k: v[:1] for k, v in BATCH.items()},
                               BATCH['latents'][1:2], np.array([700]), given, FRAMES)
     np.testing.assert_array_equal(seen, [[[0, 700]]])
 
@@ -127,7 +130,7 @@ def test_ema_follows_the_new_parameters():
 
 def updates(optimizer, grads, steps):
     """Updates of `steps` steps with constant gradients, from parameters of zero."""
-    tx = train_step.make_optimizer(optimizer, steps)
+    tx = optimizer_lib.make_optimizer(optimizer, steps)
     params, update = jax.tree.map(jnp.zeros_like, grads), jax.jit(tx.update)
     state, out = tx.init(params), []
     for _ in range(steps):

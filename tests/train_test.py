@@ -10,13 +10,15 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import checkpoint, hardware, pipeline, sample
+from mask2dit_jax import checkpoint, sample
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import batches, video
+from mask2dit_jax.data import latent_codec, story_file, video
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
-from mask2dit_jax.pretrained import load
-from mask2dit_jax.training import trainer
+from mask2dit_jax.models import flops as flops_lib
+from mask2dit_jax.pretrained import names as names_lib
+from mask2dit_jax.training import trainer, validation
 
 
 def smoke_config(steps=6, **kwargs):
@@ -30,7 +32,7 @@ def smoke_config(steps=6, **kwargs):
         train=config_lib.TrainConfig(steps=steps, batch_size=8, conditional_probability=0.5, ema_decay=0.9,
                                  log_every_steps=1, checkpoint_every_steps=3, sample_every_steps=100),
         sample=config_lib.SampleConfig(steps=2, guidance=1.5, sheet_stories=4),
-        eval=config_lib.EvalConfig(stories=8, batch_size=8), mesh=config_lib.MeshConfig(data=8, cpu_devices=8))
+        eval=config_lib.EvalConfig(stories=8, batch_size=8), mesh=mesh_lib.MeshConfig(data=8, cpu_devices=8))
     return dataclasses.replace(cfg, **kwargs)
 
 
@@ -45,9 +47,9 @@ def finished(tmp_path_factory):
 def weights(finished):
     """'params' and 'ema' of the finished run, read from its last checkpoint without the package's own functions."""
     cfg = smoke_config()
-    shapes = load.abstract_params(cfg.model)
+    shapes = names_lib.abstract_params(cfg.model)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                          partitioning.shardings({'params': shapes}, partitioning.make_mesh(cfg.mesh))['params'])
+                          partitioning.shardings({'params': shapes}, mesh_lib.make_mesh(cfg.mesh))['params'])
     with ocp.StandardCheckpointer() as reader:
         return {k: reader.restore((finished[0] / 'checkpoints/6' / k).absolute(), target) for k in ('params', 'ema')}
 
@@ -67,8 +69,8 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
-    coders = batches.stories_coders(smoke_config(), finished[0])
-    by_ema, by_params = ([path.read_bytes() for path in trainer.write_sheets(smoke_config(), w, coders, tmp_path / k, 6)]
+    coders = latent_codec.stories_codec(smoke_config(), finished[0])
+    by_ema, by_params = ([path.read_bytes() for path in validation.write_sample_grids(smoke_config(), w, coders, tmp_path / k, 6)]
                          for k, w in sorted(weights.items()))
     sheets = [path.read_bytes() for path in (finished[0] / 'sheets').glob('*.png')]
     assert sorted(sheets) == sorted(by_ema)
@@ -95,19 +97,19 @@ def test_resume_is_bit_equal(finished, tmp_path):
 
     assert untimed(other) == untimed(workdir)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
-        jax.devices()[0])), load.abstract_params(smoke_config().model))
+        jax.devices()[0])), names_lib.abstract_params(smoke_config().model))
     a, b = (checkpoint.restore(w / 'checkpoints/6', {'ema': target}) for w in (workdir, other))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
     cfg = smoke_config()
-    coders, device = batches.stories_coders(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
+    coders, device = latent_codec.stories_codec(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
     shares = trainer._peak_share(cfg, types.SimpleNamespace(size=4, devices=np.array([device])), coders)
-    flops = hardware.model_flops(cfg, cfg.model.layout((1, 2), 4, 4), 'train')
+    flops = flops_lib.training_flops(cfg.model, cfg.model.layout((1, 2), 4, 4))
     assert shares.keys() == {(4, 4), (4, 8)}
     assert shares[4, 8] == pytest.approx(8 * sum(flops.values()) / (4 * 459e12))
-    assert trainer._peak_share(cfg, partitioning.make_mesh(cfg.mesh), coders) == {}
+    assert trainer._peak_share(cfg, mesh_lib.make_mesh(cfg.mesh), coders) == {}
 
 
 def test_steps_that_are_not_run_cannot_be_recorded(finished):
@@ -131,8 +133,8 @@ def test_divergence_stops_and_saves_nothing(tmp_path):
 
 def test_fine_tuning_starts_from_the_ema(finished, weights):
     cfg = smoke_config(steps=1, init_from=str(finished[0]))
-    coders = batches.stories_coders(cfg, finished[0])
-    state, _ = trainer._initial_state(cfg, coders, partitioning.make_mesh(cfg.mesh))
+    coders = latent_codec.stories_codec(cfg, finished[0])
+    state, _ = trainer._initial_state(cfg, coders, mesh_lib.make_mesh(cfg.mesh))
     for ours in state.params, state.ema:
         jax.tree.map(np.testing.assert_array_equal, ours, weights['ema'])
     assert int(state.step) == 0
@@ -146,7 +148,7 @@ def test_sampling_and_fine_tuning_take_the_newest_good_checkpoint(finished, tmp_
     assert json.loads((out / 'story.json').read_text())['checkpoint'] == str(workdir / 'checkpoints/3')
     assert any(f'{workdir}/checkpoints/6 is damaged' in r.getMessage() for r in caplog.records)
     cfg = smoke_config(init_from=str(workdir))
-    state, _ = trainer._initial_state(cfg, batches.stories_coders(cfg, workdir), partitioning.make_mesh(cfg.mesh))
+    state, _ = trainer._initial_state(cfg, latent_codec.stories_codec(cfg, workdir), mesh_lib.make_mesh(cfg.mesh))
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
     ema = checkpoint.restore(workdir / 'checkpoints/3', {'ema': target})['ema']
     jax.tree.map(np.testing.assert_array_equal, state.params, ema)
@@ -203,7 +205,7 @@ def test_story_files_and_frames(tmp_path):
     for text in ('[]', '{"scenes": [{"frames": 4}]}', '{"scenes": []}', '{"scenes": [{"caption": "a", "fames": 4}]}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r'story.json (is no story file|needs a text caption)'):
-            pipeline.read_story(path)
+            story_file.read_story(path)
     assert sample.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
     with pytest.raises(ValueError, match='Scene 1 has 4 frames in the story but its given clip has 12'):
         sample.plan_frames([4, 8], [np.zeros((12, 1, 1, 3))], 4)

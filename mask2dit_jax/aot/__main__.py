@@ -19,17 +19,16 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import presets
-from mask2dit_jax.aot import compiler
-from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.training import metric_writer
+from mask2dit_jax import logs, presets
+from mask2dit_jax.aot import compiler, report
+from mask2dit_jax.distributed import mesh as mesh_lib
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     jax.config.update('jax_platforms', 'cpu')
-    metric_writer.quiet_libraries()
+    logs.quiet_libraries()
     config = config_lib.parse(_CONFIG.value)
     topology = _TOPOLOGY.value or (presets.SLICES[config.mesh.slice].topology if config.mesh.slice else None)
     if topology is None:
@@ -37,13 +36,13 @@ def main(argv):
     frames = config.data.layouts[0]
     frames = frames if _SCENES.value is None else (frames[0],) * _SCENES.value
     count = math.prod(map(int, topology.split(':')[1].split('x'))) if re.fullmatch(r'\w+:\d+(x\d+)*', topology) else 0
-    slices = max(1, math.prod(getattr(config.mesh, a) for a in partitioning.AXES) // count) if count else 1
+    slices = max(1, math.prod(getattr(config.mesh, a) for a in mesh_lib.AXES) // count) if count else 1
     strange = sorted(set(_WHAT.value) - set(compiler.WHAT))
     if strange:
         raise app.UsageError(f'--what={",".join(strange)} is unknown: use {" or ".join(compiler.WHAT)}, or both.')
     reports = [compiler.compile_report(config, what, topology, slices, frames, _EFFORT.value, _KERNEL_CYCLES.value)
                for what in _WHAT.value]
-    text = '\n'.join(map(compiler.to_markdown, reports))
+    text = '\n'.join(map(report.to_markdown, reports))
     print(text)
     if _OUT.value:
         out = pathlib.Path(_OUT.value)

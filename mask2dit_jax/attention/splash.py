@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
-from mask2dit_jax.layout import SceneLayout, visible
+from mask2dit_jax.attention import masks
+from mask2dit_jax.layout import SceneLayout
 
 KERNELS = ('tokamax', 'jax')
 _LANES = 128
@@ -48,7 +49,7 @@ class _Segments:
         s = self.layout.num_scenes
         scene, is_text = np.tile(np.arange(s), 2), np.arange(2 * s) >= s
         table = np.zeros((2 * s + 1,) * 2, bool)
-        table[:-1, :-1] = visible(pattern, scene[:, None], is_text[:, None], scene[None], is_text[None])
+        table[:-1, :-1] = masks.may_attend(pattern, scene[:, None], is_text[:, None], scene[None], is_text[None])
         table[-1, :-1] = True
         return table
 
@@ -106,7 +107,7 @@ def _visible_pairs(pattern: str, num_scenes: int, starts: tuple[int, ...], q_seg
 
     k_segment = sum((k_position >= s).astype(jnp.int32) for s in starts[1:-1] if s > 0)
     q_text, k_text = ((x >= num_scenes).astype(jnp.int32) for x in (q_segment, k_segment))
-    seen = visible(pattern, scene_of(q_segment), q_text, scene_of(k_segment), k_text)
+    seen = masks.may_attend(pattern, scene_of(q_segment), q_text, scene_of(k_segment), k_text)
     return (seen | (q_segment == 2 * num_scenes)) & (k_position < starts[-2])
 
 

@@ -38,39 +38,40 @@ import pathlib
 import jax
 from absl import app, flags
 
-from mask2dit_jax.benchmark import tasks
-from mask2dit_jax.training import metric_writer
+from mask2dit_jax import logs
+from mask2dit_jax import tables as tables_lib
+from mask2dit_jax.benchmark import attention, checkpoints, kernels, loader, model
 
 
 def main(argv):
-    names = ('attention', *tasks.TASKS, 'compile', 'loader', 'checkpoint')
+    names = ('attention', *model.TASKS, 'compile', 'loader', 'checkpoint')
     if len(argv) != 2 or argv[1] not in names:
         raise app.UsageError(f'Give the name of one task, {", ".join(names)}; got {" ".join(argv[1:]) or "none"}.')
     task, runs = argv[1], _RUNS.value
-    metric_writer.quiet_libraries()
+    logs.quiet_libraries()
     device = f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}'
     tables = {}
     if task == 'attention':
-        tables[task] = tasks.bench_attention(_TOKENS.value, _DENSE_TOKENS.value, runs)
-        note = (f'Forward and backward, dual mask, {tasks.SCENES} equal scenes, {tasks.HEADS} heads of {tasks.HEAD_DIM}, float32, '
+        tables[task] = attention.bench_attention(_TOKENS.value, _DENSE_TOKENS.value, runs)
+        note = (f'Forward and backward, dual mask, {attention.SCENES} equal scenes, {attention.HEADS} heads of {attention.HEAD_DIM}, float32, '
                 f'{device}. Times are medians of {runs} runs; time ratio is to decomposed at the same length, '
                 'MB growth to the shortest video.')
     elif task == 'compile':
-        tables[task] = tasks.bench_compile()
+        tables[task] = kernels.bench_compile()
         note = 'Bundles per head and block of 1024 queries and keys, dual mask. Compiled, not run.'
     elif task == 'loader':
-        tables[task] = tasks.bench_loader(runs, _OUT.value)
+        tables[task] = loader.bench_loader(runs, _OUT.value)
         note = (f'Batches of 8 stories of 3 scenes of 49 frames at 480x720; {os.cpu_count()} processors; median of '
                 f'{runs} batches, after one that does not count; files are in the page cache.')
     elif task == 'checkpoint':
-        tables[task] = tasks.bench_checkpoint(_GB.value, runs, _OUT.value)
+        tables[task] = checkpoints.bench_checkpoint(_GB.value, runs, _OUT.value)
         note = f'{device}. Medians of {runs} runs, after one that does not count.'
     else:
-        tables['model'], tables['profile'] = tasks.bench_model(task, runs)
+        tables['model'], tables['profile'] = model.bench_model(task, runs)
         note = (f'{device}. Times are medians of {runs} runs, memory is that of the last, ratios are to diffusers if '
                 'it is installed. Equal values mean equal results. The second table has milliseconds of one traced '
                 'run by kind of work; what threads do at once counts for each.')
-    text = '\n\n'.join([*(metric_writer.format_table(rows, tasks.COLUMNS[name]) for name, rows in tables.items()), note])
+    text = '\n\n'.join([*(tables_lib.format_table(rows, COLUMNS[name]) for name, rows in tables.items()), note])
     print(text)
     if _OUT.value:
         out = pathlib.Path(_OUT.value)
@@ -87,3 +88,12 @@ if __name__ == '__main__':  # only here, since tests import this next to sample,
     _GB = flags.DEFINE_float('gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.0)
     _OUT = flags.DEFINE_string('out', None, 'Folder for TASK.json and TASK.md; default: print only.')
     app.run(main)
+
+COLUMNS = {
+    'attention': ('formulation', 'video tokens', 'ms', 'spread ms', 'time ratio', 'MB', 'MB growth'),
+    'model': ('scenes', 'what', 'formulation', 'remat', 'ms', 'spread ms', 'time ratio', 'MB', 'MB ratio', 'value'),
+    'profile': ('scenes', 'what', 'formulation', 'remat', 'attention', 'matmuls', 'rest'),
+    'loader': ('scenes/s', 'spread scenes/s', 'MB/s'),
+    'checkpoint': ('what', 'GB', 's/GB', 'spread s/GB'),
+    'compile': ('chip', 'kernel', 'head size', 'direction', 'visible', 'masked'),
+}

@@ -22,9 +22,10 @@ import numpy as np
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import pipeline
 from mask2dit_jax.diffusion import samplers
-from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.pretrained import export
+from mask2dit_jax.pretrained import names as names_lib
 
 FRAMES, HEIGHT, WIDTH = 5, 16, 24  # latents of a scene
 STEPS, GUIDANCE = 2, 6.0  # of the sampling loop
@@ -47,7 +48,7 @@ def random_inputs(cfg: dit.DiTConfig, num_scenes: int):
         kind = path[-1].key
         return values / p.shape[-2] ** 0.5 if kind == 'kernel' else values * 0.1 + (kind == 'scale')
 
-    params = jax.tree_util.tree_map_with_path(draw, load.abstract_params(cfg))
+    params = jax.tree_util.tree_map_with_path(draw, names_lib.abstract_params(cfg))
     x = rng.standard_normal((1, num_scenes * FRAMES, HEIGHT, WIDTH, cfg.in_channels), np.float32)
     text = rng.standard_normal((1, num_scenes, cfg.max_text_seq_length, cfg.text_embed_dim), np.float32)
     return params, x, text, np.zeros(text.shape[2:], np.float32)
@@ -71,7 +72,7 @@ def ours(case: dict):
         table = samplers.sampler_table('ddim', config.schedule, STEPS)
         args = (params, x, text, null, x, np.zeros((1, num_scenes), bool), np.int32(table[0]), np.float32(table[1]),
                 np.full(num_scenes, GUIDANCE, np.float32))
-        run = pipeline.jit_sample(config, frames, partitioning.mesh_of(params))
+        run = pipeline.jit_sample(config, frames, mesh_lib.mesh_of(params))
     else:
         args = params, x, text
         run = jax.jit(jax.value_and_grad(loss) if case['what'] == 'forward + backward' else loss)
@@ -96,11 +97,11 @@ def diffusers_with_two_calls(case: dict):
 
     cfg, num_scenes = model_config('diffusers', ''), case['scenes']
     params, x, text, _ = random_inputs(cfg, num_scenes)
-    settings = load.transformer_json(cfg)
+    settings = names_lib.transformer_json(cfg)
     del settings['attn_msk_version']  # the reference's own class knows it; TwoCalls below does what it means
     model = CogVideoXTransformer3DModel.from_config(settings)
     model.load_state_dict({n: torch.from_numpy(np.array(w.read()))
-                           for n, w in load.export_params('transformer', cfg, params).items()})
+                           for n, w in export.export_params('transformer', cfg, params).items()})
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
     class TwoCalls:
@@ -136,7 +137,7 @@ def diffusers_with_two_calls(case: dict):
 
     def once():
         if case['what'] == 'sampling':
-            scheduler = CogVideoXDDIMScheduler.from_config(load.schedule_json(config_lib.Config().schedule))
+            scheduler = CogVideoXDDIMScheduler.from_config(names_lib.schedule_json(config_lib.Config().schedule))
             scheduler.set_timesteps(STEPS)
             both, latents = torch.cat([torch.zeros_like(text), text]), x
             with torch.no_grad():

@@ -13,12 +13,11 @@ import tqdm
 from absl import logging
 from safetensors.numpy import load_file, save_file
 
-from mask2dit_jax.data import batches, video
+from mask2dit_jax import tables
+from mask2dit_jax.data import latent_codec, records, video
 from mask2dit_jax.data import manifest as manifest_lib
-from mask2dit_jax.data import records as records_lib
 from mask2dit_jax.models import dit, t5, vae
-from mask2dit_jax.pretrained import load
-from mask2dit_jax.training import metric_writer
+from mask2dit_jax.pretrained import load as load_lib
 
 _CAPTIONS_AT_ONCE = 8
 NULL_TEXT = 'null_text.safetensors'  # of the empty caption, for classifier-free guidance
@@ -72,16 +71,16 @@ def plan(job: Job):
     check_frames = int  # any number of frames can be stored as they are
     if job.store == 'moments':
         folder = pathlib.Path(job.folder)
-        model = load.read_config('transformer', folder / 'transformer', dtype=job.dtype)
-        coders = batches.pretrained_coders(folder, model, (job.height_px, job.width_px), tiling=job.tiling)
+        model = load_lib.read_config('transformer', folder / 'transformer', dtype=job.dtype)
+        coders = latent_codec.pretrained_codec(folder, model, (job.height_px, job.width_px), tiling=job.tiling)
         check_frames = coders.scene_latents
         check_frames(job.frames)
         *size, channels = coders.latent_shape
         settings |= {'tiling': job.tiling, 'dtype': job.dtype, 'moments_shape': [*size, 2 * channels],
                      'text_shape': [model.max_text_seq_length, model.text_embed_dim],
-                     'scaling_factor': load.read_config('vae', folder / 'vae').scaling_factor,
-                     'folder': str(folder.absolute()), 'vae': batches.network_digest(folder / 'vae'),
-                     'text_encoder': batches.network_digest(folder / 'text_encoder')}
+                     'scaling_factor': load_lib.read_config('vae', folder / 'vae').scaling_factor,
+                     'folder': str(folder.absolute()), 'vae': latent_codec.network_digest(folder / 'vae'),
+                     'text_encoder': latent_codec.network_digest(folder / 'text_encoder')}
     listed = [(c, w) for c in manifest.clips for w in range(job.windows)]
     listed.sort(key=lambda x: (x[0].story, x[1]))  # the scenes of one story lie together
     settings['parts'] = -(-len(listed) // job.part_clips)
@@ -147,8 +146,8 @@ def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list]) -> None:
     if not files and (out / NULL_TEXT).exists():
         return
     folder = pathlib.Path(job.folder)
-    model = load.read_config('transformer', folder / 'transformer')
-    network = load.load_t5(folder / 'text_encoder', param_dtype=job.dtype, dtype=job.dtype)
+    model = load_lib.read_config('transformer', folder / 'transformer')
+    network = load_lib.load_t5(folder / 'text_encoder', param_dtype=job.dtype, dtype=job.dtype)
     _save(out / NULL_TEXT, _encode_captions(job, model, [''], {}, network)[0])
     for part, file in tqdm.tqdm(files.items(), desc='captions', unit='part'):
         _save(file, _encode_captions(job, model, [c.caption for c, _ in parts[part]], {}, network))
@@ -167,7 +166,7 @@ def _save(path: pathlib.Path, text: np.ndarray) -> None:
 def video_encoder(folder, tiling: bool):
     """Function of clips uint8 [B, F, H, W, 3] to moments bfloat16 [B, T, h, w, 2C], and its batch size B: one clip to
     every local device. Fewer clips may come at once."""
-    model, params = load.load_vae(pathlib.Path(folder) / 'vae', dtype='float32')
+    model, params = load_lib.load_vae(pathlib.Path(folder) / 'vae', dtype='float32')
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.array(devices), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
     spread, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*a)) for a in (('data',), ()))
@@ -194,7 +193,7 @@ def in_batches(stream, size: int):
         yield batch
 
 
-def encode(job: Job, out, worker: int = 0, num_workers: int = 1, threads: int = 4) -> bool:
+def precompute(job: Job, out, worker: int = 0, num_workers: int = 1, threads: int = 4) -> bool:
     """Makes a data set, or this worker's share of it; goes on where it was stopped.
 
     Args:
@@ -211,16 +210,16 @@ def encode(job: Job, out, worker: int = 0, num_workers: int = 1, threads: int = 
     """
     out = pathlib.Path(out)
     settings, listed, row_problems, check_frames = plan(job)
-    records_lib.write_settings(out, settings)
+    records.write_settings(out, settings)
     parts = {p: listed[p * job.part_clips:(p + 1) * job.part_clips] for p in range(settings['parts'])}
     mine = {p: parts[p] for p in range(worker, settings['parts'], num_workers)}
-    todo = {p: c for p, c in mine.items() if not records_lib.part_path(out, settings, p).exists()}
+    todo = {p: c for p, c in mine.items() if not records.part_path(out, settings, p).exists()}
     logging.info('%d clips in %d parts; %d of the %d parts of this worker are to do.', len(listed), len(parts),
                  len(todo), len(mine))
     if job.store == 'moments':
         encode_text(job, out, todo)
     _encode_parts(job, out, settings, todo, check_frames, threads)
-    done = records_lib.write_info(out, settings)
+    done = records.write_info(out, settings)
     if done is None:
         logging.info('This worker is done; the last one completes %s.', out)
         return False
@@ -258,7 +257,7 @@ def _encode_parts(job, out, settings, todo, check_frames, threads) -> None:
             coded = ((i, len(frames), {'video': frames}) for i, frames in stream)
         examples = ({'story': listed[i][0].story * job.windows + listed[i][1], 'scene': listed[i][0].scene, 'frames': n,
                      'caption': listed[i][0].caption, 'path': str(listed[i][0].path), **x} for i, n, x in coded)
-        records_lib.write_part(out, settings, part, examples, problems[part])
+        records.write_part(out, settings, part, examples, problems[part])
         _text_path(out, part).unlink(missing_ok=True)
     bar.close()
 
@@ -276,6 +275,6 @@ def report(settings: dict, listed: int, rows, problems) -> str:
              f'{listed - len(rows)} are not, and {malformed} rows of the manifest are malformed. Frames per clip: '
              + (', '.join(f'{f} ({n} clips)' for f, n in sorted(lengths.items())) or 'none') + '.', '']
     if problems:
-        lines += [metric_writer.format_table(summary, ('what', 'clips', 'in the data set')), '',
-                  metric_writer.format_table(listing, ('kind', 'in', 'where', 'file', 'what')), '']
+        lines += [tables.format_table(summary, ('what', 'clips', 'in the data set')), '',
+                  tables.format_table(listing, ('kind', 'in', 'where', 'file', 'what')), '']
     return '\n'.join(lines)

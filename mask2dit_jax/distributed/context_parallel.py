@@ -8,10 +8,10 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.layout import SceneLayout
 
-SPEC = P(partitioning.BATCH_AXES, 'context', 'tensor')  # of q, k and v [B, L, N, D] outside
+SPEC = P(mesh_lib.BATCH_AXES, 'context', 'tensor')  # of q, k and v [B, L, N, D] outside
 
 
 def check(axes: dict[str, int], batch: int, num_tokens: int, num_heads: int) -> None:
@@ -48,7 +48,7 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
     Raises:
       ValueError: if B, L or N do not divide.
     """
-    axes = partitioning.mesh_axes()
+    axes = mesh_lib.mesh_axes()
     if not axes:
         return backend(q, k, v, layout, pattern)
     check(axes, *q.shape[:3])

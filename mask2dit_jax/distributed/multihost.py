@@ -49,12 +49,12 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         jax.distributed.initialize(**limits)
 
 
-def agree(good: bool) -> bool:
+def all_agree(good: bool) -> bool:
     """Whether it is good on all processes, which all call this."""
     return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(good)).all())
 
 
-def require_same(**things) -> None:
+def assert_same_on_all_hosts(**things) -> None:
     """Checks that all processes, which all call this, have the same things (compared by repr).
 
     Raises:
@@ -70,7 +70,7 @@ def require_same(**things) -> None:
                          'that they share.')
 
 
-def meet(step: int, limited: bool) -> None:
+def barrier(step: int, limited: bool) -> None:
     """Waits for all processes before a step.
 
     Args:

@@ -1,59 +1,18 @@
 """Scores folders of videos that `sample` wrote."""
 import dataclasses
-import functools
 import json
 import pathlib
-import re
 
 import numpy as np
 import safetensors.numpy
 import tqdm
 
-from mask2dit_jax import pipeline, tensor_io
-from mask2dit_jax.data import video
-from mask2dit_jax.evaluation import feature_encoders, metrics
-
-_PAPER = {'all pairs': ('visual', 'semantic', 'sequence'),
-          'adjacent': ('visual_adjacent', 'semantic', 'sequence_adjacent')}
-_OTHERS = {
-    'subject_within': 'subject consistency within scenes', 'subject_between': 'subject consistency between scenes',
-    'matches': 'scenes that match their own caption best (chance: 1 / scenes)',
-    'margin': 'cosine with own caption less with others'}
-_CUTS = 'sharpness', 'placed'
-
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-    """A video file and its story: a caption and a number of frames per scene."""
-    name: str
-    path: pathlib.Path
-    captions: tuple[str, ...]
-    frames: tuple[int, ...]
-
-
-def find_videos(folder, story=None) -> list[Video]:
-    """All mp4 files of a folder with one story, or, without it, beside the story.json files in and below the folder.
-
-    Raises:
-      FileNotFoundError, ValueError: naming the file that is missing, or the story that has no frames or one scene.
-    """
-    folder = pathlib.Path(folder)
-    stories = [pathlib.Path(story)] if story else sorted(folder.rglob('story.json'))
-    if not stories:
-        raise FileNotFoundError(f'{folder} holds no story.json: give --story, {{"scenes": [{{"caption": "...", '
-                                '"frames": 8}, ...]}.')
-    videos = []
-    for path in stories:
-        captions, frames = pipeline.read_story(path)
-        if not all(f and f > 0 for f in frames) or len(frames) < 2:
-            raise ValueError(f'{path} must have two scenes or more, and "frames" in each.')
-        files = (folder if story else path.parent).glob('*.mp4')
-        files = sorted(files, key=lambda p: [int(n) if n.isdigit() else n for n in re.split(r'(\d+)', p.name)])
-        if not files:
-            raise FileNotFoundError(f'{folder if story else path.parent} holds no mp4 file.')
-        videos += [Video(p.relative_to(folder).with_suffix('').as_posix(), p, tuple(captions), tuple(frames))
-                   for p in files]
-    return videos
+from mask2dit_jax import tensor_io
+from mask2dit_jax.data import story_file, video
+from mask2dit_jax.evaluation import cuts as cuts_lib
+from mask2dit_jax.evaluation import feature_encoders, metrics, report_table
+from mask2dit_jax.evaluation import frechet as frechet_lib
+from mask2dit_jax.evaluation import videos as videos_lib
 
 
 def _spread(pixels, count: int):
@@ -76,16 +35,16 @@ def _clip_features(encoder: feature_encoders.Encoder, clips, count: int) -> np.n
 
 
 @dataclasses.dataclass(frozen=True)
-class Coders:
+class FeatureEncoders:
     """Encoders of scenes and captions, of frames and of whole videos; None gives no such features."""
     scenes: feature_encoders.Encoder
     frames: feature_encoders.Encoder | None
     videos: feature_encoders.Encoder | None
 
 
-def encode_video(coders: Coders, item: Video, pixels, count: int) -> dict[str, np.ndarray]:
+def encode_video(coders: FeatureEncoders, item: videos_lib.Video, pixels, count: int) -> dict[str, np.ndarray]:
     """The features of one video uint8 [F, H, W, 3], by their names in a features file; `count` is --frames."""
-    scenes, features = pipeline.split_scenes(pixels, item.frames), {}
+    scenes, features = story_file.split_scenes(pixels, item.frames), {}
     if coders.frames is not None:
         framed = _frame_features(coders.frames, scenes, count)
         features = {f'frames/{i}': frames for i, frames in enumerate(framed)}
@@ -107,7 +66,7 @@ def read_features(path) -> dict[str, np.ndarray]:
     return {name: np.asarray(tensor) for name, tensor in tensor_io.open_file(path)[0].items()}
 
 
-def score(item: Video, features: dict, change) -> dict:
+def score(item: videos_lib.Video, features: dict, change) -> dict:
     """All metrics of one video, fractions of 1; see mask2dit_jax.evaluation.metrics.
 
     Args:
@@ -125,7 +84,7 @@ def score(item: Video, features: dict, change) -> dict:
                              f'{len(item.frames)}.')
     if 'scenes' not in own:
         raise ValueError(f'{item.name}/scenes is missing from the features.')
-    cuts = metrics.cut_scores(change, item.frames)
+    cuts = cuts_lib.cut_scores(change, item.frames)
     out = {'name': item.name} | {name: float(values.mean()) for name, values in cuts.items()}
     out['visual'] = metrics.visual_consistency(own['scenes'])
     out['visual_adjacent'] = metrics.visual_consistency(own['scenes'], 'adjacent')
@@ -145,88 +104,6 @@ def score(item: Video, features: dict, change) -> dict:
     return out
 
 
-def frechet(videos: list[Video], features: dict) -> dict | None:
-    """Fréchet distance between all NAME/video and the reference, with the counts that it rests on; None without them.
-
-    Raises:
-      ValueError: if there is a reference but not a feature of every video, or too few of either.
-    """
-    if 'reference' not in features:
-        return None
-    lost = [item.name for item in videos if f'{item.name}/video' not in features]
-    if lost:
-        raise ValueError(f'{lost[0]}/video is missing from the features, which have a reference.')
-    parts = [metrics.moments(np.atleast_2d(features[f'{item.name}/video'])) for item in videos]
-    made, real = functools.reduce(metrics.merge, parts), metrics.moments(features['reference'])
-    return {'distance': metrics.frechet_distance(made, real), 'videos': made.count, 'references': real.count,
-            'size': len(real.mean)}
-
-
-def summarize(rows: list[dict], seed: int) -> dict[str, dict]:
-    """Mean and 95 % bootstrap interval of every metric over the videos.
-
-    Raises:
-      ValueError: if one video has metrics that another has not.
-    """
-    names = [name for name in rows[0] if name not in ('name', 'confusion')]
-    for row in rows:
-        if odd := sorted(set(row) ^ set(rows[0])):
-            raise ValueError(f'{row["name"]} and {rows[0]["name"]} differ in {", ".join(odd)}: give the same kinds of '
-                             'features for all videos.')
-    values = {name: [row[name] for row in rows] for name in names}
-    return {name: {'mean': float(np.mean(x)), 'interval': metrics.bootstrap(x, seed)} for name, x in values.items()}
-
-
-def confusions(rows: list[dict]) -> dict[int, list]:
-    """Mean confusion matrix by number of scenes."""
-    by_count = {}
-    for row in rows:
-        if 'confusion' in row:
-            by_count.setdefault(len(row['confusion']), []).append(row['confusion'])
-    return {count: np.mean(group, axis=0).tolist() for count, group in sorted(by_count.items())}
-
-
-def _cell(summary: dict, name: str) -> str:
-    if name not in summary:
-        return '–'
-    interval = summary[name]['interval']
-    return f'{100 * summary[name]["mean"]:.2f}' + (
-        f' [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]' if interval else '')
-
-
-def report(result: dict) -> str:
-    """Markdown of what `evaluate` found."""
-    summary, distance = result['summary'], result['frechet']
-    cuts = ' | '.join(_cell(summary, name) for name in _CUTS)
-    fvd = f'{distance["distance"]:.5g}' if distance else '–'
-    lines = [
-        '# Scores', '',
-        f'{len(result["videos"])} video(s), in percent, mean over videos [95 % bootstrap interval]. '
-        + ', '.join(f'{key}: {value}' for key, value in result['settings'].items()) + '.', '',
-        '| pairs of scenes | visual consistency | semantic consistency | sequence consistency | FVD | cut sharpness | '
-        'cuts placed |', '|---|---:|---:|---:|---:|---:|---:|']
-    lines += [f'| {label} | {" | ".join(_cell(summary, name) for name in names)} | {fvd} | {cuts} |'
-              for label, names in _PAPER.items()]
-    lines += ['', '| | mean | cut sharpness | cuts placed |', '|---|---:|---:|---:|']
-    lines += [f'| {label} | {_cell(summary, name)} | {cuts} |' for name, label in _OTHERS.items()]
-    lines += ['', 'Cut sharpness is 100 for hard cuts between still scenes and 0 where borders change no more than '
-              'scenes do: without cuts, consistency is worth little. Cuts placed: borders that are among the largest '
-              'changes of the video. Captions that leak into other scenes make these alike, which raises consistency '
-              'too: only the matches fall.']
-    if distance:
-        few = min(distance['videos'], distance['references']) <= distance['size']
-        lines += ['', "FVD is the Fréchet distance of the video encoder's features; papers take I3D's, with which it "
-                  f'does not compare. {distance["videos"]} videos against {distance["references"]} of the reference, '
-                  f'features of size {distance["size"]}; no interval, as resampling biases it.' + (
-                      ' Fewer samples than that: compare only numbers of these same counts.' if few else '')]
-    for count, matrix in result['confusion'].items():
-        lines += ['', f'Cosine of scenes (rows) with captions, stories of {count} scenes:', '',
-                  ' | '.join(['| scene', *(f'caption {j + 1}' for j in range(count))]) + ' |',
-                  '|---' * (count + 1) + '|']
-        lines += [f'| {i + 1} | ' + ' | '.join(f'{100 * x:.2f}' for x in row) + ' |' for i, row in enumerate(matrix)]
-    return '\n'.join(lines) + '\n'
-
-
 def _read(path, frames: int | None = None) -> np.ndarray:
     pixels = video.read_video(path)[0]
     if frames is not None and len(pixels) != frames:
@@ -234,7 +111,7 @@ def _read(path, frames: int | None = None) -> np.ndarray:
     return pixels
 
 
-def load_coders(encoder, frame_encoder=None, video_encoder=None) -> Coders:
+def load_encoders(encoder, frame_encoder=None, video_encoder=None) -> FeatureEncoders:
     """Encoders of these folders; without the last, whole videos are not encoded.
 
     Raises:
@@ -244,10 +121,10 @@ def load_coders(encoder, frame_encoder=None, video_encoder=None) -> Coders:
     if frame_encoder and loaded[frame_encoder].cfg.frames > 1:
         raise ValueError(f'{frame_encoder} is an encoder of clips: give --frame_encoder one of pictures.')
     frames = loaded[frame_encoder or encoder]
-    return Coders(loaded[encoder], frames if frames.cfg.frames == 1 else None, loaded.get(video_encoder))
+    return FeatureEncoders(loaded[encoder], frames if frames.cfg.frames == 1 else None, loaded.get(video_encoder))
 
 
-def _encode_captions(coders: Coders, videos: list[Video]) -> tuple[dict[str, np.ndarray], int]:
+def _encode_captions(coders: FeatureEncoders, videos: list[videos_lib.Video]) -> tuple[dict[str, np.ndarray], int]:
     """NAME/captions of all videos, and how many captions were cut off; nothing from an encoder without captions."""
     if coders.scenes.text is None:
         return {}, 0
@@ -271,14 +148,14 @@ def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video
         raise ValueError('--features replaces all encoders and the reference: leave these out.')
     if video_encoder and not reference:
         raise ValueError('--video_encoder is for the Fréchet distance: give --reference too.')
-    items, out = find_videos(videos, story), pathlib.Path(out)
+    items, out = videos_lib.find_videos(videos, story), pathlib.Path(out)
     real = sorted(pathlib.Path(reference).rglob('*.mp4')) if reference else []
     if reference and not real:
         raise FileNotFoundError(f'{reference} holds no mp4 file: check --reference.')
     if features:
         coders, found, settings = None, read_features(features), {'features': str(features)}
     else:
-        coders = load_coders(encoder, frame_encoder, video_encoder or encoder if reference else None)
+        coders = load_encoders(encoder, frame_encoder, video_encoder or encoder if reference else None)
         found, cut = _encode_captions(coders, items)
         settings = {'encoder': str(encoder), 'frame encoder': str(frame_encoder or encoder), 'frames per scene': frames}
         settings |= {'captions cut off': cut} if cut else {}
@@ -286,7 +163,7 @@ def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video
     changes = []
     for item in tqdm.tqdm(items, desc='reading videos', unit='video', delay=3):
         pixels = _read(item.path, sum(item.frames))
-        changes.append(metrics.transitions(pixels))
+        changes.append(cuts_lib.transitions(pixels))
         found |= encode_video(coders, item, pixels, frames) if coders else {}
     out.mkdir(parents=True, exist_ok=True)
     if coders:
@@ -301,8 +178,8 @@ def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video
             rows.append(score(item, found, change))
         except ValueError as error:
             raise ValueError(f'{item.path}: {error}') from error
-    result = {'settings': settings, 'seed': seed, 'summary': summarize(rows, seed), 'frechet': frechet(items, found),
-              'confusion': confusions(rows), 'videos': rows}
+    result = {'settings': settings, 'seed': seed, 'summary': report_table.summarize(rows, seed), 'frechet': frechet_lib.frechet_video_distance(items, found),
+              'confusion': report_table.confusions(rows), 'videos': rows}
     (out / 'evaluation.json').write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-    (out / 'evaluation.md').write_text(report(result), encoding='utf-8')
+    (out / 'evaluation.md').write_text(report_table.report(result), encoding='utf-8')
     return result

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mask2dit_jax.attention import attend
+from mask2dit_jax.attention import attend, masks
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.layout import PATTERNS, SceneLayout, resample_positions, rope_table, sincos_positions, token_scenes
+from mask2dit_jax.layout import SceneLayout, token_scenes
+from mask2dit_jax.models import embeddings
 
 # What the backward pass does not compute again: names to keep on the device, names to move to the host's memory.
 REMAT = {'none': None, 'full': ((), ()), 'save_attention': (('attention',), ()),
@@ -73,7 +75,7 @@ class DiTConfig:
     remat: str = 'none'
 
     def __post_init__(self):
-        choices = {'pattern': PATTERNS, 'attention_backend': tuple(attend.BACKENDS), 'remat': tuple(REMAT),
+        choices = {'pattern': masks.PATTERNS, 'attention_backend': tuple(attend.BACKENDS), 'remat': tuple(REMAT),
                    'position_rule': ('continuous', 'reference'), 'dtype': ('float32', 'bfloat16')}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -106,15 +108,6 @@ class DiTConfig:
                                   self.max_text_seq_length, self.patch_size_t or 1)
 
 
-def timestep_embedding(t, width: int, flip_sin_to_cos: bool, freq_shift: int):
-    """Sinusoids of the timestep, float32 [..., width]."""
-    half = width // 2
-    omega = jnp.asarray(np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift)), jnp.float32)
-    angles = jnp.asarray(t, jnp.float32)[..., None] * omega
-    parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
-    return jnp.concatenate(parts, axis=-1)
-
-
 def patchify(x, layout: SceneLayout, patch: int):
     """[B, T, H, W, C] to tokens [B, num_video, C·pt·p·p], features in (channel, frame, row, column) order."""
     b, _, h, w, c = x.shape
@@ -137,19 +130,6 @@ def unpatchify(x, layout: SceneLayout, patch: int):
     return x if len(keep) == x.shape[1] else x[:, keep]
 
 
-def apply_rope(x, cos, sin):
-    """Rotates adjacent pairs (2i, 2i + 1) of [B, L, N, D] by tables [L, D], in float32.
-
-    Neighbours come from a product with a signed permutation, which is exact: an axis of pairs would leave the TPU's
-    lanes empty, and a roll there writes shifted copies in float32.
-    """
-    even = np.arange(0, x.shape[-1], 2)
-    turn = np.zeros((x.shape[-1],) * 2, np.float32)
-    turn[even + 1, even], turn[even, even + 1] = -1, 1
-    turned = jnp.einsum('blnd,de->blne', x, turn.astype(x.dtype), precision='highest')
-    return (x.astype(jnp.float32) * cos[:, None] + turned.astype(jnp.float32) * sin[:, None]).astype(x.dtype)
-
-
 class _Dense(nn.Module):
     """Dense whose kernel is gathered axis by axis on a mesh.
 
@@ -165,7 +145,7 @@ class _Dense(nn.Module):
     def __call__(self, x):
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         kernel = partitioning.gather_context(kernel.astype(self.dtype), '/'.join((*self.path, 'kernel')))
-        flat = partitioning.mesh_axes().get('context', 1) == 1
+        flat = mesh_lib.mesh_axes().get('context', 1) == 1
         y = checkpoint_name((x.reshape(-1, x.shape[-1]) if flat else x).astype(self.dtype) @ kernel, 'matmul')
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
@@ -242,7 +222,7 @@ class _Attention(nn.Module):
         q = _layer_norm(1e-6, True, 'norm_q')(q).astype(dtype)
         k = _layer_norm(1e-6, True, 'norm_k')(k).astype(dtype)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            q, k = embeddings.apply_rope(q, *rope), embeddings.apply_rope(k, *rope)
         if self.is_initializing():  # attention has no parameters, and its kernels ask for their chip
             out = v
         else:
@@ -302,7 +282,7 @@ class DiT(nn.Module):
         chex.assert_shape(text, (b, s, cfg.max_text_seq_length, cfg.text_embed_dim))
         chex.assert_shape(t, (b, s))
 
-        emb = timestep_embedding(t, cfg.width, cfg.flip_sin_to_cos, cfg.freq_shift).astype(dtype)
+        emb = embeddings.timestep_embedding(t, cfg.width, cfg.flip_sin_to_cos, cfg.freq_shift).astype(dtype)
         emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_in')(emb)
         emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_out')(nn.silu(emb))  # [B, S, Et]
 
@@ -326,7 +306,7 @@ class DiT(nn.Module):
     def _rope(self, layout):
         """Rotary tables over the joint sequence; text is not rotated."""
         rule = 'linspace' if self.cfg.patch_size_t is None else 'slice'
-        cos, sin = rope_table(layout, self.cfg.attention_head_dim, rule, self.cfg.base_grid[1:])
+        cos, sin = embeddings.rope_table(layout, self.cfg.attention_head_dim, rule, self.cfg.base_grid[1:])
         pad = ((layout.num_text, 0), (0, 0))
         return np.pad(cos, pad, constant_values=1), np.pad(sin, pad)
 
@@ -338,12 +318,12 @@ class DiT(nn.Module):
             m, e = cfg.max_text_seq_length, cfg.width
             table = self.param('positions', nn.initializers.normal(0.02), (m + t0 * h0 * w0, e), jnp.float32)
             share = cfg.position_rule == 'continuous'
-            text, time, rows, cols = resample_positions(layout, (t0, h0, w0), share)
+            text, time, rows, cols = embeddings.resample_positions(layout, (t0, h0, w0), share)
             video = jnp.einsum('at,bh,cw,thwe->abce', *(m.astype(np.float32) for m in (time, rows, cols)),
                                table[m:].reshape(t0, h0, w0, e), precision='highest').reshape(-1, e)
             positions = jnp.concatenate([text.astype(np.float32) @ table[:m], video])
         elif not cfg.rotary:
-            positions = sincos_positions(layout, cfg.width, cfg.base_grid, cfg.position_rule,
+            positions = embeddings.sincos_positions(layout, cfg.width, cfg.base_grid, cfg.position_rule,
                                                 cfg.temporal_interpolation_scale, cfg.spatial_interpolation_scale)
         else:
             return x

@@ -8,9 +8,10 @@ from absl import logging
 
 from mask2dit_jax import checkpoint
 from mask2dit_jax import config as config_lib
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import lora
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.pretrained import load as load_lib
 
 
 def _ema_target(config: config_lib.Config, target):
@@ -18,7 +19,7 @@ def _ema_target(config: config_lib.Config, target):
     if not config.lora.rank:
         return {'ema': target}
     tree = jax.eval_shape(lambda: lora.init(jax.random.key(0), target, config.lora))
-    return {'ema': partitioning.targets(tree, partitioning.mesh_of(target))}
+    return {'ema': partitioning.abstract_arrays(tree, mesh_lib.mesh_of(target))}
 
 
 def _whole(config: config_lib.Config, ema, target):
@@ -54,7 +55,7 @@ def load_base(config: config_lib.Config, target):
     folder = pathlib.Path(config.init_from)
     if (folder / 'transformer').is_dir():
         logging.info('Parameters from %s.', folder / 'transformer')
-        return load.read_params('transformer', folder / 'transformer', config.model, target)
+        return load_lib.read_params('transformer', folder / 'transformer', config.model, target)
     run = config_lib.load_run(folder)
     if folder.parent.name == checkpoint.FOLDER:
         path, params = folder, restore(folder, run, target)
@@ -64,7 +65,7 @@ def load_base(config: config_lib.Config, target):
     return params
 
 
-def pin_base(config: config_lib.Config) -> config_lib.Config:
+def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
     """`config` with the very checkpoint in init_from that a run with LoRA starts from: it will be read again and again.
 
     Raises:

@@ -12,7 +12,9 @@ import numpy as np
 from absl import app, flags
 from matplotlib import colors, figure, patches
 
-from mask2dit_jax.layout import SceneLayout, dense_mask, frame_scenes, loss_mask, token_scenes
+from mask2dit_jax.attention import masks
+from mask2dit_jax.diffusion import loss
+from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes
 
 LAYOUT = SceneLayout(frames=(3, 5, 4), height=1, width=2, text_tokens=4)
 PATTERNS = {'dual': 'dual: the symmetric attention mask', 'full': 'full: no mask', 'isolated': 'isolated'}
@@ -35,7 +37,7 @@ def attention_kinds(layout: SceneLayout, pattern: str) -> np.ndarray:
     scene, is_text = token_scenes(layout)
     same, text = scene[:, None] == scene[None], is_text[:, None] | is_text[None]
     kinds = np.where(text, np.where(same, 0, 3), np.where(same, 1, 2))
-    return np.where(dense_mask(layout, pattern), kinds, 4)
+    return np.where(masks.dense_mask(layout, pattern), kinds, 4)
 
 
 def _draw_attention(axes, layout: SceneLayout, pattern: str) -> None:
@@ -59,7 +61,7 @@ def _draw_segments(axes) -> None:
     for row, (_, kinds) in enumerate(STEPS):
         layout = SceneLayout(lengths[:len(kinds)], 1, 1, 1)
         given = np.array([kind == 'given' for kind in kinds])
-        counted, of = loss_mask(layout, given), frame_scenes(layout)
+        counted, of = loss.loss_mask(layout, given), frame_scenes(layout)
         for frame in range(layout.total_frames):
             left = frame + 0.7 * of[frame]
             axes.add_patch(patches.Rectangle((left, row), 0.94, 0.66, color=_MADE if counted[frame] else _GIVEN))

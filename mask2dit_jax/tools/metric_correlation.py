@@ -25,17 +25,21 @@ import scipy.stats
 from absl import app, flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import stories
-from mask2dit_jax.data import batches
+from mask2dit_jax import logs
+from mask2dit_jax.data import batches, latent_codec
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.evaluation import evaluator, metrics
-from mask2dit_jax.pretrained import load, runs
-from mask2dit_jax.training import metric_writer, trainer
+from mask2dit_jax.evaluation import cuts, evaluator, metrics
+from mask2dit_jax.evaluation import videos as videos_lib
+from mask2dit_jax.pretrained import names as names_lib
+from mask2dit_jax.pretrained import runs
+from mask2dit_jax.stories import scores, world
+from mask2dit_jax.training import validation
 
 FOLLOWS = (('action', 'matches'), ('action', 'margin'), ('action', 'semantic'), ('consistency', 'subject_between'),
            ('consistency', 'visual'), ('story', 'sequence'))  # (exact score, metric)
-_SUBJECT = {'background': stories.BACKGROUNDS, 'color': stories.COLORS, 'shape': stories.SHAPES}
-_NAMES = _SUBJECT | {'action': stories.ACTIONS}
+_SUBJECT = {'background': world.BACKGROUNDS, 'color': world.COLORS, 'shape': world.SHAPES}
+_NAMES = _SUBJECT | {'action': world.ACTIONS}
 
 
 def _one_hot(indices: dict, names) -> np.ndarray:
@@ -46,7 +50,7 @@ def _one_hot(indices: dict, names) -> np.ndarray:
 def _measured(clips, told, story_clips):
     """Features of one scene of n stories, (scene [n, D], caption [n, D], frames [n, F, E]); see above."""
     del story_clips
-    seen = stories.measure(clips)
+    seen = scores.measure(clips)
     frames = np.repeat(_one_hot(seen, _SUBJECT)[:, None], clips.shape[1], axis=1)
     return _one_hot(seen, _NAMES), _one_hot(told, _NAMES), frames
 
@@ -68,15 +72,15 @@ def _pixels(clips, told, story_clips):
 ENCODERS = {'measured': _measured, 'pixels': _pixels}
 
 
-def _centred(story: stories.Story, scene: int) -> np.ndarray:
+def _centred(story: world.Story, scene: int) -> np.ndarray:
     """A rendering of one scene [F, H, W, 3] in [0, 1] with the middle of the path in the middle of the frame."""
-    travel, _ = stories.MOTIONS[story.actions[scene]]
+    travel, _ = world.MOTIONS[story.actions[scene]]
     start = tuple((8 - t / 2) * story.size_px / 16 for t in travel)
-    return stories.render(dataclasses.replace(story, actions=(story.actions[scene],), frames=(story.frames[scene],),
+    return world.render(dataclasses.replace(story, actions=(story.actions[scene],), frames=(story.frames[scene],),
                                               starts=(start,))) / 255
 
 
-def score(videos, known: list[stories.Story]) -> dict[str, dict[str, list[float]]]:
+def score(videos, known: list[world.Story]) -> dict[str, dict[str, list[float]]]:
     """Exact scores and metrics of every video.
 
     Args:
@@ -88,9 +92,9 @@ def score(videos, known: list[stories.Story]) -> dict[str, dict[str, list[float]
     """
     frames = known[0].frames
     exact = {name: np.asarray(x, float).reshape(len(known), -1).mean(1).tolist()
-             for name, x in stories.score(videos, known).items()}
+             for name, x in scores.score(videos, known).items()}
     told = [{name: np.array([names.index(getattr(s, name)) for s in known]) for name, names in _SUBJECT.items()}
-            | {'action': np.array([stories.ACTIONS.index(s.actions[i]) for s in known])} for i in range(len(frames))]
+            | {'action': np.array([world.ACTIONS.index(s.actions[i]) for s in known])} for i in range(len(frames))]
     scenes = np.split(videos, np.cumsum(frames)[:-1], axis=1)
     out = {'exact': exact}
     for name, encode in ENCODERS.items():
@@ -98,11 +102,11 @@ def score(videos, known: list[stories.Story]) -> dict[str, dict[str, list[float]
                     for i, clips in enumerate(scenes)]
         rows = []
         for n, video in enumerate(videos):
-            item = evaluator.Video(str(n), pathlib.Path(str(n)), (), frames)
+            item = videos_lib.Video(str(n), pathlib.Path(str(n)), (), frames)
             own = {f'{n}/scenes': np.stack([scene[n] for scene, _, _ in features]),
                    f'{n}/captions': np.stack([caption[n] for _, caption, _ in features])}
             own |= {f'{n}/frames/{i}': x[n] for i, (_, _, x) in enumerate(features)}
-            rows.append(evaluator.score(item, own, metrics.transitions((video * 255).round().astype(np.uint8))))
+            rows.append(evaluator.score(item, own, cuts.transitions((video * 255).round().astype(np.uint8))))
         out[name] = {metric: [row[metric] for row in rows] for _, metric in FOLLOWS}
     return out
 
@@ -133,11 +137,11 @@ def _generated(workdir):
     config = config_lib.load_run(workdir)
     if config.data.encoded:
         raise ValueError(f'{workdir} was trained on encoded videos, not on the stories: only these have exact scores.')
-    coders, frames = batches.coders(config, workdir), config.data.layouts[0]
-    target = partitioning.targets(load.abstract_params(config.model), partitioning.make_mesh(config.mesh))
+    coders, frames = latent_codec.for_run(config, workdir), config.data.layouts[0]
+    target = partitioning.abstract_arrays(names_lib.abstract_params(config.model), mesh_lib.make_mesh(config.mesh))
     _, params = runs.newest(workdir, config, target)
     source = batches.open_stories(config, workdir, frames, 'test')
-    return trainer.generate_held_out(config, params, coders, source, frames, 0, f'generating {workdir}')
+    return validation.generate_held_out(config, params, coders, source, frames, 0, f'generating {workdir}')
 
 
 def report(found: dict[str, dict], seed: int = 0) -> tuple[str, list[dict]]:
@@ -169,7 +173,7 @@ def report(found: dict[str, dict], seed: int = 0) -> tuple[str, list[dict]]:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
-    metric_writer.quiet_libraries()
+    logs.quiet_libraries()
     workdirs, out = [pathlib.Path(w) for w in flags.FLAGS.runs], pathlib.Path(flags.FLAGS.out)
     if len({w.name for w in workdirs}) < max(2, len(workdirs)):
         raise app.UsageError('--runs needs two workdirs or more, whose last folders have different names.')

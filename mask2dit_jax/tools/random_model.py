@@ -21,7 +21,7 @@ from mask2dit_jax import tensor_io
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.evaluation import feature_encoders
 from mask2dit_jax.models import dit, t5, vae
-from mask2dit_jax.pretrained import load
+from mask2dit_jax.pretrained import export, names
 
 TRANSFORMER = dit.DiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=24,
@@ -48,8 +48,8 @@ def _json(cfg, **fixed) -> dict:
 
 def _write_network(folder: pathlib.Path, kind: str, cfg, config_json: dict, seed: int, dtype, **kwargs) -> None:
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(dtype), load.abstract_params(cfg, kind))
-    tensor_io.write_safetensors(folder / kind, load.NETWORKS[kind].stem, load.export_params(kind, cfg, params),
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(dtype), names.abstract_params(cfg, kind))
+    tensor_io.write_safetensors(folder / kind, names.NETWORKS[kind].stem, export.export_params(kind, cfg, params),
                               **kwargs)
     (folder / kind / 'config.json').write_text(json.dumps(config_json, indent=2) + '\n')
 
@@ -81,7 +81,7 @@ def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **
     folder = pathlib.Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f'{folder} is not empty: give --out a new folder.')
-    _write_network(folder, 'transformer', transformer, load.transformer_json(transformer), 0, dtype, **kwargs)
+    _write_network(folder, 'transformer', transformer, names.transformer_json(transformer), 0, dtype, **kwargs)
     _write_network(folder, 'vae', VAE, _json(
         VAE, _class_name='AutoencoderKLCogVideoX', down_block_types=['CogVideoXDownBlock3D'] * 4,
         up_block_types=['CogVideoXUpBlock3D'] * 4, act_fn='silu', use_quant_conv=False), 1, np.float32)
@@ -89,7 +89,7 @@ def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **
                                                      architectures=['T5EncoderModel']), 2, np.float32)
     _write_tokenizer(folder / 'tokenizer')
     (folder / 'scheduler').mkdir()
-    schedule = load.schedule_json(dataclasses.replace(schedule_lib.Schedule(), snr_shift_scale=3.0))
+    schedule = names.schedule_json(dataclasses.replace(schedule_lib.Schedule(), snr_shift_scale=3.0))
     (folder / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule, indent=2) + '\n')
 
 

@@ -21,9 +21,9 @@ import PIL.Image
 from absl import app, flags
 from matplotlib import figure, ticker
 
-from mask2dit_jax import pipeline
-from mask2dit_jax.data import video
-from mask2dit_jax.training import metric_writer, trainer
+from mask2dit_jax import logs
+from mask2dit_jax.data import story_file, video
+from mask2dit_jax.training import validation
 
 _CURVES = {'loss': 'Loss', 'grad_norm': 'Gradient norm', 'steps_per_second': 'Steps per second',
            'data_wait': 'Share of time waiting for data', 'mfu': 'Model FLOPs utilisation'}
@@ -33,7 +33,7 @@ _SCORE_NOTES = {
     'background': 'background: it is the right one.',
     'consistency': 'consistency: colour, shape and background are the same in all scenes, whatever the story says.',
     'story': 'story: action, identity and background are right in all scored scenes.',
-    'leak': 'leak: the action is wrong and that of another scene, lower is better.'} | trainer.SCORE_NOTES
+    'leak': 'leak: the action is wrong and that of another scene, lower is better.'} | validation.SCORE_NOTES
 _METRICS = {
     'visual': 'visual consistency, all pairs of scenes', 'visual_adjacent': 'visual consistency, adjacent scenes',
     'semantic': 'semantic consistency', 'sequence': 'sequence consistency, all pairs of scenes',
@@ -214,7 +214,7 @@ def _sheets(folder: pathlib.Path, out: pathlib.Path) -> str:
 def _scores(path: pathlib.Path) -> str:
     with _reading(path):
         rows = json.loads(path.read_text(encoding='utf-8'))
-        columns = [c for c in trainer.SCORE_COLUMNS if c in rows[0]]
+        columns = [c for c in validation.SCORE_COLUMNS if c in rows[0]]
         body = table('Scores by task and frames of the scenes', columns, [
             [f'{row[c]:.3f}' if isinstance(row[c], float) else row[c] for c in columns] for row in rows])
         notes = ''.join(f'<li>{_text(_SCORE_NOTES[c])}</li>' for c in columns if c in _SCORE_NOTES)
@@ -274,7 +274,7 @@ def sample_sections(folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:
         raise FileNotFoundError(f'{folder} holds no story.json: --samples must be a folder that mask2dit_jax.sample '
                                 'wrote.')
     for path in paths:
-        captions, frames = pipeline.read_story(path)
+        captions, frames = story_file.read_story(path)
         record = _load(path, 'samples', 'sample')
         with _reading(path):
             story = captions, [int(f) for f in frames], len(record.get('given', ()))
@@ -355,7 +355,7 @@ def main(argv):
     given = {name: flags.FLAGS[name].value for name in ('run', 'samples', 'evaluation')}
     if not any(given.values()):
         raise app.UsageError('Give --run, --samples or --evaluation, or more than one of them.')
-    metric_writer.quiet_libraries()
+    logs.quiet_libraries()
     print(f'Wrote {write(flags.FLAGS.out, **given)}.')
 
 

@@ -32,9 +32,8 @@ from collections.abc import Callable
 import tqdm
 from absl import app, flags
 
-from mask2dit_jax import pipeline
-from mask2dit_jax.data import video
-from mask2dit_jax.evaluation import evaluator
+from mask2dit_jax.data import story_file, video
+from mask2dit_jax.evaluation import videos as videos_lib
 
 _SAMPLE = '''\
 # Samples the stories beside this file that are not in FOLDER yet: sh sample.sh FOLDER [flags of mask2dit_jax.sample]
@@ -246,7 +245,7 @@ def _own_videos(suite: str, videos, out: pathlib.Path, source, categories) -> st
         raise FileNotFoundError(f'{len(lost)} of {len(prompts)} prompts have no samples, such as {lost[0]}/story.json: '
                                 'run sample.sh to its end, or give --category.')
     for prompt, folder in zip(prompts, folders):
-        captions, _ = pipeline.read_story(folder / 'story.json')
+        captions, _ = story_file.read_story(folder / 'story.json')
         if captions != [prompt.text]:
             raise ValueError(f'{folder}/story.json has captions {captions}, --source {prompt.text!r}: give the '
                              '--source of these samples.')
@@ -282,7 +281,7 @@ def _long_enough(suite: str, path, frames: int) -> int:
 
 def _scenes(suite: str, videos, out: pathlib.Path) -> str:
     """Cuts stories into scenes; returns commands."""
-    spec, items, captions, rows = SUITES[suite], evaluator.find_videos(videos), {}, []
+    spec, items, captions, rows = SUITES[suite], videos_lib.find_videos(videos), {}, []
     if (count := sum(len(item.frames) for item in items)) > 9999:
         raise ValueError(f'{videos} has {count} scenes, and their numbers have four digits: lay it out in parts.')
     for v, item in enumerate(tqdm.tqdm(items, desc='cutting', unit='video')):
@@ -290,7 +289,7 @@ def _scenes(suite: str, videos, out: pathlib.Path) -> str:
         if len(pixels) != sum(item.frames):
             raise ValueError(f'{item.path} has {len(pixels)} frames, its story {sum(item.frames)}: they must agree.')
         _long_enough(suite, item.path, min(item.frames))
-        for s, (scene, caption) in enumerate(zip(pipeline.split_scenes(pixels, item.frames), item.captions)):
+        for s, (scene, caption) in enumerate(zip(story_file.split_scenes(pixels, item.frames), item.captions)):
             name = spec.scene_file.format(clip=spec.first + len(captions), video=v, scene=s)
             video.write_mp4(out / name, scene, fps)
             captions[pathlib.Path(name).stem] = caption

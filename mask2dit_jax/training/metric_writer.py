@@ -5,9 +5,7 @@ Where tensorboardX is installed, the same scalars and the sample sheets go to <w
 import collections
 import importlib.util
 import json
-import logging as python_logging
 import math
-import numbers
 import os
 import pathlib
 import time
@@ -18,55 +16,9 @@ import numpy as np
 import PIL.Image
 from absl import logging
 
+from mask2dit_jax import logs
+
 _WINDOW_WRITES = 10  # writes over which the speed is averaged
-
-
-def quiet_libraries() -> None:
-    """Logs this package's lines from INFO on, other libraries' from WARNING on (TFDS: ERROR)."""
-    def keep(record) -> bool:
-        if str(pathlib.Path(__file__).parent) in record.pathname:
-            return True
-        return record.levelno >= (python_logging.ERROR if 'tensorflow_datasets' in record.pathname
-                                  else python_logging.WARNING)
-
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(keep)
-
-
-def format_eta(seconds: float) -> str:
-    """Formats a duration in seconds as 1h02m, 3m29s or 12s."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f'{hours}h{minutes:02d}m'
-    return f'{minutes}m{seconds:02d}s' if minutes else f'{seconds}s'
-
-
-def _cell(value) -> str:
-    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
-        return f'{value:.4g}'
-    return str(value).replace('|', r'\|')
-
-
-def format_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
-    """Formats rows as a markdown table, aligned also as plain text.
-
-    Args:
-      rows: one mapping per row; floats are shown with 4 significant digits, a missing column is left empty.
-      columns: keys to show, in order; a column of numbers is aligned to the right.
-
-    Returns:
-      The lines of the table, without a final newline.
-    """
-    formatted = []
-    for column in columns:
-        cells = [column, *(_cell(row.get(column, '')) for row in rows)]
-        width = max(3, *map(len, cells))
-        right = all(isinstance(row.get(column, 0), numbers.Real) for row in rows)
-        rule = '-' * (width - 1) + ':' if right else '-' * width
-        cells = [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
-        formatted.append([cells[0], rule, *cells[1:]])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in zip(*formatted))
 
 
 def _drop_steps_after(path: pathlib.Path, step: int) -> None:
@@ -161,7 +113,7 @@ class MetricWriter:
         parts = [f'step {step}/{self._total_steps}']
         if speed is not None:
             parts.append(f'{speed:.1f} steps/s' if speed >= 10 else f'{speed:.3g} steps/s')
-            parts.append(f'ETA {format_eta(max(0, self._total_steps - step) / speed)}')
+            parts.append(f'ETA {logs.format_eta(max(0, self._total_steps - step) / speed)}')
         return ' | '.join(parts + [f'{name} {value:.4g}' for name, value in values.items()])
 
     def write_images(self, step: int, images: Mapping[str, os.PathLike]) -> None:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.diffusion import schedule as schedule_lib
-from mask2dit_jax.layout import loss_mask
+from mask2dit_jax.diffusion import loss
 from mask2dit_jax.models import dit, lora
+from mask2dit_jax.training import optimizer
+from mask2dit_jax.training.objectives import denoising
 
 
 @flax.struct.dataclass
@@ -23,71 +24,6 @@ class TrainState:
     ema: chex.ArrayTree
     opt: optax.OptState
     base: chex.ArrayTree = ()  # under LoRA the model's parameters, which stay as they are
-
-
-def denoising_loss(model, params, schedule: schedule_lib.Schedule, batch, noise, t, given, frames):
-    """Squared error of the predicted v over the latents of scenes that are not given.
-
-    Args:
-      model: DiT.
-      params: its parameters.
-      schedule: the noise schedule.
-      batch: 'latents' [B, T, H, W, C] and 'text' [B, S, M, E].
-      noise: like the latents, standard normal, float32.
-      t: int [B], one timestep for all scenes of a story that are not given.
-      given: bool [B, S]; given scenes enter clean, at timestep 0, and count nothing (Mask²DiT, section 3.3).
-      frames: static, latent frames per scene.
-
-    Returns:
-      Sum of squared errors, float32, and the number of terms in it.
-    """
-    x = batch['latents']
-    layout = model.cfg.layout(frames, *x.shape[2:4])
-    counts = loss_mask(layout, given)[..., None, None, None]  # [B, T, 1, 1, 1]
-    noisy = jnp.where(counts, schedule_lib.add_noise(schedule, x, noise, t), x)
-    v = model.apply({'params': params}, noisy, batch['text'], jnp.where(given, 0, t[:, None]), frames=frames)
-    error = jnp.where(counts, v - schedule_lib.velocity(schedule, x, noise, t), 0.0)
-    return jnp.sum(error ** 2), jnp.sum(counts) * x[0, 0].size
-
-
-def stratified_timesteps(key, batch: int, num_timesteps: int):
-    """Integer timesteps [B], each uniform, together one in every B-th part of the range, in random order."""
-    offset_key, order_key = jax.random.split(key)
-    u = (jax.random.permutation(order_key, batch) + jax.random.uniform(offset_key, (batch,))) / batch
-    return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
-
-
-def random_given(key, batch: int, num_scenes: int, probability: float, which: str = 'leading'):
-    """Given scenes bool [B, S]: with this probability, per story, a random number of them but never all; the 'leading'
-    ones, or 'any'."""
-    if num_scenes == 1 or not probability:
-        return jnp.zeros((batch, num_scenes), bool)
-    coin_key, count_key, *order_key = jax.random.split(key, 3 if which == 'any' else 2)
-    count = jax.random.randint(count_key, (batch, 1), 1, num_scenes)
-    coin = jax.random.bernoulli(coin_key, probability, (batch, 1))
-    order = jnp.broadcast_to(jnp.arange(num_scenes), (batch, num_scenes))
-    if which == 'any':
-        order = jax.random.permutation(order_key[0], order, axis=1, independent=True)
-    return coin & (order < count)
-
-
-def make_optimizer(cfg: config_lib.OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Muon under warm-up and cosine."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, cfg.warmup_steps,
-                                              max(steps, cfg.warmup_steps + 1), cfg.learning_rate * cfg.final_fraction)
-    if cfg.name == 'muon':
-        # One orthogonalisation per layer and matrix: the stacked layer axis is a batch axis.
-        def matrices(params):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, x: optax.contrib.MuonDimensionNumbers(-2, -1)
-                if path[0].key == 'blocks' and path[1].key in ('attn', 'ff_in', 'ff_out') and path[-1].key == 'kernel'
-                else None, params)
-        update = optax.contrib.muon(rate, adam_b1=cfg.b1, adam_b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
-                                    adam_weight_decay=cfg.weight_decay, consistent_rms=cfg.muon_rms,
-                                    muon_weight_dimension_numbers=matrices)
-    else:
-        update = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
 
 
 def init_state(config: config_lib.Config, inputs) -> TrainState:
@@ -103,7 +39,7 @@ def init_state(config: config_lib.Config, inputs) -> TrainState:
     params, base = dit.DiT(config.model).init(key, latents[None], text[None], t, frames)['params'], ()
     if config.lora.rank:
         params, base = lora.init(key, params, config.lora), params
-    opt = make_optimizer(config.optimizer, config.train.steps).init(params)
+    opt = optimizer.make_optimizer(config.optimizer, config.train.steps).init(params)
     # The EMA starts as a copy: the same buffer must not be donated twice.
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, base)
 
@@ -125,8 +61,8 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
     noise_key, time_key, drop_key, given_key = jax.random.split(key, 4)
     x, (b, s) = batch['latents'], batch['text'].shape[:2]
     noise = jax.random.normal(noise_key, x.shape, jnp.float32)
-    t = stratified_timesteps(time_key, b, schedule.num_train_timesteps)
-    given = random_given(given_key, b, s, cfg.conditional_probability, cfg.given)
+    t = denoising.stratified_timesteps(time_key, b, schedule.num_train_timesteps)
+    given = denoising.random_given(given_key, b, s, cfg.conditional_probability, cfg.given)
     given &= state.step >= cfg.conditional_from_step
     drop = jax.random.bernoulli(drop_key, cfg.caption_dropout, (b, 1, 1, 1))
     text = jnp.where(drop, null_text, batch['text'])
@@ -135,7 +71,7 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
     def loss_fn(params, micro):
         params = lora.merge(state.base, params, config.lora) if config.lora.rank else params
         x, text, noise, t, given = micro
-        return denoising_loss(model, params, schedule, {'latents': x, 'text': text}, noise, t, given, frames)
+        return loss.denoising_loss(model, params, schedule, {'latents': x, 'text': text}, noise, t, given, frames)
 
     def accumulate(carry, micro):
         (total, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
@@ -152,17 +88,12 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
         (total, count, grads), _ = jax.lax.scan(accumulate, zero, micros)
     grads = jax.tree.map(lambda g: g / count, grads)
 
-    updates, opt = make_optimizer(config.optimizer, cfg.steps).update(grads, state.opt, state.params)
+    updates, opt = optimizer.make_optimizer(config.optimizer, cfg.steps).update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum((1.0 + state.step) / (10.0 + state.step), cfg.ema_decay)
     ema = jax.tree.map(lambda e, p: e - (1 - decay) * (e - p), state.ema, params)
     metrics = {'loss': total / count, 'grad_norm': optax.global_norm(grads)}
     return TrainState(state.step + 1, params, ema, opt, state.base), metrics
-
-
-def model_ema(config: config_lib.Config, state: TrainState):
-    """EMA parameters of the whole model."""
-    return lora.merge_placed(state.base, state.ema, config.lora) if config.lora.rank else state.ema
 
 
 def jit_train_step(config: config_lib.Config, frames: tuple[int, ...], state_shardings, batch_sharding):
