@@ -48,7 +48,7 @@ ELSEWHERE = {  # the start of a command: the file that runs it, and what stands 
     'ruff check': ('.ci/run', 'ruff check .'),
     'pytest': ('.ci/run', 'pytest -n 2 --dist loadfile'),
     'python -m mask2dit_jax.main --config=configs/tiny.py --config.mesh.data=2': (
-        'tests/survival_test.py', '--coordinator=localhost:'),
+        'tests/training/survival_test.py', '--coordinator=localhost:'),
     'python -m mask2dit_jax.aot': ('tests/readme_test.py', 'def test_it_fits'),
     'python -m mask2dit_jax.benchmark': ('tests/readme_test.py', 'def test_benchmarks'),
     'launch/local.sh': ('tests/launch_test.py', 'def test_two_local_processes_train'),
@@ -238,5 +238,5 @@ def test_links_of_the_page_lead_somewhere():
     files = set(re.findall(r'^\| (`[^|]*) \|', README.split('\n## Map\n')[1].split('\n## ')[0], re.MULTILINE))
     named = {name for cell in files for name in re.findall('`([^`]+)`', cell)}
     assert all((ROOT / 'mask2dit_jax' / name).exists() or (ROOT / name).exists() for name in named), named
-    lost = {p.name for p in (ROOT / 'mask2dit_jax').glob('*.py')} - named
-    assert lost <= {'__init__.py'}, lost
+    there = {p.name + '/' * p.is_dir() for p in (ROOT / 'mask2dit_jax').iterdir() if p.suffix == '.py' or p.is_dir()}
+    assert there - named <= {'__init__.py', '__pycache__/'}, there - named

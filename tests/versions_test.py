@@ -20,7 +20,7 @@ TESTS = pathlib.Path(__file__).parent
 PRIVATE = [
     ('jax', '0.10.2, 0.11.2, 0.12.0.1', PACKAGE / 'distributed/multihost.py',
      'jax._src.hardware_utils', 'num_available_tpu_chips_and_device_id', ()),
-    ('jax', '0.10.2, 0.11.2, 0.12.0.1', TESTS / 'attention_test.py',
+    ('jax', '0.10.2, 0.11.2, 0.12.0.1', TESTS / 'attention/attend_test.py',
      'jax._src.cudnn.fused_attention_stablehlo', 'check_cudnn_version', ()),
     ('orbax-checkpoint', '0.12.5, 0.12.8', PACKAGE / 'tensor_io.py',
      'orbax.checkpoint.type_handlers', 'NumpyHandler._open_and_write', ('self', 'value', 'tspec', 'ts_context')),

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import ROOT
 
 from mask2dit_jax import logs, tables
 from mask2dit_jax.training import metric_writer
@@ -185,7 +186,7 @@ def test_only_process_0_writes(tmp_path):
         free.bind(('localhost', 0))
         port = str(free.getsockname()[1])
     processes = [subprocess.Popen([sys.executable, '-c', _PROCESS, port, str(index), str(tmp_path)],
-                                  cwd=pathlib.Path(__file__).parents[1]) for index in range(2)]
+                                  cwd=ROOT) for index in range(2)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
     assert _records(tmp_path / '0') == [{'step': 1, 'loss': 0.0}]
     assert not (tmp_path / '1').exists()

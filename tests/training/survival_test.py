@@ -14,9 +14,8 @@ import time
 import numpy as np
 import pytest
 import tensorstore as ts
-from processes_test import free_port
+from conftest import ROOT, free_port
 
-ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 10
 FLAGS = ['--config=configs/tiny.py:smoke', *(f'--config.{value}' for value in (
     'model.num_layers=1', 'model.remat=none', 'optimizer.name=adamw', 'data.num_train=32', 'data.num_test=2',

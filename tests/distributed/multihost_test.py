@@ -1,8 +1,6 @@
 """Two processes on this machine train to the numbers of one, whichever axis lies between them; they agree and stop."""
 import json
 import os
-import pathlib
-import socket
 import subprocess
 import sys
 import textwrap
@@ -10,7 +8,7 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-import sharding_test
+from conftest import ROOT, child_environment, free_port, mesh_of, tiny_config, train_on
 
 from mask2dit_jax.distributed import multihost
 
@@ -22,9 +20,10 @@ CODE = '''
     address, process, axes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     from mask2dit_jax.distributed import mesh as mesh_lib, multihost
     multihost.initialize(address, 2, process, devices=8)
-    import sharding_test
-    mesh = sharding_test.mesh_of(*axes)
-    curve, _ = sharding_test.run(sharding_test.tiny_config(), mesh)
+    import conftest
+    jax.config.update('jax_num_cpu_devices', 4)  # conftest asks for eight
+    mesh = conftest.mesh_of(*axes)
+    curve, _ = conftest.train_on(conftest.tiny_config(), mesh)
     agreed = [multihost.all_agree(True), multihost.all_agree(process == 0), multihost.all_agree(False)]
     try:
         multihost.assert_same_on_all_hosts(model='dual', steps=process)
@@ -44,17 +43,11 @@ CODE = '''
 '''
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        return s.getsockname()[1]
-
-
 def run_two(axes, tmp_path):
     (tmp_path / 'run.py').write_text(textwrap.dedent(CODE))
     address = f'localhost:{free_port()}'
     processes = [subprocess.Popen([sys.executable, tmp_path / 'run.py', address, str(i), json.dumps(axes)],
-                                  env=sharding_test.child_environment(), stdout=subprocess.PIPE,
+                                  env=child_environment(), stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, text=True) for i in range(2)]
     outputs = [p.communicate(timeout=600) for p in processes]
     assert not any(p.returncode for p in processes), outputs
@@ -65,7 +58,7 @@ def run_two(axes, tmp_path):
                          ids=str)
 def test_two_processes_train_as_one(axes, shared, tmp_path):
     results = run_two(axes, tmp_path)
-    expected, _ = sharding_test.run(sharding_test.tiny_config(), sharding_test.mesh_of(1))
+    expected, _ = train_on(tiny_config(), mesh_of(1))
     for result in results:
         np.testing.assert_allclose(result['curve'], expected, rtol=2e-5)
     rows = [set(r['rows']) for r in results]
@@ -95,7 +88,7 @@ for given in (['--coordinator=localhost:1'], ['--num_processes=2', '--process_id
 
 
 def test_wrong_flags_are_usage_errors():
-    root = pathlib.Path(__file__).parents[1]
+    root = ROOT
     out = subprocess.run([sys.executable, '-c', WRONG], cwd=root, env=os.environ | {'PYTHONPATH': str(root)},
                          stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     assert len(out) == 3 and all('belong together' in line for line in out[:2])

@@ -1,74 +1,35 @@
 """Rules, meshes, and the same numbers on one device and on eight."""
 import dataclasses
 import math
-import os
 import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
+from conftest import mesh_of, tiny_config, train_on
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import presets
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.models import dit, lora
+from mask2dit_jax.models import lora
 from mask2dit_jax.pretrained import names
-from mask2dit_jax.training import optimizer, train_step
+from mask2dit_jax.training import optimizer
 
-FRAMES = (1, 2)
 GOLDEN = pathlib.Path(__file__).with_name('shardings_5b.md')
-
-
-def tiny_config(**train):
-    model = dit.DiTConfig(num_layers=2, num_attention_heads=8, attention_head_dim=16, in_channels=8, out_channels=8,
-                          text_embed_dim=8, time_embed_dim=16, max_text_seq_length=2, patch_size=1, sample_height=2,
-                          sample_width=2, sample_frames=5, dtype='float32', learned_positions=True)
-    train = config_lib.TrainConfig(**({'batch_size': 16, 'conditional_probability': 0.5, 'ema_decay': 0.9} | train))
-    return config_lib.Config(model=model, train=train, optimizer=config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=1))
-
-
-def batch_of(step):
-    rng = np.random.default_rng(step)
-    return {'latents': rng.standard_normal((16, 3, 2, 2, 8), np.float32),
-            'text': rng.standard_normal((16, 2, 2, 8), np.float32)}
-
-
-def mesh_of(*axes):
-    return mesh_lib.make_mesh(mesh_lib.MeshConfig(*axes), jax.devices()[:math.prod(axes)])
-
-
-def child_environment():
-    """For scripts that import this file."""
-    here = pathlib.Path(__file__).parent
-    return os.environ | {'PYTHONPATH': f'{here}{os.pathsep}{here.parent}', 'JAX_PLATFORMS': 'cpu'}
-
-
-def run(cfg, mesh, steps=3):
-    batch = batch_of(0)
-    make = lambda: train_step.init_state(cfg, (batch['latents'][0], batch['text'][0], FRAMES))  # noqa: E731
-    shardings = partitioning.shardings(jax.eval_shape(make), mesh)
-    state = jax.jit(make, out_shardings=shardings)()
-    step = train_step.jit_train_step(cfg, FRAMES, shardings, mesh_lib.batch_sharding(mesh))
-    null, curve = np.zeros((2, 8), np.float32), []
-    for i in range(steps):
-        local = {k: v[mesh_lib.local_rows(mesh, 16)] for k, v in batch_of(i).items()}
-        state, metrics = step(state, mesh_lib.global_batch(local, mesh, 16), null)
-        curve.append([float(metrics['loss']), float(metrics['grad_norm'])])
-    return np.array(curve), state
 
 
 @pytest.fixture(scope='module')
 def reference():
-    return run(tiny_config(), mesh_of(1))
+    return train_on(tiny_config(), mesh_of(1))
 
 
 @pytest.mark.parametrize('axes, grad_accumulation', [
     ((8,), 2), ((2, 2, 2), 1), ((1, 2, 2, 2), 2),
     *(pytest.param(axes, 1, marks=pytest.mark.slow) for axes in ((1, 8), (2, 4), (1, 1, 8), (1, 1, 2, 4)))], ids=str)
 def test_eight_devices_and_micro_batches_give_the_numbers_of_one(axes, grad_accumulation, reference):
-    curve, state = run(tiny_config(grad_accumulation=grad_accumulation), mesh_of(*axes))
+    curve, state = train_on(tiny_config(grad_accumulation=grad_accumulation), mesh_of(*axes))
     np.testing.assert_allclose(curve, reference[0], rtol=2e-5)
     for ours, ref in zip(jax.tree.leaves(state.ema), jax.tree.leaves(reference[1].ema)):
         np.testing.assert_allclose(ours, ref, atol=2e-4)
@@ -109,7 +70,7 @@ def golden_table():
 
 
 def test_golden_table_of_5b_shardings():
-    """After a wanted change: python tests/sharding_test.py"""
+    """After a wanted change: python tests/distributed/partitioning_test.py"""
     assert golden_table() == GOLDEN.read_text()
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import sharding_test
 from absl.testing import flagsaver
+from conftest import FRAMES, batch_of, mesh_of, tiny_config
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
@@ -171,7 +171,7 @@ def test_layers_that_cannot_be(layers, message):
         lora.matched(names.abstract_params(MODEL), lora.LoraConfig(8, layers=layers))
 
 
-MESH_CONFIG = dataclasses.replace(sharding_test.tiny_config(), lora=lora.LoraConfig(4, layers='kernel$'),
+MESH_CONFIG = dataclasses.replace(tiny_config(), lora=lora.LoraConfig(4, layers='kernel$'),
                                   optimizer=config_lib.OptimizerConfig('adamw', 1e-2, warmup_steps=1, eps=1e-3))
 
 
@@ -179,17 +179,17 @@ def mesh_run(axes, grad_accumulation=1):
     """Three steps of LoRA on a random base: at its initialisation nothing but proj_out has a gradient."""
     cfg = dataclasses.replace(MESH_CONFIG, train=dataclasses.replace(
         MESH_CONFIG.train, grad_accumulation=grad_accumulation))
-    inputs, mesh = sharding_test.batch_of(0), sharding_test.mesh_of(*axes)
-    inputs = inputs['latents'][0], inputs['text'][0], sharding_test.FRAMES
+    inputs, mesh = batch_of(0), mesh_of(*axes)
+    inputs = inputs['latents'][0], inputs['text'][0], FRAMES
     make = lambda: train_step.init_state(cfg, inputs)  # noqa: E731
     shardings = partitioning.shardings(jax.eval_shape(make), mesh)
     state = jax.jit(make, out_shardings=shardings)()
     start = jax.tree.map(np.array, state.base)
     state = state.replace(base=jax.device_put(random_tree(start), shardings.base))
-    step = train_step.jit_train_step(cfg, sharding_test.FRAMES, shardings, mesh_lib.batch_sharding(mesh))
+    step = train_step.jit_train_step(cfg, FRAMES, shardings, mesh_lib.batch_sharding(mesh))
     for i in range(3):
         state, metrics = jax.block_until_ready(step(
-            state, mesh_lib.global_batch(sharding_test.batch_of(i), mesh, 16), np.zeros((2, 8), np.float32)))
+            state, mesh_lib.global_batch(batch_of(i), mesh, 16), np.zeros((2, 8), np.float32)))
     return metrics, state
 
 

@@ -10,12 +10,11 @@ import sys
 import time
 import wave
 
-import clips_test
 import jax
 import numpy as np
 import pytest
-import sharding_test
 import tensorflow_datasets as tfds
+from conftest import child_environment, damage, moving, panned, turn, write_times
 from PIL import Image
 
 from mask2dit_jax import config as config_lib
@@ -51,7 +50,7 @@ def folder(tmp_path_factory):
 def videos(tmp_path_factory):
     """Seven shots, clips.csv and stories.json: two stories of three and four scenes, one of them longer."""
     root = tmp_path_factory.mktemp('videos')
-    film = clips_test.moving(40 * 7)
+    film = moving(40 * 7)
     for i in range(7):
         video.write_mp4(root / f'{i}.mp4', film[40 * i:40 * (i + 1)], 25)
     with (root / 'clips.csv').open('w', newline='') as file:
@@ -129,7 +128,7 @@ def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
     out = tmp_path / 'out'
     command = [sys.executable, '-m', 'mask2dit_jax.encode', f'--manifest={videos}/clips.csv', f'--checkpoint={folder}',
                f'--out={out}', '--frames=5', '--dtype=float32', '--part_clips=3', f'--height={SIZE}', f'--width={SIZE}']
-    process = subprocess.Popen(command, env=sharding_test.child_environment(), stdout=subprocess.PIPE,
+    process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
     while not list(out.glob('*-00000-of-00003')):
@@ -163,25 +162,25 @@ def test_several_devices_take_a_clip_each(folder):
 def bad_videos(root):
     """File name to (kind, whether it is used all the same, a word of the message)."""
     good = root / 'good.mp4'
-    video.write_mp4(good, clips_test.panned(40, 64), 25)
+    video.write_mp4(good, panned(40, 64), 25)
     content = good.read_bytes()
     (root / 'folder.mp4').mkdir()
     (root / 'empty.mp4').write_bytes(b'')
     (root / 'text.mp4').write_text('not a video')
     (root / 'cut.mp4').write_bytes(content[:len(content) // 2])
-    clips_test.damage(good, root / 'damaged.mp4', 0.6)
+    damage(good, root / 'damaged.mp4', 0.6)
     with wave.open(str(root / 'sound.wav'), 'wb') as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(8000)
         file.writeframes(bytes(8000))
-    Image.fromarray(clips_test.panned(1, 64)[0]).save(root / 'picture.png')
-    video.write_mp4(root / 'short.mp4', clips_test.panned(4, 64), 25)
-    clips_test.turn(good, root / 'rotated.mp4')
-    odd = Image.fromarray(clips_test.panned(1, 65)[0])
+    Image.fromarray(panned(1, 64)[0]).save(root / 'picture.png')
+    video.write_mp4(root / 'short.mp4', panned(4, 64), 25)
+    turn(good, root / 'rotated.mp4')
+    odd = Image.fromarray(panned(1, 65)[0])
     odd.save(root / 'odd.gif', save_all=True, append_images=[odd.rotate(i) for i in range(1, 40)], duration=40)
-    clips_test.write_times(root / 'variable.mp4', clips_test.panned(40, 64), [*range(20), *range(60, 80)])
-    video.write_mp4(root / 'small.mp4', clips_test.panned(40, 16), 25)
+    write_times(root / 'variable.mp4', panned(40, 64), [*range(20), *range(60, 80)])
+    video.write_mp4(root / 'small.mp4', panned(40, 16), 25)
     return {
         'missing.mp4': ('missing', False, 'is not a file'),
         'folder.mp4': ('missing', False, 'is not a file'),

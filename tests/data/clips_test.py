@@ -1,61 +1,11 @@
 """Manifests, the frames that make a clip, and what video files really hold."""
-import fractions
 import json
-import struct
 
-import av
 import numpy as np
 import pytest
+from conftest import damage, moving, panned, turn, write_times
 
 from mask2dit_jax.data import manifest, video
-
-
-def moving(frames=20, height=32, width=48):
-    """A video whose frames can be told apart: a bright column moves, the left half is red, the top row white."""
-    out = np.zeros((frames, height, width, 3), np.uint8)
-    out[:, :, :width // 2, 0] = 160
-    out[:, :4] = 255
-    for i in range(frames):
-        out[i, :, (2 * i) % width:(2 * i) % width + 4] = 255
-    return out
-
-
-def write_times(path, frames, ticks, rate=10):
-    """An mp4 whose frames are shown at `ticks` of 1/rate s."""
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream('libx264', rate=rate, options={'crf': '4'})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-        stream.codec_context.time_base = fractions.Fraction(1, rate)
-        for pixels, tick in zip(frames, ticks):
-            frame = av.VideoFrame.from_ndarray(pixels, format='rgb24')
-            frame.pts, frame.time_base = tick, fractions.Fraction(1, rate)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def turn(source, target):
-    """A copy that asks to be shown turned by 90 degrees clockwise, as telephones write them."""
-    content = bytearray(source.read_bytes())
-    matrix = content.index(b'tkhd') + 4 + 4 + 20 + 16  # after version 0's times, ids and layers
-    assert struct.unpack('>9i', content[matrix:matrix + 36])[:5] == (65536, 0, 0, 0, 65536)
-    content[matrix:matrix + 36] = struct.pack('>9i', 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
-    target.write_bytes(content)
-
-
-def panned(frames=40, side=128):
-    """A smooth landscape that the camera moves over."""
-    land = np.cumsum(np.cumsum(np.random.default_rng(0).normal(size=(side + 3 * frames,) * 2 + (3,)), 0), 1)
-    land = (255 * (land - land.min()) / np.ptp(land)).astype(np.uint8)
-    return np.stack([land[2 * i:2 * i + side, 3 * i:3 * i + side] for i in range(frames)])
-
-
-def damage(source, target, at=0.5):
-    """A copy with some bytes of its pictures changed."""
-    content = bytearray(source.read_bytes())
-    first = content.index(b'mdat') + 800  # after the encoder's own remarks
-    place = first + int((len(content) - first - 800) * at)
-    content[place:place + 40] = bytes(range(200, 240))
-    target.write_bytes(content)
 
 
 def test_chosen_frames_are_those_of_a_whole_decoding(tmp_path):
