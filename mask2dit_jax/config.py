@@ -228,6 +228,10 @@ def save(config: Config, path: pathlib.Path) -> None:
     whole.replace(path)
 
 
+# Names of backends in the workdirs of earlier versions.
+_RENAMED_BACKENDS = {'decomposed': 'blockwise'}
+
+
 def load(path: pathlib.Path) -> Config:
     """Reads what `save` wrote.
 
@@ -236,7 +240,10 @@ def load(path: pathlib.Path) -> Config:
     """
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main wrote.')
-    return parse(json.loads(path.read_text()))
+    values = json.loads(path.read_text())
+    model = values['model']
+    model['attention_backend'] = _RENAMED_BACKENDS.get(model['attention_backend'], model['attention_backend'])
+    return parse(values)
 
 
 def load_run(folder) -> Config:

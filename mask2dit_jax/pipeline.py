@@ -70,12 +70,12 @@ class Inputs:
     given_scenes: np.ndarray
 
 
-def encode_inputs(coders: latent_codec.LatentCodec, captions, frames: tuple[int, ...], given_videos=None,
+def encode_inputs(codec: latent_codec.LatentCodec, captions, frames: tuple[int, ...], given_videos=None,
                   negative_caption: str = '') -> Inputs:
     """Encodes captions and given scenes.
 
     Args:
-      coders: text and video coders.
+      codec: text and video codec.
       captions: per story a list of S strings, those of given scenes included.
       frames: pixel frames per scene.
       given_videos: None, or pixels [B, F', H, W, 3] of the leading scenes, which are given.
@@ -87,14 +87,14 @@ def encode_inputs(coders: latent_codec.LatentCodec, captions, frames: tuple[int,
     num_scenes, batch = len(frames), len(captions)
     if any(len(c) != num_scenes for c in captions):
         raise ValueError(f'Every story needs one caption for each of its {num_scenes} scenes, got {captions[0]}.')
-    latent_frames = coders.latent_frames(frames)
-    given = np.zeros((batch, sum(latent_frames), *coders.latent_shape), np.float32)
+    latent_frames = codec.latent_frames(frames)
+    given = np.zeros((batch, sum(latent_frames), *codec.latent_shape), np.float32)
     given_scenes = np.zeros((batch, num_scenes), bool)
     count = 0 if given_videos is None else _given_count(frames, given_videos.shape[1])
     # One call: the text encoder may be loaded for it.
-    *text, null_text = coders.encode_text([c for story in captions for c in story] + [negative_caption])
+    *text, null_text = codec.encode_text([c for story in captions for c in story] + [negative_caption])
     if count:
-        latents = coders.encode_video(given_videos, frames[:count])
+        latents = codec.encode_video(given_videos, frames[:count])
         given[:, :latents.shape[1]] = latents
         given_scenes[:, :count] = True
     text = np.reshape(text, (batch, num_scenes, *null_text.shape))
@@ -120,7 +120,7 @@ def sample_latents(config: config_lib.Config, params, inputs: Inputs, *, seed: i
         params, noise, inputs.text, inputs.null_text, inputs.given, inputs.given_scenes, timesteps, table, scale))
 
 
-def generate(config: config_lib.Config, params, coders: latent_codec.LatentCodec, captions, frames: tuple[int, ...], *, seed: int,
+def generate(config: config_lib.Config, params, codec: latent_codec.LatentCodec, captions, frames: tuple[int, ...], *, seed: int,
              first_index: int = 0, given_videos=None, sampler: str | None = None, steps: int | None = None,
              guidance=None) -> np.ndarray:
     """Generates a batch of stories of one layout.
@@ -128,7 +128,7 @@ def generate(config: config_lib.Config, params, coders: latent_codec.LatentCodec
     Args:
       config: the model's configuration, which also holds the default sampler settings.
       params: parameters, on one device or spread over a mesh by sharding.shardings.
-      coders, captions, frames, given_videos: as in `encode_inputs`.
+      codec, captions, frames, given_videos: as in `encode_inputs`.
       seed: story i gets the noise of (seed, first_index + i).
       first_index: see above.
       sampler, steps, guidance: overrides of config.sample; guidance may be one number per scene.
@@ -139,10 +139,10 @@ def generate(config: config_lib.Config, params, coders: latent_codec.LatentCodec
     Raises:
       ValueError: if captions, frames, guidance and given scenes do not fit each other.
     """
-    inputs = encode_inputs(coders, captions, frames, given_videos)
+    inputs = encode_inputs(codec, captions, frames, given_videos)
     latents = sample_latents(config, params, inputs, seed=seed, first_index=first_index, sampler=sampler, steps=steps,
                              guidance=guidance)
-    return coders.decode_video(latents, inputs.latent_frames)
+    return codec.decode_video(latents, inputs.latent_frames)
 
 
 def _given_count(frames: tuple[int, ...], given_frames: int) -> int:

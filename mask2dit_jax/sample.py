@@ -122,16 +122,16 @@ def load_run(path: pathlib.Path):
 
 
 def load_folder(folder: pathlib.Path):
-    """Configuration, coders and a function that loads the transformer and says from where, of a model folder."""
+    """Configuration, codec and a function that loads the transformer and says from where, of a model folder."""
     base = config_lib.Config(data=config_lib.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=_DTYPE.value))
     cfg = load_lib.with_model_from(base, folder)
     frames, factor = cfg.model.sample_frames, load_lib.read_config('vae', folder / 'vae').spatial_factor
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, layouts=((frames,),)))
     size = _HEIGHT.value or cfg.model.sample_height * factor, _WIDTH.value or cfg.model.sample_width * factor
-    coders = latent_codec.pretrained_codec(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
+    codec = latent_codec.pretrained_codec(folder, cfg.model, size, tiling=_TILING.value, decode_rule=_DECODE_RULE.value,
                                     mask_padding=_MASK_PADDING.value)
     target = partitioning.abstract_arrays(names.abstract_params(cfg.model), _mesh(), cfg.model.dtype)
-    return cfg, coders, lambda: (folder, load_lib.read_params('transformer', folder / 'transformer', cfg.model, target))
+    return cfg, codec, lambda: (folder, load_lib.read_params('transformer', folder / 'transformer', cfg.model, target))
 
 
 def write_outputs(out: pathlib.Path, videos, captions, frames, num_given: int, fps: float, record: dict) -> None:
@@ -166,9 +166,9 @@ def main(argv):
     if not is_folder and _CHECKPOINT.value and not (path / 'ema').is_dir():
         raise FileNotFoundError(f'{path} is neither a checkpoint of a workdir (with ema/) nor a model folder (with '
                                 'transformer/): check --checkpoint.')
-    cfg, coders, load_params = load_folder(path) if is_folder else load_run(path)
+    cfg, codec, load_params = load_folder(path) if is_folder else load_run(path)
     low_rank = lora_files.read_lora(_LORA.value, cfg.model) if _LORA.value else None
-    height, width = coders.size_px
+    height, width = codec.size_px
     given = [read_given(g, height, width, _GIVEN_FRAMES.value, _SEED.value) for g in _GIVEN.value]
     frames = plan_frames(asked, given, _FRAMES.value or cfg.data.layouts[0][0])
     guidance = [float(g) for g in _GUIDANCE.value or [cfg.sample.guidance]]
@@ -178,14 +178,14 @@ def main(argv):
     clips = np.concatenate(given)[None] if given else None
     logging.info('Sampling %d video(s) of %s frames from %s.', _NUM_VIDEOS.value, '+'.join(map(str, frames)), path)
     # One network in memory at a time: text encoder and VAE in here, the transformer, then the VAE again.
-    inputs = pipeline.encode_inputs(coders, [captions], frames, clips, _NEGATIVE.value)
+    inputs = pipeline.encode_inputs(codec, [captions], frames, clips, _NEGATIVE.value)
     path, params = load_params()
     if _LORA.value:
         params = lora.merge_placed(params, *low_rank)
     latents = np.concatenate([pipeline.sample_latents(cfg, params, inputs, first_index=i, **settings)
                               for i in tqdm.trange(_NUM_VIDEOS.value, desc='sampling', unit='video')])
     del params
-    videos = coders.decode_video(latents, inputs.latent_frames)
+    videos = codec.decode_video(latents, inputs.latent_frames)
     record = {'scenes': [{'caption': c, 'frames': f} for c, f in zip(captions, frames)],
               'checkpoint': str(path), 'lora': _LORA.value, 'given': [{'file': g, 'sha256': hashlib.sha256(
                   pathlib.Path(g).read_bytes()).hexdigest()} for g in _GIVEN.value],

@@ -271,7 +271,7 @@ def test_the_dual_mask_is_the_references_two_attention_calls(what, monkeypatch):
 
     for name, value in (('FRAMES', 2), ('HEIGHT', 4), ('WIDTH', 6), ('model_config', small)):
         monkeypatch.setattr(worker, name, value)
-    case = {'formulation': 'decomposed', 'remat': 'save_matmuls', 'scenes': 2, 'what': what}
+    case = {'formulation': 'blockwise', 'remat': 'save_matmuls', 'scenes': 2, 'what': what}
     ours, theirs = worker.ours(case)[0](), worker.diffusers_with_two_calls(case)[0]()
     np.testing.assert_allclose(ours(), theirs(), rtol=2e-5)
     if what != 'forward':

@@ -25,8 +25,8 @@ def run(tmp_path_factory):
     """generate() of a random model."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), names.abstract_params(MODEL))
-    coders = latent_codec.stories_codec(CONFIG, tmp_path_factory.mktemp('run'))
-    return functools.partial(pipeline.generate, CONFIG, params, coders, frames=FRAMES, seed=1)
+    codec = latent_codec.stories_codec(CONFIG, tmp_path_factory.mktemp('run'))
+    return functools.partial(pipeline.generate, CONFIG, params, codec, frames=FRAMES, seed=1)
 
 
 def test_guidance_one_follows_the_caption_and_zero_ignores_it(run):
@@ -52,8 +52,8 @@ def test_given_scenes_come_back_through_the_codec_and_change_the_others(run):
     rng = np.random.default_rng(0)
     clips = np.broadcast_to(rng.random((2, 1, 1, 1, 3), np.float32), (2, 4, 16, 16, 3))
     out, free = run(STORIES[:2], given_videos=clips), run(STORIES[:2])
-    coders = run.args[2]
-    np.testing.assert_allclose(out[:, :4], coders.decode_video(coders.encode_video(clips, (4,)), (1,)), atol=1e-5)
+    codec = run.args[2]
+    np.testing.assert_allclose(out[:, :4], codec.decode_video(codec.encode_video(clips, (4,)), (1,)), atol=1e-5)
     assert np.abs(out[:, 4:] - free[:, 4:]).max() > 0.01
 
 

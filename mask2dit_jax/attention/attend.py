@@ -1,7 +1,7 @@
 """Attention over the joint [text, video] sequence under a scene pattern (Mask²DiT, section 3.2).
 
 One signature, `attend`; backends differ in how they compute, never in what. `dense` builds the mask and is the
-definition; `decomposed` is plain XLA that never forms an L x L array and never repeats video keys or values.
+definition; `blockwise` is plain XLA that never forms an L x L array and never repeats video keys or values.
 
 What the backward pass needs of the result is named 'attention', so that rematerialization can keep or offload it.
 """
@@ -20,7 +20,7 @@ def _splash(kernel: str):
 
 
 # By name: XLA anywhere, XLA anywhere, tokamax's and jax's kernels on TPU, cuDNN on GPU.
-BACKENDS = {'dense': dense_lib.dense, 'decomposed': blockwise_lib.blockwise, 'splash': _splash('tokamax'), 'jax_splash': _splash('jax'),
+BACKENDS = {'dense': dense_lib.dense, 'blockwise': blockwise_lib.blockwise, 'splash': _splash('tokamax'), 'jax_splash': _splash('jax'),
             'cudnn': flash.flash}
 
 

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mask2dit_jax.attention import masks
 from mask2dit_jax.layout import SceneLayout
 
-# Queries per block of the decomposed backend, which works head by head: the largest whose scores of a few thousand keys
+# Queries per block of the blockwise backend, which works head by head: the largest whose scores of a few thousand keys
 # stay in a CPU's caches; smaller blocks make smaller matmuls.
 QUERY_BLOCK = 512
 

@@ -140,7 +140,7 @@ def block_of_chip() -> int:
     kind = device.device_kind if device else jax.devices()[0].device_kind
     if kind not in BLOCKS:
         raise ValueError(f'Splash attention runs on {", ".join(BLOCKS)}, not on {kind!r}: set model.attention_backend '
-                         'to decomposed (any device) or cudnn (GPU).')
+                         'to blockwise (any device) or cudnn (GPU).')
     return BLOCKS[kind]
 
 

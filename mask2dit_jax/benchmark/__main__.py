@@ -54,7 +54,7 @@ def main(argv):
     if task == 'attention':
         tables[task] = attention.bench_attention(_TOKENS.value, _DENSE_TOKENS.value, runs)
         note = (f'Forward and backward, dual mask, {attention.SCENES} equal scenes, {attention.HEADS} heads of {attention.HEAD_DIM}, float32, '
-                f'{device}. Times are medians of {runs} runs; time ratio is to decomposed at the same length, '
+                f'{device}. Times are medians of {runs} runs; time ratio is to blockwise at the same length, '
                 'MB growth to the shortest video.')
     elif task == 'compile':
         tables[task] = kernels.bench_compile()

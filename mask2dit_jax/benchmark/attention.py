@@ -42,8 +42,8 @@ def repeated(q, k, v, layout: SceneLayout, pattern: str):
 
 def attention_formulations() -> dict:
     """Functions of (q, k, v, layout, pattern) by name: what this device can run."""
-    names = {'cpu': ('dense', 'decomposed'), 'gpu': ('dense', 'decomposed', 'cudnn'),
-             'tpu': ('dense', 'decomposed', 'splash', 'jax_splash')}[jax.default_backend()]
+    names = {'cpu': ('dense', 'blockwise'), 'gpu': ('dense', 'blockwise', 'cudnn'),
+             'tpu': ('dense', 'blockwise', 'splash', 'jax_splash')}[jax.default_backend()]
     formulations = {name: functools.partial(attend_lib.attend, backend=name) for name in names} | {'repeated': repeated}
     if jax.default_backend() == 'cpu':
         formulations['splash (interpreted)'] = functools.partial(splash.attend, block=128, interpret=True)
@@ -83,7 +83,7 @@ def bench_attention(tokens: int, dense_tokens: int, runs: int) -> list[dict]:
                  and not (n == 'splash (interpreted)' and scale > 1)]
         compiled = {n: compile_attention(formulations[n], layout) for n in names}
         times = [{n: 1e3 * timing.seconds(*compiled[n]) for n in names} for _ in range(runs + 1)][1:]
-        base = np.median([t['decomposed'] for t in times])
+        base = np.median([t['blockwise'] for t in times])
         for n in names:
             timed = timing.spread([t[n] for t in times])
             rows.append({'formulation': n, 'video tokens': layout.num_video, **timed, 'time ratio': timed['ms'] / base,

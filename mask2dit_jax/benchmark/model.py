@@ -9,7 +9,7 @@ import tqdm
 from mask2dit_jax.benchmark import timing
 
 # (formulation, remat) of `train`, and how many scenes and what the tasks measure.
-FORMULATIONS = (('decomposed', 'save_matmuls'), ('decomposed', 'none'), ('decomposed', 'full'), ('dense', 'none'))
+FORMULATIONS = (('blockwise', 'save_matmuls'), ('blockwise', 'none'), ('blockwise', 'full'), ('dense', 'none'))
 TASKS = {
     'train': [(3, 'forward'), (3, 'forward + backward')],
     'sample': [(3, 'sampling')],

@@ -36,7 +36,7 @@ def model_config(formulation: str, remat: str) -> dit.DiTConfig:
     return dit.DiTConfig(
         num_layers=8, num_attention_heads=8, text_embed_dim=256, time_embed_dim=256, max_text_seq_length=32,
         sample_height=HEIGHT, sample_width=WIDTH, sample_frames=17, dtype='float32', remat=remat or 'none',
-        attention_backend='decomposed' if formulation == 'diffusers' else formulation)
+        attention_backend='blockwise' if formulation == 'diffusers' else formulation)
 
 
 def random_inputs(cfg: dit.DiTConfig, num_scenes: int):

@@ -1,6 +1,6 @@
 """Batches as a pure function of the step: of rendered stories, encoded at the start, or of clips that encode has coded.
 
-And the coders between captions or pixels and what the model sees.
+And the codec between captions or pixels and what the model sees.
 """
 import collections
 import concurrent.futures
@@ -24,13 +24,13 @@ from mask2dit_jax.stories import builder, world
 class EncodedStories:
     """Random access to the latents and text of a split, encoded once and held in memory."""
 
-    def __init__(self, source: builder.StorySource, coders: latent_codec.LatentCodec, frames: tuple[int, ...], caption_style: str):
+    def __init__(self, source: builder.StorySource, codec: latent_codec.LatentCodec, frames: tuple[int, ...], caption_style: str):
         examples = [source[i] for i in range(len(source))]
-        self._latents = coders.encode_video(np.stack([e['video'] for e in examples]), frames)
+        self._latents = codec.encode_video(np.stack([e['video'] for e in examples]), frames)
         # Captions repeat: each distinct one is encoded once.
         captions = [world.captions(e['story'], caption_style) for e in examples]
         distinct = sorted({c for story in captions for c in story})
-        text = dict(zip(distinct, coders.encode_text(distinct)))
+        text = dict(zip(distinct, codec.encode_text(distinct)))
         self._text = [[text[c] for c in story] for story in captions]
 
     def __len__(self):
@@ -81,7 +81,7 @@ def open_stories(config: config_lib.Config, workdir, frames: tuple[int, ...], sp
     return opened()
 
 
-def train_batches(config: config_lib.Config, workdir, coders: latent_codec.LatentCodec) -> Batches:
+def train_batches(config: config_lib.Config, workdir, codec: latent_codec.LatentCodec) -> Batches:
     """Training batches of every layout in the configuration.
 
     Raises:
@@ -89,14 +89,14 @@ def train_batches(config: config_lib.Config, workdir, coders: latent_codec.Laten
     """
     layouts, size = config.data.layouts, config.train.batch_size
     if config.data.encoded:
-        encoded = clips.EncodedClips(config, coders.latent_shape, config.data.encoded)
+        encoded = clips.EncodedClips(config, codec.latent_shape, config.data.encoded)
         datasets = {f: encoded.endless(f) for f in dict.fromkeys(layouts)}
         return Batches(layouts, datasets, size, encoded.null_text, encoded.fingerprint)
     sources = {f: open_stories(config, workdir, f, 'train') for f in dict.fromkeys(layouts)}
-    datasets = {f: grain.MapDataset.source(EncodedStories(s, coders, f, config.data.caption_style))
+    datasets = {f: grain.MapDataset.source(EncodedStories(s, codec, f, config.data.caption_style))
                 .seed(config.seed).shuffle().repeat() for f, s in sources.items()}
     digest = hashlib.sha256(repr([(f, s.fingerprint) for f, s in sources.items()]).encode()).hexdigest()
-    return Batches(layouts, datasets, size, coders.encode_text([''])[0], digest)
+    return Batches(layouts, datasets, size, codec.encode_text([''])[0], digest)
 
 
 @contextlib.contextmanager

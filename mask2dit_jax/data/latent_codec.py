@@ -96,7 +96,7 @@ def square(data: config_lib.DataConfig) -> int:
 
 
 def latent_shape(config: config_lib.Config, frames: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, int, int]]:
-    """Latent frames per scene and (h, w, C), from the configuration alone, without coders."""
+    """Latent frames per scene and (h, w, C), from the configuration alone, without codec."""
     data, channels = config.data, config.model.in_channels
     if data.codec == 'stories':
         factor, latent = codec_lib.Codec.patch_px, tuple(f // data.codec_patch_frames for f in frames)

@@ -72,10 +72,10 @@ def plan(job: Job):
     if job.store == 'moments':
         folder = pathlib.Path(job.folder)
         model = load_lib.read_config('transformer', folder / 'transformer', dtype=job.dtype)
-        coders = latent_codec.pretrained_codec(folder, model, (job.height_px, job.width_px), tiling=job.tiling)
-        check_frames = coders.scene_latents
+        codec = latent_codec.pretrained_codec(folder, model, (job.height_px, job.width_px), tiling=job.tiling)
+        check_frames = codec.scene_latents
         check_frames(job.frames)
-        *size, channels = coders.latent_shape
+        *size, channels = codec.latent_shape
         settings |= {'tiling': job.tiling, 'dtype': job.dtype, 'moments_shape': [*size, 2 * channels],
                      'text_shape': [model.max_text_seq_length, model.text_embed_dim],
                      'scaling_factor': load_lib.read_config('vae', folder / 'vae').scaling_factor,

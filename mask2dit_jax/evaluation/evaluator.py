@@ -42,16 +42,16 @@ class FeatureEncoders:
     videos: feature_encoders.Encoder | None
 
 
-def encode_video(coders: FeatureEncoders, item: videos_lib.Video, pixels, count: int) -> dict[str, np.ndarray]:
+def encode_video(encoders: FeatureEncoders, item: videos_lib.Video, pixels, count: int) -> dict[str, np.ndarray]:
     """The features of one video uint8 [F, H, W, 3], by their names in a features file; `count` is --frames."""
     scenes, features = story_file.split_scenes(pixels, item.frames), {}
-    if coders.frames is not None:
-        framed = _frame_features(coders.frames, scenes, count)
+    if encoders.frames is not None:
+        framed = _frame_features(encoders.frames, scenes, count)
         features = {f'frames/{i}': frames for i, frames in enumerate(framed)}
-    features['scenes'] = (np.stack([frames.mean(0) for frames in framed]) if coders.frames is coders.scenes
-                          else _clip_features(coders.scenes, scenes, count))
-    if coders.videos is not None:
-        features['video'] = _clip_features(coders.videos, [pixels], count)
+    features['scenes'] = (np.stack([frames.mean(0) for frames in framed]) if encoders.frames is encoders.scenes
+                          else _clip_features(encoders.scenes, scenes, count))
+    if encoders.videos is not None:
+        features['video'] = _clip_features(encoders.videos, [pixels], count)
     return {f'{item.name}/{key}': value.astype(np.float32) for key, value in features.items()}
 
 
@@ -124,12 +124,12 @@ def load_encoders(encoder, frame_encoder=None, video_encoder=None) -> FeatureEnc
     return FeatureEncoders(loaded[encoder], frames if frames.cfg.frames == 1 else None, loaded.get(video_encoder))
 
 
-def _encode_captions(coders: FeatureEncoders, videos: list[videos_lib.Video]) -> tuple[dict[str, np.ndarray], int]:
+def _encode_captions(encoders: FeatureEncoders, videos: list[videos_lib.Video]) -> tuple[dict[str, np.ndarray], int]:
     """NAME/captions of all videos, and how many captions were cut off; nothing from an encoder without captions."""
-    if coders.scenes.text is None:
+    if encoders.scenes.text is None:
         return {}, 0
     captions = list(dict.fromkeys(c for item in videos for c in item.captions))
-    features, cut = feature_encoders.encode_captions(coders.scenes, captions)
+    features, cut = feature_encoders.encode_captions(encoders.scenes, captions)
     return {f'{item.name}/captions': features[[captions.index(c) for c in item.captions]] for item in videos}, sum(cut)
 
 
@@ -153,10 +153,10 @@ def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video
     if reference and not real:
         raise FileNotFoundError(f'{reference} holds no mp4 file: check --reference.')
     if features:
-        coders, found, settings = None, read_features(features), {'features': str(features)}
+        encoders, found, settings = None, read_features(features), {'features': str(features)}
     else:
-        coders = load_encoders(encoder, frame_encoder, video_encoder or encoder if reference else None)
-        found, cut = _encode_captions(coders, items)
+        encoders = load_encoders(encoder, frame_encoder, video_encoder or encoder if reference else None)
+        found, cut = _encode_captions(encoders, items)
         settings = {'encoder': str(encoder), 'frame encoder': str(frame_encoder or encoder), 'frames per scene': frames}
         settings |= {'captions cut off': cut} if cut else {}
         settings |= {'reference': str(reference), 'video encoder': str(video_encoder or encoder)} if reference else {}
@@ -164,12 +164,12 @@ def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video
     for item in tqdm.tqdm(items, desc='reading videos', unit='video', delay=3):
         pixels = _read(item.path, sum(item.frames))
         changes.append(cuts_lib.transitions(pixels))
-        found |= encode_video(coders, item, pixels, frames) if coders else {}
+        found |= encode_video(encoders, item, pixels, frames) if encoders else {}
     out.mkdir(parents=True, exist_ok=True)
-    if coders:
+    if encoders:
         if reference:
             found['reference'] = np.concatenate([
-                _clip_features(coders.videos, [_read(path)], frames).astype(np.float32)
+                _clip_features(encoders.videos, [_read(path)], frames).astype(np.float32)
                 for path in tqdm.tqdm(real, desc='reading reference', unit='video', delay=3)])
         safetensors.numpy.save_file(found, out / 'features.safetensors')
     rows = []

@@ -70,7 +70,7 @@ class DiTConfig:
     learned_positions: bool = False
     position_rule: str = 'continuous'
     pattern: str = 'dual'
-    attention_backend: str = 'decomposed'
+    attention_backend: str = 'blockwise'
     dtype: str = 'bfloat16'
     remat: str = 'none'
 

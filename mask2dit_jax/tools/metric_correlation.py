@@ -137,11 +137,11 @@ def _generated(workdir):
     config = config_lib.load_run(workdir)
     if config.data.encoded:
         raise ValueError(f'{workdir} was trained on encoded videos, not on the stories: only these have exact scores.')
-    coders, frames = latent_codec.for_run(config, workdir), config.data.layouts[0]
+    codec, frames = latent_codec.for_run(config, workdir), config.data.layouts[0]
     target = partitioning.abstract_arrays(names_lib.abstract_params(config.model), mesh_lib.make_mesh(config.mesh))
     _, params = runs.newest(workdir, config, target)
     source = batches.open_stories(config, workdir, frames, 'test')
-    return validation.generate_held_out(config, params, coders, source, frames, 0, f'generating {workdir}')
+    return validation.generate_held_out(config, params, codec, source, frames, 0, f'generating {workdir}')
 
 
 def report(found: dict[str, dict], seed: int = 0) -> tuple[str, list[dict]]:

@@ -23,11 +23,11 @@ from mask2dit_jax.training import metric_writer, train_step, validation
 TRACED_STEPS = 3  # enough to see one that is not the first
 
 
-def _initial_state(config: config_lib.Config, coders: latent_codec.LatentCodec, mesh):
+def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, mesh):
     """State straight into its shardings; from a model folder or the EMA of another run if the configuration says so."""
-    frames, m = coders.latent_frames(config.data.layouts[0]), config.model
+    frames, m = codec.latent_frames(config.data.layouts[0]), config.model
     text = np.zeros((len(frames), m.max_text_seq_length, m.text_embed_dim), np.float32)
-    inputs = np.zeros((sum(frames), *coders.latent_shape), np.float32), text, frames
+    inputs = np.zeros((sum(frames), *codec.latent_shape), np.float32), text, frames
     abstract = jax.eval_shape(lambda: train_step.init_state(config, inputs))
     shardings = partitioning.shardings(abstract, mesh)
     if config.lora.rank:
@@ -64,7 +64,7 @@ def _checked_mean(values, step: int) -> float:
     return mean
 
 
-def _peak_share(config: config_lib.Config, mesh, coders: latent_codec.LatentCodec) -> dict[tuple[int, ...], float]:
+def _peak_share(config: config_lib.Config, mesh, codec: latent_codec.LatentCodec) -> dict[tuple[int, ...], float]:
     """Model FLOPs of a step on stories of each layout, as a share of what the devices do in a second at their peak.
 
     Times steps per second that is MFU: steps/s x batch_size x flops.training_flops / (devices x peak bf16 FLOP/s of one).
@@ -74,7 +74,7 @@ def _peak_share(config: config_lib.Config, mesh, coders: latent_codec.LatentCode
     kind = mesh.devices.flat[0].device_kind
     if kind not in peaks:
         return {}
-    layouts = {f: config.model.layout(coders.latent_frames(f), *coders.latent_shape[:2]) for f in config.data.layouts}
+    layouts = {f: config.model.layout(codec.latent_frames(f), *codec.latent_shape[:2]) for f in config.data.layouts}
     return {f: config.train.batch_size * sum(flops.training_flops(config.model, layout).values())
             / (mesh.size * peaks[kind]) for f, layout in layouts.items()}
 
@@ -103,11 +103,11 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
 
     # 1. Devices, data, state.
     mesh = mesh_lib.make_mesh(config.mesh)
-    coders = latent_codec.for_run(config, workdir)
+    codec = latent_codec.for_run(config, workdir)
     for layout in config.data.layouts:
-        coders.latent_frames(layout)  # a scene that cannot be coded is an error now, not after encoding
-    batches = batches_lib.train_batches(config, workdir, coders)
-    state, shardings = _initial_state(config, coders, mesh)
+        codec.latent_frames(layout)  # a scene that cannot be coded is an error now, not after encoding
+    batches = batches_lib.train_batches(config, workdir, codec)
+    state, shardings = _initial_state(config, codec, mesh)
     trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.base))
     logging.info('%d trained and %d frozen parameters on mesh %s.', trained, frozen, dict(mesh.shape))
 
@@ -136,9 +136,9 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
 
     # 3. The loop. Metrics stay on the device until they are logged, so that no step waits for them.
     writer = metric_writer.MetricWriter(workdir, cfg.steps, start)
-    steps = {f: train_step.jit_train_step(config, coders.latent_frames(f), shardings, mesh_lib.batch_sharding(mesh))
+    steps = {f: train_step.jit_train_step(config, codec.latent_frames(f), shardings, mesh_lib.batch_sharding(mesh))
              for f in dict.fromkeys(config.data.layouts)}
-    rows, peak_share = mesh_lib.local_rows(mesh, cfg.batch_size), _peak_share(config, mesh, coders)
+    rows, peak_share = mesh_lib.local_rows(mesh, cfg.batch_size), _peak_share(config, mesh, codec)
     logging.info('data_wait is the share of time for which the loop waits for data%s.', ', mfu is model FLOPs / (time '
                  'x devices x peak bf16 FLOP/s)' if peak_share else '')
 
@@ -185,7 +185,7 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
                 break
             if samples and not last:
                 writer.write_images(done, validation.by_task(
-                    validation.write_sample_grids(config, ema_lib.model_ema(config, state), coders, workdir, done)))
+                    validation.write_sample_grids(config, ema_lib.model_ema(config, state), codec, workdir, done)))
             steady &= not (saves or samples or traced)
         checkpoint.finish(checkpoints)
     if stopped:
@@ -195,11 +195,11 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
 
     # 4. Sheets and scores of the EMA parameters.
     ema = ema_lib.model_ema(config, state)
-    sheets = validation.write_sample_grids(config, ema, coders, workdir, cfg.steps)
+    sheets = validation.write_sample_grids(config, ema, codec, workdir, cfg.steps)
     if start < cfg.steps:  # a finished run's are in TensorBoard already
         writer.write_images(cfg.steps, validation.by_task(sheets))
     writer.close()
-    rows = (validation.held_out_losses(config, ema, coders) if config.data.encoded
-            else validation.score_stories(config, ema, coders, workdir))
+    rows = (validation.held_out_losses(config, ema, codec) if config.data.encoded
+            else validation.score_stories(config, ema, codec, workdir))
     validation.write_scores(rows, workdir, time.monotonic() - started)
     return rows

@@ -22,7 +22,7 @@ SCORE_NOTES = {'residual': 'residual: distance to the best rendering, lower is c
                'loss': 'loss: of v-prediction at fixed noise, over scenes that are not given.'}
 
 
-def generate_held_out(config: config_lib.Config, params, coders: latent_codec.LatentCodec, source: builder.StorySource,
+def generate_held_out(config: config_lib.Config, params, codec: latent_codec.LatentCodec, source: builder.StorySource,
                       frames: tuple[int, ...], given_scenes: int, desc: str) -> tuple[np.ndarray, list[world.Story]]:
     """Videos float32 [config.eval.stories, F, H, W, 3] of held-out stories, leading scenes given; and the stories."""
     size, total = config.eval.batch_size, config.eval.stories
@@ -32,12 +32,12 @@ def generate_held_out(config: config_lib.Config, params, coders: latent_codec.La
         known += [e['story'] for e in examples]
         captions = [world.captions(s, config.data.caption_style) for s in known[-size:]]
         given = np.stack([e['video'][:sum(frames[:given_scenes])] for e in examples]) if given_scenes else None
-        videos.append(pipeline.generate(config, params, coders, captions, frames, seed=config.seed, first_index=first,
+        videos.append(pipeline.generate(config, params, codec, captions, frames, seed=config.seed, first_index=first,
                                         given_videos=given))
     return np.concatenate(videos)[:total], known[:total]
 
 
-def score_stories(config: config_lib.Config, params, coders: latent_codec.LatentCodec, workdir) -> list[dict]:
+def score_stories(config: config_lib.Config, params, codec: latent_codec.LatentCodec, workdir) -> list[dict]:
     """Exact scores on held-out stories: generation and extension, for every layout of the configuration.
 
     Returns:
@@ -50,24 +50,24 @@ def score_stories(config: config_lib.Config, params, coders: latent_codec.Latent
         tasks = {'generate': 0, f'extend {len(frames) - 1} given': len(frames) - 1}
         for task, given in tasks.items() if len(frames) > 1 else [('generate', 0)]:
             picked = tuple(range(given, len(frames)))
-            videos, known = generate_held_out(config, params, coders, source, frames, given, f'scoring {task} {name}')
+            videos, known = generate_held_out(config, params, codec, source, frames, given, f'scoring {task} {name}')
             scores = scores_lib.summarize(scores_lib.score(videos, known, scenes=picked), scenes=picked)
             rows.append({'task': task, 'frames': name} | scores)
     return rows
 
 
-def _held_out(config, workdir, coders, frames, count: int, given_scenes: int):
+def _held_out(config, workdir, codec, frames, count: int, given_scenes: int):
     """Captions, and what the transformer gets, of `count` stories: held-out ones, with leading scenes given."""
     if not config.data.encoded:
         source = batches_lib.open_stories(config, workdir, frames, 'test')
         examples = [source[i] for i in range(count)]
         captions = [world.captions(e['story'], config.data.caption_style) for e in examples]
         given = np.stack([e['video'][:sum(frames[:given_scenes])] for e in examples]) if given_scenes else None
-        return captions, pipeline.encode_inputs(coders, captions, frames, given)
-    encoded = clips.EncodedClips(config, coders.latent_shape, config.data.held_out or config.data.encoded)
+        return captions, pipeline.encode_inputs(codec, captions, frames, given)
+    encoded = clips.EncodedClips(config, codec.latent_shape, config.data.held_out or config.data.encoded)
     picked = encoded.fixed(frames, count)
     examples = [encoded.example(records, None) for records in picked]
-    latent_frames = coders.latent_frames(frames)
+    latent_frames = codec.latent_frames(frames)
     given = np.stack([e['latents'] for e in examples])
     given[:, sum(latent_frames[:given_scenes]):] = 0
     marks = np.tile(np.arange(len(frames)) < given_scenes, (count, 1))
@@ -80,7 +80,7 @@ def _tasks(frames) -> dict[str, int]:
     return {'generated': 0, 'extended': len(frames) - 1} if len(frames) > 1 else {'generated': 0}
 
 
-def write_sample_grids(config: config_lib.Config, params, coders: latent_codec.LatentCodec, workdir, step: int) -> list[pathlib.Path]:
+def write_sample_grids(config: config_lib.Config, params, codec: latent_codec.LatentCodec, workdir, step: int) -> list[pathlib.Path]:
     """Sample sheets of held-out stories: generated from captions, and extended from all scenes but the last.
 
     Beside each picture stands a .json of its captions: {"stories": [[caption, ...], ...], "given_scenes": 0}.
@@ -88,8 +88,8 @@ def write_sample_grids(config: config_lib.Config, params, coders: latent_codec.L
     frames, count = config.data.layouts[0], config.sample.sheet_stories
     paths = []
     for name, given in _tasks(frames).items():
-        captions, inputs = _held_out(config, workdir, coders, frames, count, given)
-        out = coders.decode_video(pipeline.sample_latents(config, params, inputs, seed=config.seed),
+        captions, inputs = _held_out(config, workdir, codec, frames, count, given)
+        out = codec.decode_video(pipeline.sample_latents(config, params, inputs, seed=config.seed),
                                   inputs.latent_frames)
         paths.append(pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{name}.png')
         if jax.process_index() == 0:
@@ -101,18 +101,18 @@ def write_sample_grids(config: config_lib.Config, params, coders: latent_codec.L
     return paths
 
 
-def held_out_losses(config: config_lib.Config, params, coders: latent_codec.LatentCodec) -> list[dict]:
+def held_out_losses(config: config_lib.Config, params, codec: latent_codec.LatentCodec) -> list[dict]:
     """Denoising loss of encoded clips, for generation and extension, at the same noise and timesteps every time.
 
     Returns:
       One row per task and layout: 'task', 'frames', 'loss'.
     """
     rows, schedule, mesh = [], config.schedule, mesh_lib.mesh_of(params)
-    encoded = clips.EncodedClips(config, coders.latent_shape, config.data.held_out or config.data.encoded)
+    encoded = clips.EncodedClips(config, codec.latent_shape, config.data.held_out or config.data.encoded)
     size, total = config.eval.batch_size, config.eval.stories
     spread = mesh_lib.batch_sharding(mesh)
     for frames in dict.fromkeys(config.data.layouts):
-        picked, latent_frames = encoded.fixed(frames, total), coders.latent_frames(frames)
+        picked, latent_frames = encoded.fixed(frames, total), codec.latent_frames(frames)
 
         def loss(params, batch, noise, t, given, latent_frames=latent_frames):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -81,7 +81,7 @@ def test_splash_kernels_at_production_block_size(topology, forward, backward):
 
 
 def test_what_does_not_fit_is_said():
-    result = report('train', num_layers=30_000, attention_backend='decomposed')
+    result = report('train', num_layers=30_000, attention_backend='blockwise')
     assert not result['fits'] and 'DOES NOT FIT' in report_lib.to_markdown(result)
 
 

@@ -11,7 +11,7 @@ from mask2dit_jax.attention import blockwise as blockwise_lib
 from mask2dit_jax.attention import flash, masks
 from mask2dit_jax.layout import SceneLayout
 
-XLA = ('dense', 'decomposed')  # the backends that every device runs
+XLA = ('dense', 'blockwise')  # the backends that every device runs
 FRAMES = [(3,), (2, 4), (3, 1, 2), (1, 3, 2, 1, 2)]
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
 
@@ -35,11 +35,11 @@ CASES = [*((pattern, frames, 'float32') for pattern in masks.PATTERNS for frames
 
 
 @pytest.mark.parametrize('pattern, frames, dtype', dict.fromkeys(CASES), ids=str)
-def test_decomposed_equals_dense(monkeypatch, pattern, frames, dtype):
+def test_blockwise_equals_dense(monkeypatch, pattern, frames, dtype):
     monkeypatch.setattr(attend_lib, 'QUERY_BLOCK', 13)  # scenes of 3 frames: two blocks, the second partly filled
     layout = SceneLayout(frames, 2, 3, 5)
     args = qkv(layout, dtype)
-    results = [forward_and_gradients(b, *args, layout, pattern) for b in ('dense', 'decomposed')]
+    results = [forward_and_gradients(b, *args, layout, pattern) for b in ('dense', 'blockwise')]
     for name, ref, ours in zip(('out', 'dq', 'dk', 'dv'), *results):
         assert ours.dtype == ref.dtype == dtype
         ref, ours = (np.asarray(x, np.float32) for x in (ref, ours))
@@ -89,7 +89,7 @@ def test_bfloat16_has_float32_scores(backend):
 def test_large_scores_stay_finite():
     layout = SceneLayout((2, 1), 2, 2, 3)
     q, k, v, do = qkv(layout, 'float32')
-    for x in forward_and_gradients('decomposed', 200 * q, 200 * k, v, do, layout, 'dual'):
+    for x in forward_and_gradients('blockwise', 200 * q, 200 * k, v, do, layout, 'dual'):
         assert jnp.isfinite(x).all()
 
 
@@ -104,11 +104,11 @@ def arrays_of(jaxpr):
                     yield from arrays_of(sub)
 
 
-def test_decomposed_forms_no_quadratic_array_and_repeats_no_video():
+def test_blockwise_forms_no_quadratic_array_and_repeats_no_video():
     """No intermediate of forward or backward is L x L, or holds the video's keys once per scene."""
     layout = SceneLayout((30, 30, 30, 30), 8, 8, 16)
     q, k, v, do = qkv(layout, 'float32')
-    jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('decomposed', *a, layout, 'dual'))(q, k, v, do).jaxpr
+    jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('blockwise', *a, layout, 'dual'))(q, k, v, do).jaxpr
     largest = max(a.size for a in arrays_of(jaxpr))
     block_scores = blockwise_lib.QUERY_BLOCK * layout.num_tokens
     assert largest <= block_scores < 2 * 2 * layout.num_tokens ** 2 / 4
@@ -117,7 +117,7 @@ def test_decomposed_forms_no_quadratic_array_and_repeats_no_video():
 def test_errors_name_the_input():
     layout = SceneLayout((2,), 2, 2, 3)
     q, k, v, _ = qkv(layout, 'float32')
-    with pytest.raises(ValueError, match="'fast': use one of dense, decomposed"):
+    with pytest.raises(ValueError, match="'fast': use one of dense, blockwise"):
         attend_lib.attend(q, k, v, layout, 'dual', 'fast')
     with pytest.raises(ValueError, match=r"runs on TPU v4, .*, not on 'cpu': set model.attention_backend to"):
         attend_lib.attend(q, k, v, layout, 'dual', 'splash')

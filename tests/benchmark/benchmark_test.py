@@ -26,7 +26,7 @@ def test_count_bundles_reads_the_stretches_between_branches():
 
 
 def test_a_worker_answers_and_its_death_is_an_error():
-    case = {'formulation': 'decomposed', 'remat': 'full', 'scenes': 1, 'what': 'forward'}
+    case = {'formulation': 'blockwise', 'remat': 'full', 'scenes': 1, 'what': 'forward'}
 
     def start(case):
         return subprocess.Popen([sys.executable, '-m', 'mask2dit_jax.benchmark.worker', json.dumps(case)],

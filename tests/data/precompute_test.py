@@ -95,8 +95,8 @@ def test_records_hold_what_the_networks_say(encoded, folder, videos):
     mean, logvar = vae.encode(model.cfg, params, pixels[None] / np.float32(127.5) - 1)
     np.testing.assert_allclose(record['moments'].astype(np.float32), np.concatenate([mean, logvar], -1)[0], rtol=2e-2,
                                atol=1e-2)
-    coders = latent_codec.pretrained_codec(folder, random_model.TRANSFORMER, (SIZE, SIZE))
-    np.testing.assert_allclose(record['text'].astype(np.float32), coders.encode_text(['shot 5'])[0], rtol=1e-2,
+    codec = latent_codec.pretrained_codec(folder, random_model.TRANSFORMER, (SIZE, SIZE))
+    np.testing.assert_allclose(record['text'].astype(np.float32), codec.encode_text(['shot 5'])[0], rtol=1e-2,
                                atol=1e-2)
 
 

@@ -17,7 +17,7 @@ from mask2dit_jax.layout import SceneLayout
 MESHES = {(1, 1, 2, 4): '1x1x2x4', (4, 1, 2, 1): '4x1x2x1', (1, 2, 4, 1): '1x2x4x1', (2, 2, 2, 1): '2x2x2x1',
           (1, 1, 8, 1): '1x1x8x1', (1, 1, 1, 8): '1x1x1x8'}
 INSIDE = {
-    'dense': dense_lib.dense, 'decomposed': blockwise_lib.blockwise,
+    'dense': dense_lib.dense, 'blockwise': blockwise_lib.blockwise,
     'cudnn': functools.partial(flash.flash, implementation='xla'),
     'splash': functools.partial(splash.attend, block=128, interpret=True),
     'jax_splash': functools.partial(splash.attend, block=128, kernel='jax', interpret=True),
@@ -69,13 +69,13 @@ def assert_equal(axes, inside, frames, pattern):
 
 @pytest.mark.parametrize('axes', MESHES, ids=MESHES.get)
 def test_every_mesh(axes):
-    assert_equal(axes, 'decomposed', (2, 1, 3), 'dual')
+    assert_equal(axes, 'blockwise', (2, 1, 3), 'dual')
 
 
 @pytest.mark.parametrize('frames, pattern', [
     *(((3, 1, 2), pattern) for pattern in masks.PATTERNS),
     *((frames, 'dual') for frames in ((3,), (2, 4), (1, 3, 2, 1, 2)))], ids=str)
-@pytest.mark.parametrize('inside', ['dense', 'decomposed', 'cudnn'])
+@pytest.mark.parametrize('inside', ['dense', 'blockwise', 'cudnn'])
 def test_every_pattern_and_number_of_scenes(inside, frames, pattern):
     assert_equal((2, 1, 4, 1), inside, frames, pattern)
 
@@ -90,7 +90,7 @@ def test_splash_inside(inside, pattern):
 def test_captions_get_no_gradient_from_other_scenes_on_any_mesh(axes):
     """The defining property of the dual mask, which the reference loses on several devices."""
     layout = layout_of((2, 1, 3))
-    run, args = on_mesh(axes, 'decomposed', layout, 'dual'), qkv(layout)
+    run, args = on_mesh(axes, 'blockwise', layout, 'dual'), qkv(layout)
     for scene in range(3):
         start, stop = layout.video_range(scene)
         do = jnp.zeros_like(args[3]).at[:, start:stop].set(args[3][:, start:stop])

@@ -93,13 +93,13 @@ def finished(base):
 def test_only_lora_is_trained_and_the_loss_falls(base):
     """On stories; the base stays bit for bit, and neither optimizer nor EMA knows of it."""
     cfg = run_config(steps=40, init_from=str(base), lora=LORA)
-    coders = latent_codec.for_run(cfg, base)
-    batches, mesh = batches_lib.train_batches(cfg, base, coders), mesh_lib.make_mesh(cfg.mesh)
-    state, shardings = trainer._initial_state(cfg, coders, mesh)
+    codec = latent_codec.for_run(cfg, base)
+    batches, mesh = batches_lib.train_batches(cfg, base, codec), mesh_lib.make_mesh(cfg.mesh)
+    state, shardings = trainer._initial_state(cfg, codec, mesh)
     _, whole = runs.newest(base, run_config(), target(cfg))
     assert_equal(ema.model_ema(cfg, state), whole)  # B is zero
-    (layout, batch), null = batches(0, range(8)), coders.encode_text([''])[0]
-    frames = coders.latent_frames(layout)
+    (layout, batch), null = batches(0, range(8)), codec.encode_text([''])[0]
+    frames = codec.latent_frames(layout)
     noise = np.random.default_rng(0).standard_normal(batch['latents'].shape, np.float32)
 
     @jax.jit

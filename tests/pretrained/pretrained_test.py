@@ -67,9 +67,9 @@ def test_given_clips_are_extended(folder, tmp_path):
     video.write_mp4(tmp_path / 'given.mp4', clip, 8, scale=8)
     made = run_sample(tmp_path / 'out', folder, given=[str(tmp_path / 'given.mp4')])
     assert made.shape[0] == 9 + 5
-    coders = latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32))
+    codec = latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32))
     seen = video.read_video(tmp_path / 'given.mp4', height_px=32, width_px=32)[0][None]
-    through = coders.decode_video(coders.encode_video(seen, (9,)), (3,))[0]
+    through = codec.decode_video(codec.encode_video(seen, (9,)), (3,))[0]
     shown = video.read_video(tmp_path / 'out/video_0.mp4', height_px=32, width_px=32)[0][:9] / 255
     assert np.abs(through - shown).mean() < 0.05
     other = run_sample(tmp_path / 'free', folder)

@@ -181,7 +181,7 @@ AGAIN = {'save_matmuls': 8, 'save_attention': 8 + 8, 'full': 8 + 8 + 8}
 
 @functools.cache
 def products_and_gradients(remat):
-    cfg = dataclasses.replace(MODEL, num_layers=2, attention_backend='decomposed')
+    cfg = dataclasses.replace(MODEL, num_layers=2, attention_backend='blockwise')
     params = random_state(dataclasses.replace(step_config(), model=cfg)).params
     model = dit.DiT(dataclasses.replace(cfg, remat=remat))
     lowered = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(

@@ -69,8 +69,8 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
-    coders = latent_codec.stories_codec(smoke_config(), finished[0])
-    by_ema, by_params = ([path.read_bytes() for path in validation.write_sample_grids(smoke_config(), w, coders, tmp_path / k, 6)]
+    codec = latent_codec.stories_codec(smoke_config(), finished[0])
+    by_ema, by_params = ([path.read_bytes() for path in validation.write_sample_grids(smoke_config(), w, codec, tmp_path / k, 6)]
                          for k, w in sorted(weights.items()))
     sheets = [path.read_bytes() for path in (finished[0] / 'sheets').glob('*.png')]
     assert sorted(sheets) == sorted(by_ema)
@@ -104,12 +104,12 @@ def test_resume_is_bit_equal(finished, tmp_path):
 
 def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
     cfg = smoke_config()
-    coders, device = latent_codec.stories_codec(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
-    shares = trainer._peak_share(cfg, types.SimpleNamespace(size=4, devices=np.array([device])), coders)
+    codec, device = latent_codec.stories_codec(cfg, finished[0]), types.SimpleNamespace(device_kind='TPU v5')
+    shares = trainer._peak_share(cfg, types.SimpleNamespace(size=4, devices=np.array([device])), codec)
     flops = flops_lib.training_flops(cfg.model, cfg.model.layout((1, 2), 4, 4))
     assert shares.keys() == {(4, 4), (4, 8)}
     assert shares[4, 8] == pytest.approx(8 * sum(flops.values()) / (4 * 459e12))
-    assert trainer._peak_share(cfg, mesh_lib.make_mesh(cfg.mesh), coders) == {}
+    assert trainer._peak_share(cfg, mesh_lib.make_mesh(cfg.mesh), codec) == {}
 
 
 def test_steps_that_are_not_run_cannot_be_recorded(finished):
@@ -133,8 +133,8 @@ def test_divergence_stops_and_saves_nothing(tmp_path):
 
 def test_fine_tuning_starts_from_the_ema(finished, weights):
     cfg = smoke_config(steps=1, init_from=str(finished[0]))
-    coders = latent_codec.stories_codec(cfg, finished[0])
-    state, _ = trainer._initial_state(cfg, coders, mesh_lib.make_mesh(cfg.mesh))
+    codec = latent_codec.stories_codec(cfg, finished[0])
+    state, _ = trainer._initial_state(cfg, codec, mesh_lib.make_mesh(cfg.mesh))
     for ours in state.params, state.ema:
         jax.tree.map(np.testing.assert_array_equal, ours, weights['ema'])
     assert int(state.step) == 0
