@@ -20,7 +20,7 @@ from mask2dit_jax import tensor_io
 from mask2dit_jax.distributed import multihost
 
 FOLDER = 'checkpoints'
-ITEMS = ('params', 'ema', 'opt')
+ITEMS = {'params': 'params', 'ema': 'ema', 'opt': 'opt_state'}  # folder of an item: field of the state
 
 
 class OtherRunError(ValueError):
@@ -113,7 +113,7 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state, meta: dict) -> No
     Raises:
       RuntimeError: if this cannot be written, or the one before could not.
     """
-    items = {name: getattr(state, name) for name in ITEMS}
+    items = {item: getattr(state, field) for item, field in ITEMS.items()}
     meta = meta | {'checksums': checksums(items)}
     arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     with _saving(checkpoints):

@@ -25,7 +25,7 @@ def state_of(step):
 
 def targets(*items):
     one = SingleDeviceSharding(jax.devices()[0])
-    return {k: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), getattr(state_of(0), k))
+    return {k: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), getattr(state_of(0), checkpoint.ITEMS[k]))
             for k in items or checkpoint.ITEMS}
 
 
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_saved_again(workdir, damage, ca
         path, items = checkpoint.latest(workdir, targets(), {'seed': 1})
     assert path == workdir / 'checkpoints/4'
     for name in checkpoint.ITEMS:
-        jax.tree.map(np.testing.assert_array_equal, items[name], getattr(state_of(4), name))
+        jax.tree.map(np.testing.assert_array_equal, items[name], getattr(state_of(4), checkpoint.ITEMS[name]))
     assert any(str(broken) in r.getMessage() and 'is damaged' in r.getMessage() for r in caplog.records)
     save(workdir, 6, start=4)
     assert checkpoint.latest(workdir, targets(), {'seed': 1})[0] == broken
@@ -145,7 +145,7 @@ def test_saving_a_step_twice_is_an_error(workdir):
 
 
 def test_checksums_do_not_depend_on_the_mesh_and_see_any_bit():
-    tree = state_of(0).opt
+    tree = state_of(0).opt_state
     expected = checkpoint.checksums({'opt': tree})
     mesh = jax.make_mesh((2, 4), ('x', 'y'))
     spread = [tree[0], {'a': {'kernel': jax.device_put(tree[1]['a']['kernel'], NamedSharding(mesh, P('x', None, 'y')))},

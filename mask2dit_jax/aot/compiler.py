@@ -46,8 +46,8 @@ def lower_train(config: config_lib.Config, frames: tuple[int, ...], latent, mesh
              for n, x in zip(('latents', 'text'), inputs)}
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = train_step.jit_train_step(config, frames, shardings, mesh_lib.batch_sharding(mesh))
-    parts = {'parameters': state.params, 'EMA': state.ema, 'optimizer': state.opt, 'batch': batch}
-    parts |= {'frozen parameters': state.base} if config.lora.rank else {}
+    parts = {'parameters': state.params, 'EMA': state.ema, 'optimizer': state.opt_state, 'batch': batch}
+    parts |= {'frozen parameters': state.frozen_params} if config.lora.rank else {}
     return step.lower(state, batch, shape(text[1:], jnp.float32)), _bytes_by_kind(parts)
 
 

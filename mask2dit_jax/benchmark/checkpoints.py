@@ -19,7 +19,7 @@ def bench_checkpoint(gb: float, runs: int, folder) -> list[dict]:
              for i in range(4)]
     state = train_step.TrainState(jnp.int32(0), trees[0], trees[1], trees[2:])
     targets = {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                                  getattr(state, item)) for item in checkpoint.ITEMS}
+                                  getattr(state, field)) for item, field in checkpoint.ITEMS.items()}
     times = {'save: the loop waits': [], 'save: all': [], 'restore': []}
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         manager = checkpoint.manager(workdir, keep=1, keep_every=0, start=0)

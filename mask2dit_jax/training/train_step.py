@@ -22,8 +22,8 @@ class TrainState:
     step: jax.Array  # int32 [], updates done
     params: chex.ArrayTree  # what is trained: the model's parameters, or LoRA tensors
     ema: chex.ArrayTree
-    opt: optax.OptState
-    base: chex.ArrayTree = ()  # under LoRA the model's parameters, which stay as they are
+    opt_state: optax.OptState
+    frozen_params: chex.ArrayTree = ()  # under LoRA the model's parameters, which stay as they are
 
 
 def init_state(config: config_lib.Config, inputs) -> TrainState:
@@ -69,7 +69,7 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
     model = dit.DiT(config.model)
 
     def loss_fn(params, micro):
-        params = lora.merge(state.base, params, config.lora) if config.lora.rank else params
+        params = lora.merge(state.frozen_params, params, config.lora) if config.lora.rank else params
         x, text, noise, t, given = micro
         return loss.denoising_loss(model, params, schedule, {'latents': x, 'text': text}, noise, t, given, frames)
 
@@ -88,12 +88,12 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
         (total, count, grads), _ = jax.lax.scan(accumulate, zero, micros)
     grads = jax.tree.map(lambda g: g / count, grads)
 
-    updates, opt = optimizer.make_optimizer(config.optimizer, cfg.steps).update(grads, state.opt, state.params)
+    updates, opt = optimizer.make_optimizer(config.optimizer, cfg.steps).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum((1.0 + state.step) / (10.0 + state.step), cfg.ema_decay)
     ema = jax.tree.map(lambda e, p: e - (1 - decay) * (e - p), state.ema, params)
     metrics = {'loss': total / count, 'grad_norm': optax.global_norm(grads)}
-    return TrainState(state.step + 1, params, ema, opt, state.base), metrics
+    return TrainState(state.step + 1, params, ema, opt, state.frozen_params), metrics
 
 
 def jit_train_step(config: config_lib.Config, frames: tuple[int, ...], state_shardings, batch_sharding):

@@ -32,9 +32,9 @@ def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, m
     shardings = partitioning.shardings(abstract, mesh)
     if config.lora.rank:
         # The base is never made, only read.
-        state = jax.jit(lambda: train_step.init_state(config, inputs).replace(base=()),
-                        out_shardings=shardings.replace(base=()))()
-        return state.replace(base=runs.load_base(config, partitioning.abstract_arrays(abstract.base, mesh))), shardings
+        state = jax.jit(lambda: train_step.init_state(config, inputs).replace(frozen_params=()),
+                        out_shardings=shardings.replace(frozen_params=()))()
+        return state.replace(frozen_params=runs.load_base(config, partitioning.abstract_arrays(abstract.frozen_params, mesh))), shardings
     state = jax.jit(lambda: train_step.init_state(config, inputs), out_shardings=shardings)()
     if config.init_from:
         params = runs.load_base(config, partitioning.abstract_arrays(abstract.params, mesh))
@@ -108,7 +108,7 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
         codec.latent_frames(layout)  # a scene that cannot be coded is an error now, not after encoding
     batches = batches_lib.train_batches(config, workdir, codec)
     state, shardings = _initial_state(config, codec, mesh)
-    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.base))
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen_params))
     logging.info('%d trained and %d frozen parameters on mesh %s.', trained, frozen, dict(mesh.shape))
 
     # 2. Resume.
@@ -116,14 +116,16 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     multihost.assert_same_on_all_hosts(configuration=config, data=batches.fingerprint, checkpoints=[p.name for p in found])
     if found:
         # Only shapes and places stay of what is read, so that it is not held twice.
-        base, targets = state.base, {k: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), getattr(state, k))
-            for k in checkpoint.ITEMS}
+        frozen_params, targets = state.frozen_params, {item: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), getattr(state, field))
+            for item, field in checkpoint.ITEMS.items()}
         del state
         path, items = checkpoint.latest(workdir, targets, meta)
         start = int(path.name)
         logging.info('Resuming %s.', path)
-        state = train_step.TrainState(step=jax.device_put(np.int32(start), shardings.step), base=base, **items)
+        restored = {checkpoint.ITEMS[item]: tree for item, tree in items.items()}
+        state = train_step.TrainState(step=jax.device_put(np.int32(start), shardings.step),
+                                      frozen_params=frozen_params, **restored)
     checkpoints = checkpoint.manager(workdir, cfg.keep_checkpoints, cfg.keep_every_steps, start)
     if jax.process_index() == 0:
         config_lib.save(config, workdir / 'config.json')

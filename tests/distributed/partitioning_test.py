@@ -35,7 +35,7 @@ def test_eight_devices_and_micro_batches_give_the_numbers_of_one(axes, grad_accu
         np.testing.assert_allclose(ours, ref, atol=2e-4)
     kernel = state.params['blocks']['attn']['to_q']['kernel']
     assert kernel.addressable_shards[0].data.size == kernel.size // math.prod(axes[1:])
-    moments = [x for path, x in jax.tree_util.tree_leaves_with_path(state.opt)
+    moments = [x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
                if partitioning.path_name(path).endswith('attn/to_q/kernel')]
     assert moments and all(m.sharding == kernel.sharding for m in moments)
 

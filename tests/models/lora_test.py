@@ -114,13 +114,13 @@ def test_only_lora_is_trained_and_the_loss_falls(base):
     for _ in range(cfg.train.steps):
         # One at a time: steps in flight would wait for each other's threads on a small host.
         state, _ = jax.block_until_ready(step(state, mesh_lib.global_batch(batch, mesh, 8), null))
-    assert_equal(state.base, whole)
+    assert_equal(state.frozen_params, whole)
     assert set(traverse_util.flatten_dict(state.params)) == PAIRS
     for old, new in zip(jax.tree.leaves(first), jax.tree.leaves(state.params)):
         assert (np.abs(old - new) > 1e-3).mean() > 0.9
-    sizes = {x.shape for x in jax.tree.leaves((state.params, state.ema, state.opt))}
+    sizes = {x.shape for x in jax.tree.leaves((state.params, state.ema, state.opt_state))}
     assert sizes == {(), (2, 32, 8), (2, 8, 32)}
-    assert loss(lora.merge_placed(state.base, state.params, LORA)) < 0.9 * before
+    assert loss(lora.merge_placed(state.frozen_params, state.params, LORA)) < 0.9 * before
 
 
 def test_initialisation_is_pefts():
@@ -184,8 +184,8 @@ def mesh_run(axes, grad_accumulation=1):
     make = lambda: train_step.init_state(cfg, inputs)  # noqa: E731
     shardings = partitioning.shardings(jax.eval_shape(make), mesh)
     state = jax.jit(make, out_shardings=shardings)()
-    start = jax.tree.map(np.array, state.base)
-    state = state.replace(base=jax.device_put(random_tree(start), shardings.base))
+    start = jax.tree.map(np.array, state.frozen_params)
+    state = state.replace(frozen_params=jax.device_put(random_tree(start), shardings.frozen_params))
     step = train_step.jit_train_step(cfg, FRAMES, shardings, mesh_lib.batch_sharding(mesh))
     for i in range(3):
         state, metrics = jax.block_until_ready(step(
@@ -200,9 +200,9 @@ def test_eight_devices_and_micro_batches_give_the_numbers_of_one():
     for ours, ref in zip(jax.tree.leaves(state.params), jax.tree.leaves(one_device[1].params)):
         assert np.abs(ref).max() > 1e-3
         np.testing.assert_allclose(ours, ref, atol=1e-4)
-    assert_equal(state.base, one_device[1].base)
+    assert_equal(state.frozen_params, one_device[1].frozen_params)
     merged = ema.model_ema(MESH_CONFIG, state)
-    assert jax.tree.map(lambda x: x.sharding, merged) == jax.tree.map(lambda x: x.sharding, state.base)
+    assert jax.tree.map(lambda x: x.sharding, merged) == jax.tree.map(lambda x: x.sharding, state.frozen_params)
 
 
 def read_items(workdir):
