@@ -3,6 +3,7 @@
 Every requirement has both bounds, and the tests have run at both: README.md, 'Versions'. Of a package at 0.x the next
 minor is left out until it has been tried; of others the next major.
 """
+
 import pathlib
 
 import setuptools
@@ -57,6 +58,11 @@ setuptools.setup(
             TOKAMAX,
             TENSORBOARDX,
         ],
-        'oracle': ['torch==2.13.0', 'diffusers==0.35.2', 'transformers>=4.46.2,<5', 'peft>=0.17,<0.18'],
+        'oracle': [
+            'torch==2.13.0',
+            'diffusers==0.35.2',
+            'transformers>=4.46.2,<5',
+            'peft>=0.17,<0.18',
+        ],
     },
 )

@@ -7,6 +7,7 @@
 After the colon as in configs/sft.py, from which it differs in that scenes are unrelated clips and none is given.
 Without --checkpoint the parameters are random, and the VAE that encoded the clips is used.
 """
+
 import importlib.util
 import pathlib
 

@@ -7,6 +7,7 @@ Variants, after a colon: `dual` (the default), `full` (no mask), `isolated` (sce
 --config.init_from=runs/unconditional), `lora` (the same by LoRA of rank 8), `mixed` (2 to 5 scenes of unequal length),
 `smoke` (seconds, checks the path).
 """
+
 from mask2dit_jax import config as config_lib
 
 VARIANTS = ('dual', 'full', 'isolated', 'unconditional', 'conditional', 'lora', 'mixed', 'smoke')
@@ -14,16 +15,40 @@ VARIANTS = ('dual', 'full', 'isolated', 'unconditional', 'conditional', 'lora', 
 
 def get_config(variant='dual'):
     if variant not in VARIANTS:
-        raise ValueError(f'configs/tiny.py has no variant {variant!r}: use one of {", ".join(VARIANTS)}.')
+        raise ValueError(
+            f'configs/tiny.py has no variant {variant!r}: use one of {", ".join(VARIANTS)}.'
+        )
     c = config_lib.default()
-    c.model.update(num_layers=4, num_attention_heads=2, attention_head_dim=48, in_channels=24, out_channels=24,
-                   text_embed_dim=64, time_embed_dim=96, max_text_seq_length=6, patch_size=1, sample_height=4,
-                   sample_width=4, sample_frames=4, learned_positions=True, attention_backend='dense',
-                   dtype='float32', remat='full')
+    c.model.update(
+        num_layers=4,
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=24,
+        out_channels=24,
+        text_embed_dim=64,
+        time_embed_dim=96,
+        max_text_seq_length=6,
+        patch_size=1,
+        sample_height=4,
+        sample_width=4,
+        sample_frames=4,
+        learned_positions=True,
+        attention_backend='dense',
+        dtype='float32',
+        remat='full',
+    )
     c.data.codec_components = 24
-    c.optimizer.update(name='muon', learning_rate=8e-3, muon_rms=0.5, warmup_steps=50, final_fraction=0.02)
-    c.train.update(steps=3000, batch_size=16, conditional_probability=0.5, conditional_from_step=2000, ema_decay=0.995,
-                   checkpoint_every_steps=1000)
+    c.optimizer.update(
+        name='muon', learning_rate=8e-3, muon_rms=0.5, warmup_steps=50, final_fraction=0.02
+    )
+    c.train.update(
+        steps=3000,
+        batch_size=16,
+        conditional_probability=0.5,
+        conditional_from_step=2000,
+        ema_decay=0.995,
+        checkpoint_every_steps=1000,
+    )
     c.sample.update(steps=20, guidance=1.5)
     if variant in ('full', 'isolated'):
         c.model.pattern = variant
@@ -41,8 +66,13 @@ def get_config(variant='dual'):
         c.train.steps = 6000
     if variant == 'smoke':
         c.data.update(num_train=64, num_test=16)
-        c.train.update(steps=12, conditional_from_step=6, checkpoint_every_steps=6, sample_every_steps=6,
-                       log_every_steps=3)
+        c.train.update(
+            steps=12,
+            conditional_from_step=6,
+            checkpoint_every_steps=6,
+            sample_every_steps=6,
+            log_every_steps=3,
+        )
         c.sample.update(steps=2, sheet_stories=2)
         c.eval.update(stories=16, batch_size=16)
     return c

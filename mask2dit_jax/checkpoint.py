@@ -5,6 +5,7 @@ What happens to it on disk afterwards is noticed when it is read: tensorstore fi
 files, but not changed bytes in compressed array data. Hence meta holds a checksum of the arrays of each item, computed
 on the devices before saving and after restoring; it is the same on every mesh.
 """
+
 import contextlib
 import itertools
 import os
@@ -20,7 +21,11 @@ from mask2dit_jax import tensor_io
 from mask2dit_jax.distributed import multihost
 
 FOLDER = 'checkpoints'
-ITEMS = {'params': 'params', 'ema': 'ema', 'opt': 'opt_state'}  # folder of an item: field of the state
+ITEMS = {
+    'params': 'params',
+    'ema': 'ema',
+    'opt': 'opt_state',
+}  # folder of an item: field of the state
 
 
 class OtherRunError(ValueError):
@@ -60,15 +65,20 @@ def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointMa
                 logging.warning('%s is now %s.', path, aside.name)
     policies = ocp.checkpoint_managers
     kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
-    options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True,
-                                           cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        create=True,
+        cleanup_tmp_directories=True,
+    )
     return _Manager(pathlib.Path(workdir).absolute() / FOLDER, options=options)
 
 
 @jax.jit  # traced once for each shape, not for each array
 def _checksum(x):
     """Of one array, see `_checksums`."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(
+        jnp.uint32
+    )
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
@@ -81,8 +91,10 @@ def _checksums(items: dict) -> dict:
 
     Any one changed bit changes it. Sums of integers do not depend on their order, hence not on the mesh.
     """
-    return {name: sum((2 * i + 1) * _checksum(x) for i, x in enumerate(jax.tree.leaves(tree)))
-            for name, tree in items.items()}
+    return {
+        name: sum((2 * i + 1) * _checksum(x) for i, x in enumerate(jax.tree.leaves(tree)))
+        for name, tree in items.items()
+    }
 
 
 def checksums(items: dict) -> dict[str, int]:
@@ -95,8 +107,10 @@ def _saving(checkpoints: ocp.CheckpointManager):
     try:
         yield
     except Exception as error:  # Orbax and tensorstore raise many kinds
-        raise RuntimeError(f'Saving to {checkpoints.directory} failed ({_brief(error)}): the checkpoints there before '
-                           'are whole; make room or mend the disk, and the same command resumes.') from error
+        raise RuntimeError(
+            f'Saving to {checkpoints.directory} failed ({_brief(error)}): the checkpoints there before '
+            'are whole; make room or mend the disk, and the same command resumes.'
+        ) from error
 
 
 def _brief(error: Exception) -> str:
@@ -117,7 +131,9 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state, meta: dict) -> No
     meta = meta | {'checksums': checksums(items)}
     arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     with _saving(checkpoints):
-        if not checkpoints.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)):
+        if not checkpoints.save(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)
+        ):
             raise ValueError(f'step {step} was refused')
 
 
@@ -139,14 +155,23 @@ def _read(path: pathlib.Path, targets: dict, meta: dict) -> tuple[dict, dict]:
     saved = ocp.JsonCheckpointHandler().restore(path / 'meta')
     changed = sorted(k for k in meta if saved.get(k) != meta[k])
     if changed:
-        raise OtherRunError(f'{path.parent} was trained with another {", ".join(changed)}: use the same configuration '
-                            'to resume it, or another --workdir.')
-    problems = [p for name in targets if name != 'opt' for p in tensor_io.misshapen(path / name, targets[name])]
+        raise OtherRunError(
+            f'{path.parent} was trained with another {", ".join(changed)}: use the same configuration '
+            'to resume it, or another --workdir.'
+        )
+    problems = [
+        p
+        for name in targets
+        if name != 'opt'
+        for p in tensor_io.misshapen(path / name, targets[name])
+    ]
     if problems:
         raise OtherRunError(f'{path} does not fit the configuration: {"; ".join(problems)}.')
     reader = ocp.StandardCheckpointHandler()
-    return {name: reader.restore(path / name, args=ocp.args.StandardRestore(target))
-            for name, target in targets.items()}, saved['checksums']
+    return {
+        name: reader.restore(path / name, args=ocp.args.StandardRestore(target))
+        for name, target in targets.items()
+    }, saved['checksums']
 
 
 def restore(path, targets: dict, meta: dict | None = None) -> dict:
@@ -167,13 +192,17 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
     """
     path = pathlib.Path(path).absolute()
     if not path.is_dir():
-        raise FileNotFoundError(f'{path} is no checkpoint: give a folder like WORKDIR/{FOLDER}/1000.')
+        raise FileNotFoundError(
+            f'{path} is no checkpoint: give a folder like WORKDIR/{FOLDER}/1000.'
+        )
     items, reason = None, 'another process cannot read it'
     try:
         items, expected = _read(path, targets, meta or {})
     except OtherRunError:
         raise
-    except Exception as error:  # Orbax and tensorstore raise many kinds, Exception itself among them
+    except (
+        Exception
+    ) as error:  # Orbax and tensorstore raise many kinds, Exception itself among them
         reason = _brief(error)
     if multihost.all_agree(items is not None):
         found = checksums(items)
@@ -198,8 +227,10 @@ def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Pa
     """
     found = folders(workdir)
     if not found:
-        raise FileNotFoundError(f'{pathlib.Path(workdir) / FOLDER} holds no checkpoint: train first with '
-                                f'mask2dit_jax.main --workdir={workdir}.')
+        raise FileNotFoundError(
+            f'{pathlib.Path(workdir) / FOLDER} holds no checkpoint: train first with '
+            f'mask2dit_jax.main --workdir={workdir}.'
+        )
     for path in reversed(found):
         try:
             return path, restore(path, targets, meta)
@@ -207,5 +238,7 @@ def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Pa
             raise
         except ValueError as error:
             logging.warning('%s It is skipped.', error)
-    raise ValueError(f'All checkpoints of {workdir} are damaged ({", ".join(p.name for p in found)}): put back a copy '
-                     f'of one, or delete {found[0].parent} to train from the start.')
+    raise ValueError(
+        f'All checkpoints of {workdir} are damaged ({", ".join(p.name for p in found)}): put back a copy '
+        f'of one, or delete {found[0].parent} to train from the start.'
+    )

@@ -3,6 +3,7 @@
 `default()` is a locked ConfigDict of the defaults, for configs/*.py and command-line overrides; `parse` turns it
 back into dataclasses and refuses what they do not know.
 """
+
 import dataclasses
 import json
 import math
@@ -41,6 +42,7 @@ class DataConfig:
       fps: frames per second of videos written.
       dir: where data sets are kept; empty for <workdir>/../data.
     """
+
     layouts: tuple[tuple[int, ...], ...] = ((4, 4, 4),)
     encoded: str = ''
     held_out: str = ''
@@ -68,6 +70,7 @@ class OptimizerConfig:
       clip_norm: global gradient norm limit.
       muon_rms: root mean square of Muon's update of a matrix, in units of the learning rate (0.2 is AdamW's).
     """
+
     name: str = 'adamw'
     learning_rate: float = 1e-5
     warmup_steps: int = 100
@@ -95,6 +98,7 @@ class TrainConfig:
       keep_checkpoints: the newest ones that stay on disk.
       keep_every_steps: checkpoints of multiples of this stay for good; 0 for none.
     """
+
     steps: int = 1000
     batch_size: int = 8
     grad_accumulation: int = 1
@@ -113,6 +117,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """Sampling, in training's sheets, in the final scores, and as the defaults of `sample`."""
+
     sampler: str = 'ddim'
     steps: int = 50
     guidance: float = 6.0
@@ -122,6 +127,7 @@ class SampleConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Scores at the end of training: held-out stories, and how many per batch."""
+
     stories: int = 256
     batch_size: int = 64
 
@@ -135,6 +141,7 @@ class Config:
         released or converted, whose VAE and text encoder are then used, too. Empty for random parameters. `main
         --checkpoint` sets it, and takes the model's sizes from there.
     """
+
     seed: int = 0
     init_from: str = ''
     model: dit.DiTConfig = dit.DiTConfig()  # noqa: RUF009 (frozen)
@@ -154,8 +161,11 @@ def default() -> ml_collections.ConfigDict:
 
 
 def _plain(config) -> dict:
-    return {f.name: _plain(v) if dataclasses.is_dataclass(v) else v
-            for f in dataclasses.fields(config) for v in [getattr(config, f.name)]}
+    return {
+        f.name: _plain(v) if dataclasses.is_dataclass(v) else v
+        for f in dataclasses.fields(config)
+        for v in [getattr(config, f.name)]
+    }
 
 
 def _tuples(value):
@@ -166,7 +176,9 @@ def _build(cls, values: dict, where: str):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f'{where} has unknown keys {", ".join(unknown)}; it knows {", ".join(fields)}.')
+        raise ValueError(
+            f'{where} has unknown keys {", ".join(unknown)}; it knows {", ".join(fields)}.'
+        )
     nested = {k: v for k, v in values.items() if dataclasses.is_dataclass(fields[k].default)}
     built = {k: _build(type(fields[k].default), v, f'{where}.{k}') for k, v in nested.items()}
     return cls(**({k: _tuples(v) for k, v in values.items()} | built))
@@ -188,37 +200,61 @@ def _check(config: Config) -> None:
     t, m = config.train, config.mesh
     for name in ('rank', 'alpha'):
         if getattr(config.lora, name) < 0:
-            raise ValueError(f'config.lora.{name} must not be negative, got {getattr(config.lora, name)}.')
+            raise ValueError(
+                f'config.lora.{name} must not be negative, got {getattr(config.lora, name)}.'
+            )
     if config.optimizer.name not in OPTIMIZERS:
-        raise ValueError(f'config.optimizer.name is {config.optimizer.name!r}: use one of {", ".join(OPTIMIZERS)}.')
-    for name, value, known in (('data.codec', config.data.codec, CODECS), ('data.scenes', config.data.scenes, SCENES),
-                               ('train.given', t.given, GIVEN)):
+        raise ValueError(
+            f'config.optimizer.name is {config.optimizer.name!r}: use one of {", ".join(OPTIMIZERS)}.'
+        )
+    for name, value, known in (
+        ('data.codec', config.data.codec, CODECS),
+        ('data.scenes', config.data.scenes, SCENES),
+        ('train.given', t.given, GIVEN),
+    ):
         if value not in known:
             raise ValueError(f'config.{name} is {value!r}: use one of {", ".join(known)}.')
     if config.data.held_out and not config.data.encoded:
-        raise ValueError('config.data.held_out goes with config.data.encoded: give both, or neither.')
+        raise ValueError(
+            'config.data.held_out goes with config.data.encoded: give both, or neither.'
+        )
     if t.batch_size % (t.grad_accumulation * m.data * m.fsdp):
-        raise ValueError(f'config.train.batch_size {t.batch_size} does not divide into grad_accumulation '
-                         f'{t.grad_accumulation} x data {m.data} x fsdp {m.fsdp}: make it a multiple.')
+        raise ValueError(
+            f'config.train.batch_size {t.batch_size} does not divide into grad_accumulation '
+            f'{t.grad_accumulation} x data {m.data} x fsdp {m.fsdp}: make it a multiple.'
+        )
     for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
         if not 0 <= getattr(t, name) <= 1:
             raise ValueError(f'config.train.{name} must lie in 0...1, got {getattr(t, name)}.')
     if t.keep_checkpoints < 1 or t.keep_every_steps % t.checkpoint_every_steps:
-        raise ValueError(f'config.train.keep_checkpoints {t.keep_checkpoints} must be at least 1 and keep_every_steps '
-                         f'{t.keep_every_steps} a multiple of checkpoint_every_steps {t.checkpoint_every_steps}.')
-    doubled = {'eval.batch_size': config.eval.batch_size, 'sample.sheet_stories': config.sample.sheet_stories}
+        raise ValueError(
+            f'config.train.keep_checkpoints {t.keep_checkpoints} must be at least 1 and keep_every_steps '
+            f'{t.keep_every_steps} a multiple of checkpoint_every_steps {t.checkpoint_every_steps}.'
+        )
+    doubled = {
+        'eval.batch_size': config.eval.batch_size,
+        'sample.sheet_stories': config.sample.sheet_stories,
+    }
     for name, size in doubled.items():
         if 2 * size % (m.data * m.fsdp):  # both halves of classifier-free guidance
-            raise ValueError(f'config.{name} {size}, doubled for guidance, does not divide over data {m.data} x fsdp '
-                             f'{m.fsdp}: make it a multiple of {m.data * m.fsdp // math.gcd(2, m.data * m.fsdp)}.')
+            raise ValueError(
+                f'config.{name} {size}, doubled for guidance, does not divide over data {m.data} x fsdp '
+                f'{m.fsdp}: make it a multiple of {m.data * m.fsdp // math.gcd(2, m.data * m.fsdp)}.'
+            )
     if config.eval.stories % config.eval.batch_size:
-        raise ValueError(f'config.eval.stories {config.eval.stories} is not a multiple of eval.batch_size '
-                         f'{config.eval.batch_size}.')
+        raise ValueError(
+            f'config.eval.stories {config.eval.stories} is not a multiple of eval.batch_size '
+            f'{config.eval.batch_size}.'
+        )
     for layout in config.data.layouts:
         if not layout or min(layout) < 1:
-            raise ValueError(f'config.data.layouts has {layout}: a story needs scenes, and a scene frames.')
+            raise ValueError(
+                f'config.data.layouts has {layout}: a story needs scenes, and a scene frames.'
+            )
     if not config.data.layouts:
-        raise ValueError('config.data.layouts is empty: list at least one kind of story, e.g. ((4, 4, 4),).')
+        raise ValueError(
+            'config.data.layouts is empty: list at least one kind of story, e.g. ((4, 4, 4),).'
+        )
 
 
 def save(config: Config, path: pathlib.Path) -> None:
@@ -239,14 +275,20 @@ def load(path: pathlib.Path) -> Config:
       FileNotFoundError: if there is none, which means that path's folder is no workdir.
     """
     if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main wrote.')
+        raise FileNotFoundError(
+            f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main wrote.'
+        )
     values = json.loads(path.read_text())
     model = values['model']
-    model['attention_backend'] = _RENAMED_BACKENDS.get(model['attention_backend'], model['attention_backend'])
+    model['attention_backend'] = _RENAMED_BACKENDS.get(
+        model['attention_backend'], model['attention_backend']
+    )
     return parse(values)
 
 
 def load_run(folder) -> Config:
     """Configuration of the run whose workdir, or one of whose checkpoints, this is; errors as `load`."""
     folder = pathlib.Path(folder).absolute()
-    return load((folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'config.json')
+    return load(
+        (folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'config.json'
+    )

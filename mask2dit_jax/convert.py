@@ -22,6 +22,7 @@ As a command it converts a whole model folder to Orbax, which loads faster, and 
 A run with LoRA gives both: transformer/ with LoRA merged into its base, and pytorch_lora_weights.safetensors, the LoRA
 alone, for diffusers' load_lora_weights and for `sample --lora`.
 """
+
 import time
 
 from absl import app, flags
@@ -41,9 +42,18 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    _FROM = flags.DEFINE_string('from', None, 'Model folder, released or converted, or workdir or checkpoint of a '
-                                'training run.', required=True)
-    _TO = flags.DEFINE_string('to', None, 'New folder: Orbax from a released folder, safetensors from the others. A '
-                              'run with LoRA leaves transformer/, merged, and pytorch_lora_weights.safetensors, the '
-                              "LoRA alone, in diffusers' naming.", required=True)
+    _FROM = flags.DEFINE_string(
+        'from',
+        None,
+        'Model folder, released or converted, or workdir or checkpoint of a training run.',
+        required=True,
+    )
+    _TO = flags.DEFINE_string(
+        'to',
+        None,
+        'New folder: Orbax from a released folder, safetensors from the others. A '
+        'run with LoRA leaves transformer/, merged, and pytorch_lora_weights.safetensors, the '
+        "LoRA alone, in diffusers' naming.",
+        required=True,
+    )
     app.run(main)

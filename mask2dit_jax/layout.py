@@ -4,6 +4,7 @@ Everything that depends on the scenes of a story is a function of one `SceneLayo
 infers scenes from shapes. The joint sequence is [all text tokens, all video tokens], both in story order
 (Mask²DiT, section 3.2, symmetric binary attention mask).
 """
+
 import dataclasses
 
 import numpy as np
@@ -20,6 +21,7 @@ class SceneLayout:
       text_tokens: text tokens per scene, padding included.
       patch_t: latent frames per token (1, or 2 for CogVideoX 1.5); a scene is padded at its end to a multiple.
     """
+
     frames: tuple[int, ...]
     height: int
     width: int
@@ -28,9 +30,13 @@ class SceneLayout:
 
     def __post_init__(self):
         if not self.frames or min(self.frames) < 1:
-            raise ValueError(f'SceneLayout needs at least one scene of at least one latent frame, got {self.frames}.')
+            raise ValueError(
+                f'SceneLayout needs at least one scene of at least one latent frame, got {self.frames}.'
+            )
         if min(self.height, self.width, self.text_tokens, self.patch_t) < 1:
-            raise ValueError(f'SceneLayout needs a positive grid, text length and temporal patch, got {self}.')
+            raise ValueError(
+                f'SceneLayout needs a positive grid, text length and temporal patch, got {self}.'
+            )
 
     @property
     def num_scenes(self) -> int:

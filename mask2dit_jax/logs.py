@@ -1,4 +1,5 @@
 """Logging of libraries, and durations for people."""
+
 import logging as python_logging
 import pathlib
 
@@ -7,11 +8,15 @@ from absl import logging
 
 def quiet_libraries() -> None:
     """Logs this package's lines from INFO on, other libraries' from WARNING on (TFDS: ERROR)."""
+
     def keep(record) -> bool:
         if str(pathlib.Path(__file__).parent) in record.pathname:
             return True
-        return record.levelno >= (python_logging.ERROR if 'tensorflow_datasets' in record.pathname
-                                  else python_logging.WARNING)
+        return record.levelno >= (
+            python_logging.ERROR
+            if 'tensorflow_datasets' in record.pathname
+            else python_logging.WARNING
+        )
 
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(keep)

@@ -29,6 +29,7 @@ train (steps, batch size, caption dropout, given scenes), sample (sampler, steps
 fsdp x context x tensor). mask2dit_jax/config.py documents each. Compiled programs are kept for the next start where
 JAX_COMPILATION_CACHE_DIR names a folder; XLA flags for TPU are in launch/env.sh.
 """
+
 import math
 
 import jax
@@ -44,20 +45,47 @@ from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.training import trainer
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Single values are '
-    'overridden by --config.train.steps=2000 and the like.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, sheets, scores. A run that '
-                               'stopped is resumed by the same command.')
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'What to start from: a model folder, released or converted, with '
-                                  'its transformer, schedule, VAE and text encoder, or the workdir of another run, '
-                                  'with its EMA.')
-_TRACE_STEP = flags.DEFINE_integer('trace_step', None, f'Record {trainer.TRACED_STEPS} steps from this one with '
-                                   'jax.profiler, to <workdir>/trace (for TensorBoard or Perfetto).', lower_bound=0)
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, for several processes. On TPU slices '
-                                   'of several hosts none of these three flags is needed.')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes share the run, each started by this '
-                                      'command.', lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0)
+    'config',
+    None,
+    'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Single values are '
+    'overridden by --config.train.steps=2000 and the like.',
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir',
+    None,
+    'Folder of the run: checkpoints, metrics, sheets, scores. A run that '
+    'stopped is resumed by the same command.',
+)
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint',
+    None,
+    'What to start from: a model folder, released or converted, with '
+    'its transformer, schedule, VAE and text encoder, or the workdir of another run, '
+    'with its EMA.',
+)
+_TRACE_STEP = flags.DEFINE_integer(
+    'trace_step',
+    None,
+    f'Record {trainer.TRACED_STEPS} steps from this one with '
+    'jax.profiler, to <workdir>/trace (for TensorBoard or Perfetto).',
+    lower_bound=0,
+)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator',
+    None,
+    'HOST:PORT of process 0, for several processes. On TPU slices '
+    'of several hosts none of these three flags is needed.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes',
+    None,
+    'How many processes share the run, each started by this command.',
+    lower_bound=1,
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', None, 'Which of them this is, from 0.', lower_bound=0
+)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -66,10 +94,14 @@ def main(argv):
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     given = [f.value is not None for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)]
     if any(given) and not all(given):
-        raise app.UsageError('--coordinator, --num_processes and --process_id belong together: give all or none.')
+        raise app.UsageError(
+            '--coordinator, --num_processes and --process_id belong together: give all or none.'
+        )
     if all(given) and _PROCESS_ID.value >= _NUM_PROCESSES.value:
-        raise app.UsageError(f'--process_id={_PROCESS_ID.value} must be less than --num_processes='
-                             f'{_NUM_PROCESSES.value}.')
+        raise app.UsageError(
+            f'--process_id={_PROCESS_ID.value} must be less than --num_processes='
+            f'{_NUM_PROCESSES.value}.'
+        )
     config = config_lib.parse(_CONFIG.value)
     if _CHECKPOINT.value:
         config = load_lib.with_model_from(config, _CHECKPOINT.value)

@@ -1,4 +1,5 @@
 """Captions (and given scenes) to videos: the functions behind training's sheets, the scores and `sample`."""
+
 import dataclasses
 import functools
 
@@ -38,7 +39,9 @@ def jit_sample(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sha
 
         noise, given = (x.reshape(*x.shape[:3], -1) for x in (noise, given))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            out = samplers.sample(velocity, noise, layout, timesteps, table, guidance, given, given_scenes)
+            out = samplers.sample(
+                velocity, noise, layout, timesteps, table, guidance, given, given_scenes
+            )
         return out.reshape(-1, *shape)
 
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -63,6 +66,7 @@ class Inputs:
       given: latents [B, T, h, w, C], zero where nothing is given.
       given_scenes: bool [B, S].
     """
+
     latent_frames: tuple[int, ...]
     text: np.ndarray
     null_text: np.ndarray
@@ -70,8 +74,13 @@ class Inputs:
     given_scenes: np.ndarray
 
 
-def encode_inputs(codec: latent_codec.LatentCodec, captions, frames: tuple[int, ...], given_videos=None,
-                  negative_caption: str = '') -> Inputs:
+def encode_inputs(
+    codec: latent_codec.LatentCodec,
+    captions,
+    frames: tuple[int, ...],
+    given_videos=None,
+    negative_caption: str = '',
+) -> Inputs:
     """Encodes captions and given scenes.
 
     Args:
@@ -86,23 +95,36 @@ def encode_inputs(codec: latent_codec.LatentCodec, captions, frames: tuple[int, 
     """
     num_scenes, batch = len(frames), len(captions)
     if any(len(c) != num_scenes for c in captions):
-        raise ValueError(f'Every story needs one caption for each of its {num_scenes} scenes, got {captions[0]}.')
+        raise ValueError(
+            f'Every story needs one caption for each of its {num_scenes} scenes, got {captions[0]}.'
+        )
     latent_frames = codec.latent_frames(frames)
     given = np.zeros((batch, sum(latent_frames), *codec.latent_shape), np.float32)
     given_scenes = np.zeros((batch, num_scenes), bool)
     count = 0 if given_videos is None else _given_count(frames, given_videos.shape[1])
     # One call: the text encoder may be loaded for it.
-    *text, null_text = codec.encode_text([c for story in captions for c in story] + [negative_caption])
+    *text, null_text = codec.encode_text(
+        [c for story in captions for c in story] + [negative_caption]
+    )
     if count:
         latents = codec.encode_video(given_videos, frames[:count])
-        given[:, :latents.shape[1]] = latents
+        given[:, : latents.shape[1]] = latents
         given_scenes[:, :count] = True
     text = np.reshape(text, (batch, num_scenes, *null_text.shape))
     return Inputs(latent_frames, text, null_text, given, given_scenes)
 
 
-def sample_latents(config: config_lib.Config, params, inputs: Inputs, *, seed: int, first_index: int = 0,
-                   sampler: str | None = None, steps: int | None = None, guidance=None) -> np.ndarray:
+def sample_latents(
+    config: config_lib.Config,
+    params,
+    inputs: Inputs,
+    *,
+    seed: int,
+    first_index: int = 0,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance=None,
+) -> np.ndarray:
     """Denoises the stories of `inputs`; arguments as in `generate`. Returns latents float32 [B, T, h, w, C].
 
     The work is spread over the mesh that `params` lie on.
@@ -110,19 +132,46 @@ def sample_latents(config: config_lib.Config, params, inputs: Inputs, *, seed: i
     num_scenes = len(inputs.latent_frames)
     guidance = config.sample.guidance if guidance is None else guidance
     if np.size(guidance) not in (1, num_scenes):
-        raise ValueError(f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.')
-    noise = jnp.stack([story_noise(seed, first_index + i, x.shape) for i, x in enumerate(inputs.given)])
-    timesteps, table = samplers.sampler_table(sampler or config.sample.sampler, config.schedule,
-                                              steps or config.sample.steps)
+        raise ValueError(
+            f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.'
+        )
+    noise = jnp.stack(
+        [story_noise(seed, first_index + i, x.shape) for i, x in enumerate(inputs.given)]
+    )
+    timesteps, table = samplers.sampler_table(
+        sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
+    )
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
     run = jit_sample(config, inputs.latent_frames, mesh_lib.mesh_of(params))
-    return np.asarray(run(
-        params, noise, inputs.text, inputs.null_text, inputs.given, inputs.given_scenes, timesteps, table, scale))
+    return np.asarray(
+        run(
+            params,
+            noise,
+            inputs.text,
+            inputs.null_text,
+            inputs.given,
+            inputs.given_scenes,
+            timesteps,
+            table,
+            scale,
+        )
+    )
 
 
-def generate(config: config_lib.Config, params, codec: latent_codec.LatentCodec, captions, frames: tuple[int, ...], *, seed: int,
-             first_index: int = 0, given_videos=None, sampler: str | None = None, steps: int | None = None,
-             guidance=None) -> np.ndarray:
+def generate(
+    config: config_lib.Config,
+    params,
+    codec: latent_codec.LatentCodec,
+    captions,
+    frames: tuple[int, ...],
+    *,
+    seed: int,
+    first_index: int = 0,
+    given_videos=None,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance=None,
+) -> np.ndarray:
     """Generates a batch of stories of one layout.
 
     Args:
@@ -140,8 +189,16 @@ def generate(config: config_lib.Config, params, codec: latent_codec.LatentCodec,
       ValueError: if captions, frames, guidance and given scenes do not fit each other.
     """
     inputs = encode_inputs(codec, captions, frames, given_videos)
-    latents = sample_latents(config, params, inputs, seed=seed, first_index=first_index, sampler=sampler, steps=steps,
-                             guidance=guidance)
+    latents = sample_latents(
+        config,
+        params,
+        inputs,
+        seed=seed,
+        first_index=first_index,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+    )
     return codec.decode_video(latents, inputs.latent_frames)
 
 
@@ -149,6 +206,8 @@ def _given_count(frames: tuple[int, ...], given_frames: int) -> int:
     """How many leading scenes these frames fill."""
     ends = list(np.cumsum(frames))
     if given_frames not in ends[:-1]:
-        raise ValueError(f'Given clips have {given_frames} frames in all, which fills no number of leading scenes of '
-                         f'{frames} and leaves one to generate.')
+        raise ValueError(
+            f'Given clips have {given_frames} frames in all, which fills no number of leading scenes of '
+            f'{frames} and leaves one to generate.'
+        )
     return ends.index(given_frames) + 1

@@ -1,4 +1,5 @@
 """Models and TPU slices by name: what stands after the colon of --config=configs/sft.py:5b,v5p-128."""
+
 import dataclasses
 import math
 
@@ -11,7 +12,13 @@ from mask2dit_jax import config as config_lib
 MODELS = {
     '5b': {},
     '2b': {'num_layers': 30, 'num_attention_heads': 30, 'rotary': False},
-    '1.5-5b': {'patch_size_t': 2, 'patch_bias': False, 'sample_height': 300, 'sample_width': 300, 'sample_frames': 81},
+    '1.5-5b': {
+        'patch_size_t': 2,
+        'patch_bias': False,
+        'sample_height': 300,
+        'sample_width': 300,
+        'sample_frames': 81,
+    },
     'tpu_native': {'num_attention_heads': 24, 'attention_head_dim': 128},
 }
 
@@ -24,6 +31,7 @@ class Slice:
       topology: generation and shape of the torus of chips.
       context: devices on the context axis where the number of heads allows; whole axes of the torus for 48 heads.
     """
+
     topology: str
     context: int
 
@@ -34,13 +42,21 @@ class Slice:
 
 # By accelerator type, which counts cores for v4 and v5p (two a chip) and chips for v5e and v6e.
 SLICES = {
-    'v4-8': Slice('v4:2x2x1', 2), 'v4-128': Slice('v4:4x4x4', 4), 'v4-256': Slice('v4:4x4x8', 8),
+    'v4-8': Slice('v4:2x2x1', 2),
+    'v4-128': Slice('v4:4x4x4', 4),
+    'v4-256': Slice('v4:4x4x8', 8),
     'v4-512': Slice('v4:4x8x8', 8),
-    'v5p-8': Slice('v5p:2x2x1', 2), 'v5p-128': Slice('v5p:4x4x4', 4), 'v5p-256': Slice('v5p:4x4x8', 8),
+    'v5p-8': Slice('v5p:2x2x1', 2),
+    'v5p-128': Slice('v5p:4x4x4', 4),
+    'v5p-256': Slice('v5p:4x4x8', 8),
     'v5p-512': Slice('v5p:4x8x8', 8),
-    'v5e-8': Slice('v5e:2x4', 4), 'v5e-64': Slice('v5e:8x8', 8), 'v5e-128': Slice('v5e:8x16', 8),
+    'v5e-8': Slice('v5e:2x4', 4),
+    'v5e-64': Slice('v5e:8x8', 8),
+    'v5e-128': Slice('v5e:8x16', 8),
     'v5e-256': Slice('v5e:16x16', 16),
-    'v6e-8': Slice('v6e:2x4', 4), 'v6e-64': Slice('v6e:8x8', 8), 'v6e-128': Slice('v6e:8x16', 8),
+    'v6e-8': Slice('v6e:2x4', 4),
+    'v6e-64': Slice('v6e:8x8', 8),
+    'v6e-128': Slice('v6e:8x16', 8),
     'v6e-256': Slice('v6e:16x16', 16),
 }
 
@@ -61,14 +77,18 @@ def pod(variant: str, variants=tuple(MODELS)) -> ml_collections.ConfigDict:
     name = words.pop(0) if words else ''
     kind, _, count = name.partition('x')
     if words or (name and kind not in SLICES) or (count and not count.isdigit()) or count == '0':
-        raise ValueError(f'{variant!r} is no variant of this file: give MODEL, SLICE or MODEL,SLICE, with a model of '
-                         f'{", ".join(variants)} and a slice of {", ".join(SLICES)}, several as in v6e-256x2.')
+        raise ValueError(
+            f'{variant!r} is no variant of this file: give MODEL, SLICE or MODEL,SLICE, with a model of '
+            f'{", ".join(variants)} and a slice of {", ".join(SLICES)}, several as in v6e-256x2.'
+        )
     c = config_lib.default()
     c.model.update(MODELS[model], remat='full')
     c.eval.update(stories=8, batch_size=1)
     if name:
         context = math.gcd(SLICES[kind].context, c.model.num_attention_heads)
-        c.mesh.update(slice=kind, data=int(count or 1), fsdp=SLICES[kind].chips // context, context=context)
+        c.mesh.update(
+            slice=kind, data=int(count or 1), fsdp=SLICES[kind].chips // context, context=context
+        )
         c.model.update(attention_backend='splash', remat='save_attention')
         # One example to every group of chips that share tokens; groups share parameters.
         groups = c.mesh.data * c.mesh.fsdp

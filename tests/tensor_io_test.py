@@ -1,4 +1,5 @@
 """Tensors in files: whatever is wrong with a file is one ValueError that names it; whatever is right comes back."""
+
 import json
 import pathlib
 import struct
@@ -15,8 +16,11 @@ from safetensors.numpy import save_file
 from mask2dit_jax import tensor_io
 
 SAFE = {'deadline': None, 'max_examples': 60}
-TENSORS = {'a.weight': np.arange(12, dtype=np.float32).reshape(3, 4), 'a.bias': np.ones(3, np.float16),
-           'b': np.full((2, 2), 0.5, ml_dtypes.bfloat16)}
+TENSORS = {
+    'a.weight': np.arange(12, dtype=np.float32).reshape(3, 4),
+    'a.bias': np.ones(3, np.float16),
+    'b': np.full((2, 2), 0.5, ml_dtypes.bfloat16),
+}
 
 
 def written(folder, tensors=TENSORS):
@@ -37,16 +41,39 @@ def one_tensor(**changes) -> bytes:
     return file_of(json.dumps({'a': entry}).encode(), bytes(8))
 
 
-@pytest.mark.parametrize('blob', [
-    b'', b'1234567', file_of(b''), file_of(b'{'), file_of(b'[]'), file_of(b'[' * 100_000), file_of(b'\xff\xfe{}'),
-    struct.pack('<Q', 2 ** 63) + b'{}', struct.pack('<Q', 100) + b'{}', one_tensor(dtype='I64', shape=[1]),
-    one_tensor(dtype='BOOL', shape=[8]), one_tensor(dtype='F8_E4M3', shape=[8]), one_tensor(dtype='X'),
-    one_tensor(dtype='I64'), one_tensor(shape=[-2]), one_tensor(shape=[2 ** 40, 2 ** 40]),
-    one_tensor(shape=[3]), one_tensor(data_offsets=[0, 2 ** 62]), one_tensor(data_offsets=[8, 0]),
-    one_tensor(data_offsets=[4, 12]), one_tensor(shape='2'), one_tensor(shape=None), one_tensor(data_offsets=[0]),
-    file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-            bytes(4)),
-], ids=lambda b: repr(b[:60]))
+@pytest.mark.parametrize(
+    'blob',
+    [
+        b'',
+        b'1234567',
+        file_of(b''),
+        file_of(b'{'),
+        file_of(b'[]'),
+        file_of(b'[' * 100_000),
+        file_of(b'\xff\xfe{}'),
+        struct.pack('<Q', 2**63) + b'{}',
+        struct.pack('<Q', 100) + b'{}',
+        one_tensor(dtype='I64', shape=[1]),
+        one_tensor(dtype='BOOL', shape=[8]),
+        one_tensor(dtype='F8_E4M3', shape=[8]),
+        one_tensor(dtype='X'),
+        one_tensor(dtype='I64'),
+        one_tensor(shape=[-2]),
+        one_tensor(shape=[2**40, 2**40]),
+        one_tensor(shape=[3]),
+        one_tensor(data_offsets=[0, 2**62]),
+        one_tensor(data_offsets=[8, 0]),
+        one_tensor(data_offsets=[4, 12]),
+        one_tensor(shape='2'),
+        one_tensor(shape=None),
+        one_tensor(data_offsets=[0]),
+        file_of(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+            bytes(4),
+        ),
+    ],
+    ids=lambda b: repr(b[:60]),
+)
 def test_hostile_files_are_one_line_errors(tmp_path, blob):
     (tmp_path / 'bad.safetensors').write_bytes(blob)
     with pytest.raises(ValueError, match=r'bad\.safetensors') as error:
@@ -74,13 +101,16 @@ def test_damage_to_the_header_or_length_is_found(data):
         path = written(folder)
         blob = path.read_bytes()
         if data.draw(st.booleans(), 'cut'):
-            path.write_bytes(blob[:data.draw(st.integers(0, len(blob) - 1), 'length')])
+            path.write_bytes(blob[: data.draw(st.integers(0, len(blob) - 1), 'length')])
             with pytest.raises(ValueError, match=r'model\.safetensors'):
                 read_all(folder)
             return
         size = struct.unpack('<Q', blob[:8])[0]
-        place, value = data.draw(st.integers(0, 7 + size), 'place'), data.draw(st.integers(0, 255), 'value')
-        path.write_bytes(blob[:place] + bytes([value]) + blob[place + 1:])
+        place, value = (
+            data.draw(st.integers(0, 7 + size), 'place'),
+            data.draw(st.integers(0, 255), 'value'),
+        )
+        path.write_bytes(blob[:place] + bytes([value]) + blob[place + 1 :])
         try:
             have = read_all(folder)
         except ValueError as error:
@@ -88,19 +118,30 @@ def test_damage_to_the_header_or_length_is_found(data):
             return
         # What can still be read is another header in good order: strict loading then compares names and shapes. No
         # tensor turns to zeros: its bytes are those of the file.
-        raw = blob[8 + size:]
+        raw = blob[8 + size :]
         assert all(v.tobytes() in raw for v in have.values())
 
 
 @settings(**SAFE)
-@given(st.dictionaries(
-    st.text(st.characters(codec='utf-8', exclude_characters='\0'), min_size=1, max_size=20),
-    st.tuples(st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]), st.lists(st.integers(1, 4), max_size=4)),
-    min_size=1, max_size=5), st.integers(1, 200))
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec='utf-8', exclude_characters='\0'), min_size=1, max_size=20),
+        st.tuples(
+            st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
+            st.lists(st.integers(1, 4), max_size=4),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(1, 200),
+)
 def test_what_is_written_comes_back(described, shard_bytes):
     described.pop('__metadata__', None)
     rng = np.random.default_rng(0)
-    tensors = {n: np.asarray(rng.normal(size=shape)).astype(dtype) for n, (dtype, shape) in described.items()}
+    tensors = {
+        n: np.asarray(rng.normal(size=shape)).astype(dtype)
+        for n, (dtype, shape) in described.items()
+    }
     lazy = {n: tensor_io.Tensor(v.shape, v.dtype, lambda v=v: v) for n, v in tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         tensor_io.write_safetensors(folder, 'model', lazy, shard_bytes)
@@ -117,7 +158,9 @@ def test_folders_that_lack_something(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'lacks a \.safetensors file'):
         tensor_io.open_safetensors(tmp_path)
     (tmp_path / 'pytorch_model.bin').write_bytes(b'')
-    with pytest.raises(ValueError, match=r'pickled weights \(pytorch_model.bin\).*safe_serialization=True'):
+    with pytest.raises(
+        ValueError, match=r'pickled weights \(pytorch_model.bin\).*safe_serialization=True'
+    ):
         tensor_io.open_safetensors(tmp_path)
     written(tmp_path)
     save_file({'b': np.zeros(1, np.float32)}, tmp_path / 'other.safetensors')
@@ -150,18 +193,32 @@ def leaf(value, stacked):
 
 def test_orbax_written_part_by_part_is_an_ordinary_checkpoint(tmp_path):
     rng = np.random.default_rng(0)
-    tree = {'blocks': {'kernel': rng.normal(size=(3, 4, 5)).astype(ml_dtypes.bfloat16)}, 'bias': np.float32([1, 2])}
-    tensor_io.write_orbax(tmp_path / 'params', {'blocks': {'kernel': leaf(tree['blocks']['kernel'], True)},
-                                              'bias': leaf(tree['bias'], False)})
+    tree = {
+        'blocks': {'kernel': rng.normal(size=(3, 4, 5)).astype(ml_dtypes.bfloat16)},
+        'bias': np.float32([1, 2]),
+    }
+    tensor_io.write_orbax(
+        tmp_path / 'params',
+        {
+            'blocks': {'kernel': leaf(tree['blocks']['kernel'], True)},
+            'bias': leaf(tree['bias'], False),
+        },
+    )
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
     restored = tensor_io.restore_orbax(tmp_path / 'params', target)
     jax.tree.map(np.testing.assert_array_equal, restored, tree)
     arrays = tensor_io.open_orbax(tmp_path / 'params')
-    np.testing.assert_array_equal(arrays['blocks', 'kernel'][1].read().result(), tree['blocks']['kernel'][1])
-    other = {'blocks': {'kernel': jax.ShapeDtypeStruct((3, 4, 4), np.float32, sharding=sharding)},
-             'extra': target['bias']}
-    with pytest.raises(ValueError, match=r'missing extra; unexpected bias; blocks/kernel has shape \(3, 4, 5\)'):
+    np.testing.assert_array_equal(
+        arrays['blocks', 'kernel'][1].read().result(), tree['blocks']['kernel'][1]
+    )
+    other = {
+        'blocks': {'kernel': jax.ShapeDtypeStruct((3, 4, 4), np.float32, sharding=sharding)},
+        'extra': target['bias'],
+    }
+    with pytest.raises(
+        ValueError, match=r'missing extra; unexpected bias; blocks/kernel has shape \(3, 4, 5\)'
+    ):
         tensor_io.restore_orbax(tmp_path / 'params', other)
 
 

@@ -8,6 +8,7 @@ The very functions that main and sample run are compiled by the TPU's own compil
 alone. Printed and, with --out, written as Markdown and JSON: memory per chip, FLOPs, collectives, estimated cycles.
 Nothing runs: seconds are lower limits, with their formula. The exit code is 0 if everything fits, else 1.
 """
+
 import json
 import math
 import pathlib
@@ -30,18 +31,34 @@ def main(argv):
     jax.config.update('jax_platforms', 'cpu')
     logs.quiet_libraries()
     config = config_lib.parse(_CONFIG.value)
-    topology = _TOPOLOGY.value or (presets.SLICES[config.mesh.slice].topology if config.mesh.slice else None)
+    topology = _TOPOLOGY.value or (
+        presets.SLICES[config.mesh.slice].topology if config.mesh.slice else None
+    )
     if topology is None:
-        raise app.UsageError('The configuration names no slice: give one after the colon, or --topology.')
+        raise app.UsageError(
+            'The configuration names no slice: give one after the colon, or --topology.'
+        )
     frames = config.data.layouts[0]
     frames = frames if _SCENES.value is None else (frames[0],) * _SCENES.value
-    count = math.prod(map(int, topology.split(':')[1].split('x'))) if re.fullmatch(r'\w+:\d+(x\d+)*', topology) else 0
-    slices = max(1, math.prod(getattr(config.mesh, a) for a in mesh_lib.AXES) // count) if count else 1
+    count = (
+        math.prod(map(int, topology.split(':')[1].split('x')))
+        if re.fullmatch(r'\w+:\d+(x\d+)*', topology)
+        else 0
+    )
+    slices = (
+        max(1, math.prod(getattr(config.mesh, a) for a in mesh_lib.AXES) // count) if count else 1
+    )
     strange = sorted(set(_WHAT.value) - set(compiler.WHAT))
     if strange:
-        raise app.UsageError(f'--what={",".join(strange)} is unknown: use {" or ".join(compiler.WHAT)}, or both.')
-    reports = [compiler.compile_report(config, what, topology, slices, frames, _EFFORT.value, _KERNEL_CYCLES.value)
-               for what in _WHAT.value]
+        raise app.UsageError(
+            f'--what={",".join(strange)} is unknown: use {" or ".join(compiler.WHAT)}, or both.'
+        )
+    reports = [
+        compiler.compile_report(
+            config, what, topology, slices, frames, _EFFORT.value, _KERNEL_CYCLES.value
+        )
+        for what in _WHAT.value
+    ]
     text = '\n'.join(map(report.to_markdown, reports))
     print(text)
     if _OUT.value:
@@ -53,16 +70,30 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration, with a slice after the colon.',
-                                              lock_config=True)
-    _TOPOLOGY = flags.DEFINE_string('topology', None, 'Topology instead of that of the slice, e.g. v6e:8x8; the mesh '
-                                    'must fill it.')
+    _CONFIG = config_flags.DEFINE_config_file(
+        'config', None, 'Configuration, with a slice after the colon.', lock_config=True
+    )
+    _TOPOLOGY = flags.DEFINE_string(
+        'topology',
+        None,
+        'Topology instead of that of the slice, e.g. v6e:8x8; the mesh must fill it.',
+    )
     _WHAT = flags.DEFINE_list('what', ['train'], f'What to compile: {", ".join(compiler.WHAT)}.')
-    _SCENES = flags.DEFINE_integer('scenes', None, 'So many scenes of the length of the first.', lower_bound=1)
-    _EFFORT = flags.DEFINE_enum('effort', 'full', [*compiler.EFFORTS], "The compiler's effort; quick takes two thirds of the "
-                                'time and plans nearly the same memory, but its schedules are slower.')
-    _KERNEL_CYCLES = flags.DEFINE_bool('kernel_cycles', False, "Count the attention kernels' cycles in their "
-                                       'schedules, too; takes a minute longer.')
+    _SCENES = flags.DEFINE_integer(
+        'scenes', None, 'So many scenes of the length of the first.', lower_bound=1
+    )
+    _EFFORT = flags.DEFINE_enum(
+        'effort',
+        'full',
+        [*compiler.EFFORTS],
+        "The compiler's effort; quick takes two thirds of the "
+        'time and plans nearly the same memory, but its schedules are slower.',
+    )
+    _KERNEL_CYCLES = flags.DEFINE_bool(
+        'kernel_cycles',
+        False,
+        "Count the attention kernels' cycles in their schedules, too; takes a minute longer.",
+    )
     _OUT = flags.DEFINE_string('out', None, 'Folder for aot.md and aot.json; default: print only.')
     flags.mark_flag_as_required('config')
     app.run(main)

@@ -2,13 +2,27 @@
 
 The compiler's own cost analysis counts the body of a loop once.
 """
+
 import collections
 import dataclasses
 import math
 import re
 
-_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8,
-          'u64': 8, 'f64': 8}
+_BYTES = {
+    'pred': 1,
+    's8': 1,
+    'u8': 1,
+    's16': 2,
+    'u16': 2,
+    'bf16': 2,
+    'f16': 2,
+    's32': 4,
+    'u32': 4,
+    'f32': 4,
+    's64': 8,
+    'u64': 8,
+    'f64': 8,
+}
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
 
@@ -37,17 +51,23 @@ class Program:
         their result, which the TPU runs as reduce-scatters.
       cycles: estimated by the compiler, 'dense' (with matrix products) and 'rest'; kernels and collectives have none.
     """
+
     flops: float = 0.0
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     collectives: dict[str, list] = dataclasses.field(default_factory=dict)
     loop_all_reduces: list[tuple[int, str]] = dataclasses.field(default_factory=list)
-    cycles: dict[str, float] = dataclasses.field(default_factory=lambda: {'dense': 0.0, 'rest': 0.0})
+    cycles: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {'dense': 0.0, 'rest': 0.0}
+    )
 
 
 def shape_dims(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     """Every array in a shape's text: dtype and dimensions."""
-    return [(dtype, tuple(int(d) for d in dims.split(',') if d))
-            for dtype, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape) if dtype in _BYTES]
+    return [
+        (dtype, tuple(int(d) for d in dims.split(',') if d))
+        for dtype, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)
+        if dtype in _BYTES
+    ]
 
 
 def shape_bytes(shape: str) -> int:
@@ -72,8 +92,13 @@ def _parse(text: str):
 
 def _trip_count(condition: list[_Instruction]) -> int:
     """Iterations of a counted loop, the only kind that lax.scan makes."""
-    constants = [int(m.group(1)) for i in condition if i.opcode == 'constant' and i.shape.startswith('s32[]')
-                 and (m := re.match(r'(\d+)\)', i.rest))]
+    constants = [
+        int(m.group(1))
+        for i in condition
+        if i.opcode == 'constant'
+        and i.shape.startswith('s32[]')
+        and (m := re.match(r'(\d+)\)', i.rest))
+    ]
     if len(constants) != 1:
         raise ValueError(f'A loop without a plain trip count: {[i.name for i in condition]}.')
     return constants[0]
@@ -82,7 +107,9 @@ def _trip_count(condition: list[_Instruction]) -> int:
 def _matmul_flops(instruction: _Instruction, shapes: dict[str, str]) -> float:
     """2 x outputs x contracted size; products are convolutions on TPU."""
     out = math.prod(shape_dims(instruction.shape)[0][1])
-    lhs, rhs = (shape_dims(shapes[name])[0][1] for name in re.findall(r'%([\w.\-]+)', instruction.rest)[:2])
+    lhs, rhs = (
+        shape_dims(shapes[name])[0][1] for name in re.findall(r'%([\w.\-]+)', instruction.rest)[:2]
+    )
     labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.rest)
     if labels is None:
         axes = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.rest).group(1)
@@ -90,7 +117,9 @@ def _matmul_flops(instruction: _Instruction, shapes: dict[str, str]) -> float:
     window = re.search(r'window=\{([^}]*)\}', instruction.rest)
     contracted = rhs[labels.group(2).index('i')]
     if window and 'pad' not in window.group(1):
-        contracted *= math.prod(int(n) for n in re.search(r'size=([\dx]+)', window.group(1)).group(1).split('x'))
+        contracted *= math.prod(
+            int(n) for n in re.search(r'size=([\dx]+)', window.group(1)).group(1).split('x')
+        )
     return 2.0 * out * contracted
 
 
@@ -137,7 +166,11 @@ def _count_collective(program, i, kind, computation, times, in_loop, shapes):
     scattered = computation.startswith('all-reduce-scatter')
     kind = 'reduce-scatter' if scattered else kind
     operands = re.findall(r'%([\w.\-]+)', i.rest.split('), ')[0])
-    size = shape_bytes(i.shape) if kind == 'all-gather' else sum(shape_bytes(shapes.get(o, '')) for o in operands)
+    size = (
+        shape_bytes(i.shape)
+        if kind == 'all-gather'
+        else sum(shape_bytes(shapes.get(o, '')) for o in operands)
+    )
     entry = program.collectives.setdefault(kind, [0, 0])
     entry[0] += times
     entry[1] += times * size

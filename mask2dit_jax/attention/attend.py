@@ -16,12 +16,18 @@ from mask2dit_jax.layout import SceneLayout
 def _splash(kernel: str):
     def attend(q, k, v, layout, pattern):
         return splash.attend(q, k, v, layout, pattern, block=splash.block_of_chip(), kernel=kernel)
+
     return attend
 
 
 # By name: XLA anywhere, XLA anywhere, tokamax's and jax's kernels on TPU, cuDNN on GPU.
-BACKENDS = {'dense': dense_lib.dense, 'blockwise': blockwise_lib.blockwise, 'splash': _splash('tokamax'), 'jax_splash': _splash('jax'),
-            'cudnn': flash.flash}
+BACKENDS = {
+    'dense': dense_lib.dense,
+    'blockwise': blockwise_lib.blockwise,
+    'splash': _splash('tokamax'),
+    'jax_splash': _splash('jax'),
+    'cudnn': flash.flash,
+}
 
 
 def attend(q, k, v, layout: SceneLayout, pattern: str, backend: str):
@@ -41,8 +47,12 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: str):
         mesh that it does not divide over.
     """
     if backend not in BACKENDS:
-        raise ValueError(f'Unknown attention backend {backend!r}: use one of {", ".join(BACKENDS)}.')
+        raise ValueError(
+            f'Unknown attention backend {backend!r}: use one of {", ".join(BACKENDS)}.'
+        )
     if not (q.shape == k.shape == v.shape and q.ndim == 4 and q.shape[1] == layout.num_tokens):
-        raise ValueError(f'Attention over {layout} needs q, k, v of shape [B, {layout.num_tokens}, N, D], '
-                         f'got {q.shape}, {k.shape}, {v.shape}.')
+        raise ValueError(
+            f'Attention over {layout} needs q, k, v of shape [B, {layout.num_tokens}, N, D], '
+            f'got {q.shape}, {k.shape}, {v.shape}.'
+        )
     return context_parallel.attend(q, k, v, layout, pattern, BACKENDS[backend])

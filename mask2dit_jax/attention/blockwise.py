@@ -1,4 +1,5 @@
 """Exact attention under a scene pattern in plain XLA, which never forms an L x L array."""
+
 import functools
 
 import jax
@@ -15,14 +16,21 @@ QUERY_BLOCK = 512
 
 def _product(x, y, x_axis: int, y_axis: int):
     """Matmul of two matrices over these axes, in float32."""
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _segments(layout: SceneLayout, pattern: str):
     """First and one-past-last query of every caption and scene, and the ranges of keys that they see."""
-    return [(*(layout.text_range(i) if is_text else layout.video_range(i)),
-             masks.key_ranges(layout, pattern, i, is_text))
-            for is_text in (True, False) for i in range(layout.num_scenes)]
+    return [
+        (
+            *(layout.text_range(i) if is_text else layout.video_range(i)),
+            masks.key_ranges(layout, pattern, i, is_text),
+        )
+        for is_text in (True, False)
+        for i in range(layout.num_scenes)
+    ]
 
 
 def _join(x, ranges):
@@ -34,8 +42,12 @@ def _scan_queries(block, carry, queries):
     length = len(queries[0])
     count = -(-length // QUERY_BLOCK)
     size = -(-length // count)
-    cut = [jnp.pad(x, [(0, count * size - length)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
-           for x in queries]
+    cut = [
+        jnp.pad(x, [(0, count * size - length)] + [(0, 0)] * (x.ndim - 1)).reshape(
+            count, size, *x.shape[1:]
+        )
+        for x in queries
+    ]
     carry, results = jax.lax.scan(block, carry, cut)
     return carry, [x.reshape(-1, *x.shape[2:])[:length] for x in results]
 
@@ -76,11 +88,12 @@ def _backward_head(q, k, v, out, log_sum, d_out, layout, pattern):
 
         zeros = jnp.zeros(keys.shape, jnp.float32)
         (d_keys, d_values), (dq_part,) = _scan_queries(
-            block, (zeros, zeros), [x[start:stop] for x in (q, d_out, log_sum, delta)])
+            block, (zeros, zeros), [x[start:stop] for x in (q, d_out, log_sum, delta)]
+        )
         dq.append(dq_part)
         at = 0
         for a, b in ranges:
-            dk, dv = (x.at[a:b].add(d[at:at + b - a]) for x, d in ((dk, d_keys), (dv, d_values)))
+            dk, dv = (x.at[a:b].add(d[at : at + b - a]) for x, d in ((dk, d_keys), (dv, d_values)))
             at += b - a
     return jnp.concatenate(dq), dk, dv
 
@@ -112,7 +125,9 @@ def _blockwise_fwd(q, k, v, layout, pattern):
 
 
 def _blockwise_bwd(layout, pattern, residuals, d_out):
-    gradients = jax.lax.map(lambda x: _backward_head(*x, layout, pattern), (*residuals, _heads_first(d_out)))
+    gradients = jax.lax.map(
+        lambda x: _backward_head(*x, layout, pattern), (*residuals, _heads_first(d_out))
+    )
     dq, dk, dv = (_heads_last(x, d_out) for x in gradients)
     return dq * d_out.shape[-1] ** -0.5, dk, dv
 

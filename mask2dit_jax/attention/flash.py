@@ -1,4 +1,5 @@
 """Attention under a scene pattern by the flash kernels of a GPU (cuDNN)."""
+
 import jax
 import jax.numpy as jnp
 
@@ -17,5 +18,9 @@ def flash(q, k, v, layout: SceneLayout, pattern: str, implementation: str = 'cud
             start, stop = layout.text_range(scene) if is_text else layout.video_range(scene)
             ranges = masks.key_ranges(layout, pattern, scene, is_text)
             keys, values = (jnp.concatenate([x[:, a:b] for a, b in ranges], axis=1) for x in (k, v))
-            outputs.append(jax.nn.dot_product_attention(q[:, start:stop], keys, values, implementation=implementation))
+            outputs.append(
+                jax.nn.dot_product_attention(
+                    q[:, start:stop], keys, values, implementation=implementation
+                )
+            )
     return jnp.concatenate(outputs, axis=1)

@@ -1,4 +1,5 @@
 """Who may attend to whom (Mask²DiT, section 3.2): one predicate, from which every mask is made."""
+
 import itertools
 
 import numpy as np
@@ -37,7 +38,9 @@ def dense_mask(layout: SceneLayout, pattern: str) -> np.ndarray:
     return may_attend(pattern, scene[:, None], is_text[:, None], scene[None], is_text[None])
 
 
-def key_ranges(layout: SceneLayout, pattern: str, scene: int, is_text: bool) -> list[tuple[int, int]]:
+def key_ranges(
+    layout: SceneLayout, pattern: str, scene: int, is_text: bool
+) -> list[tuple[int, int]]:
     """Contiguous token ranges that the queries of one segment may see, read off the predicate.
 
     A segment is the caption or the video of one scene; the predicate depends on nothing finer.
@@ -60,5 +63,8 @@ def key_ranges(layout: SceneLayout, pattern: str, scene: int, is_text: bool) -> 
 def segment_pairs(layout: SceneLayout, pattern: str) -> int:
     """Number of (query, key) pairs that the pattern lets see each other."""
     segments = list(itertools.product(range(layout.num_scenes), (True, False)))
-    size = {(s, text): np.diff(layout.text_range(s) if text else layout.video_range(s)).item() for s, text in segments}
+    size = {
+        (s, text): np.diff(layout.text_range(s) if text else layout.video_range(s)).item()
+        for s, text in segments
+    }
     return sum(size[q] * size[k] for q in segments for k in segments if may_attend(pattern, *q, *k))

@@ -6,6 +6,7 @@ block that is neither all true nor all false the kernel computes the mask from p
 
 The mask is computed by comparisons alone: kernels on the TPU have no fast integer division.
 """
+
 import dataclasses
 import functools
 import itertools
@@ -33,6 +34,7 @@ _MAX_PAIRS = 72_000
 @dataclasses.dataclass(frozen=True)
 class _Segments:
     """The sequence as kernels see it: one segment for every scene's video, then every caption, then padding."""
+
     layout: SceneLayout
     block: int
 
@@ -49,7 +51,9 @@ class _Segments:
         s = self.layout.num_scenes
         scene, is_text = np.tile(np.arange(s), 2), np.arange(2 * s) >= s
         table = np.zeros((2 * s + 1,) * 2, bool)
-        table[:-1, :-1] = masks.may_attend(pattern, scene[:, None], is_text[:, None], scene[None], is_text[None])
+        table[:-1, :-1] = masks.may_attend(
+            pattern, scene[:, None], is_text[:, None], scene[None], is_text[None]
+        )
         table[-1, :-1] = True
         return table
 
@@ -70,20 +74,26 @@ class SceneMask(splash_attention_mask.Mask):
         self._starts = np.array(segments.starts)
         self._visible = segments.visible(pattern)
         self._offsets = queries[0], 0
-        self._segment_of = np.repeat(np.arange(len(self._visible)), np.diff(self._starts)).astype(np.int32)
+        self._segment_of = np.repeat(np.arange(len(self._visible)), np.diff(self._starts)).astype(
+            np.int32
+        )
         # What the kernel holds per query is its segment; keys are positions.
         self.q_sequence = self._segment_of[slice(*queries)]
-        self.mask_function = functools.partial(_visible_pairs, pattern, segments.layout.num_scenes, segments.starts)
+        self.mask_function = functools.partial(
+            _visible_pairs, pattern, segments.layout.num_scenes, segments.starts
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.q_sequence), len(self._segment_of)
 
     def __getitem__(self, index):
-        index = [slice(*(offset + x for x in i.indices(n)[:2]))
-                 for i, n, offset in zip(index, self.shape, self._offsets)]
+        index = [
+            slice(*(offset + x for x in i.indices(n)[:2]))
+            for i, n, offset in zip(index, self.shape, self._offsets)
+        ]
         rows, columns = (self._touched(i) for i in index)
-        touched = self._visible[rows[0]:rows[1], columns[0]:columns[1]]
+        touched = self._visible[rows[0] : rows[1], columns[0] : columns[1]]
         if touched.all() or not touched.any():
             return touched[:1, :1]
         return self._visible[self._segment_of[index[0]][:, None], self._segment_of[index[1]][None]]
@@ -102,6 +112,7 @@ class SceneMask(splash_attention_mask.Mask):
 
 def _visible_pairs(pattern: str, num_scenes: int, starts: tuple[int, ...], q_segment, k_position):
     """The predicate between queries' segments and keys' positions, with comparisons only."""
+
     def scene_of(segment):
         return segment - num_scenes * (segment >= num_scenes).astype(jnp.int32)
 
@@ -114,20 +125,33 @@ def _visible_pairs(pattern: str, num_scenes: int, starts: tuple[int, ...], q_seg
 @functools.lru_cache(maxsize=64)
 def _tokamax_kernel(mask: SceneMask, block: int, interpret):
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
+
     # dq is summed over key blocks in three slots; without that it takes one float32 copy of dq per block of keys.
     config = splash.SplashConfig(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, dq_reduction_steps=3, residual_checkpoint_name='attention', interpret=interpret)
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        dq_reduction_steps=3,
+        residual_checkpoint_name='attention',
+        interpret=interpret,
+    )
     return splash.make_splash_mha_single_device(mask, config=config)
 
 
 @functools.lru_cache(maxsize=64)
 def _jax_kernel(mask: SceneMask, num_heads: int, block: int, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
     sizes = splash.BlockSizes(block, block, block, block, block, block, use_fused_bwd_kernel=True)
     return splash.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([mask] * num_heads), block_sizes=sizes, interpret=interpret,
-        residual_checkpoint_name='attention')
+        splash_attention_mask.MultiHeadMask([mask] * num_heads),
+        block_sizes=sizes,
+        interpret=interpret,
+        residual_checkpoint_name='attention',
+    )
 
 
 def block_of_chip() -> int:
@@ -139,8 +163,10 @@ def block_of_chip() -> int:
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device else jax.devices()[0].device_kind
     if kind not in BLOCKS:
-        raise ValueError(f'Splash attention runs on {", ".join(BLOCKS)}, not on {kind!r}: set model.attention_backend '
-                         'to blockwise (any device) or cudnn (GPU).')
+        raise ValueError(
+            f'Splash attention runs on {", ".join(BLOCKS)}, not on {kind!r}: set model.attention_backend '
+            'to blockwise (any device) or cudnn (GPU).'
+        )
     return BLOCKS[kind]
 
 
@@ -151,13 +177,22 @@ def visited_blocks(layout: SceneLayout, pattern: str, block: int) -> tuple[int, 
     segments = _Segments(layout, block)
     length = segments.starts[-1]
     mask, starts = SceneMask(segments, pattern, (0, length)), range(0, length, block)
-    windows = [mask[i:i + block, j:j + block] for i in starts for j in starts]
+    windows = [mask[i : i + block, j : j + block] for i in starts for j in starts]
     visible, seen = sum(bool(w.all()) for w in windows), sum(bool(w.any()) for w in windows)
     return block, visible / len(starts), (seen - visible) / len(starts)
 
 
-def attend(q, k, v, layout: SceneLayout, pattern: str, *, block: int, kernel: str = 'tokamax',
-           interpret=False):
+def attend(
+    q,
+    k,
+    v,
+    layout: SceneLayout,
+    pattern: str,
+    *,
+    block: int,
+    kernel: str = 'tokamax',
+    interpret=False,
+):
     """Attention under a scene pattern by a splash kernel on one device.
 
     Args:
@@ -172,11 +207,11 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, *, block: int, kernel: st
     padding = ((0, 0), (0, segments.starts[-1] - layout.num_tokens), (0, 0), (0, 0))
 
     def enter(x):  # [B, L, N, D] to [B, N, padded, D]
-        x = jnp.concatenate([x[:, layout.num_text:], x[:, :layout.num_text]], axis=1)
+        x = jnp.concatenate([x[:, layout.num_text :], x[:, : layout.num_text]], axis=1)
         return jnp.pad(x, padding).swapaxes(1, 2)
 
     blocks = segments.starts[-1] // block
-    parts = -(-blocks ** 2 // _MAX_PAIRS)
+    parts = -(-(blocks**2) // _MAX_PAIRS)
     edges = [block * (blocks * i // parts) for i in range(parts + 1)]
     q, k, v = enter(q * q.shape[-1] ** -0.5), enter(k), enter(v)
     out = []
@@ -184,8 +219,13 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, *, block: int, kernel: st
         # The mask is a constant: its tables must not become tracers of the layer that asked first.
         with jax.ensure_compile_time_eval():
             mask = SceneMask(segments, pattern, queries)
-            run = (_tokamax_kernel(mask, block, interpret) if kernel == 'tokamax'
-                   else _jax_kernel(mask, q.shape[1], block, interpret))
+            run = (
+                _tokamax_kernel(mask, block, interpret)
+                if kernel == 'tokamax'
+                else _jax_kernel(mask, q.shape[1], block, interpret)
+            )
         out.append(jax.vmap(run)(q[:, :, slice(*queries)], k, v))
     out = jnp.concatenate(out, axis=2).swapaxes(1, 2)
-    return jnp.concatenate([out[:, layout.num_video:layout.num_tokens], out[:, :layout.num_video]], axis=1)
+    return jnp.concatenate(
+        [out[:, layout.num_video : layout.num_tokens], out[:, : layout.num_video]], axis=1
+    )

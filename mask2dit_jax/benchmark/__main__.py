@@ -31,6 +31,7 @@ with its checksums. What was just written is read from the page cache where it f
 
 Cases take turns, so that a busy machine slows all alike; times are only comparable within one run.
 """
+
 import json
 import os
 import pathlib
@@ -46,32 +47,42 @@ from mask2dit_jax.benchmark import attention, checkpoints, kernels, loader, mode
 def main(argv):
     names = ('attention', *model.TASKS, 'compile', 'loader', 'checkpoint')
     if len(argv) != 2 or argv[1] not in names:
-        raise app.UsageError(f'Give the name of one task, {", ".join(names)}; got {" ".join(argv[1:]) or "none"}.')
+        raise app.UsageError(
+            f'Give the name of one task, {", ".join(names)}; got {" ".join(argv[1:]) or "none"}.'
+        )
     task, runs = argv[1], _RUNS.value
     logs.quiet_libraries()
     device = f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}'
     tables = {}
     if task == 'attention':
         tables[task] = attention.bench_attention(_TOKENS.value, _DENSE_TOKENS.value, runs)
-        note = (f'Forward and backward, dual mask, {attention.SCENES} equal scenes, {attention.HEADS} heads of {attention.HEAD_DIM}, float32, '
-                f'{device}. Times are medians of {runs} runs; time ratio is to blockwise at the same length, '
-                'MB growth to the shortest video.')
+        note = (
+            f'Forward and backward, dual mask, {attention.SCENES} equal scenes, {attention.HEADS} heads of {attention.HEAD_DIM}, float32, '
+            f'{device}. Times are medians of {runs} runs; time ratio is to blockwise at the same length, '
+            'MB growth to the shortest video.'
+        )
     elif task == 'compile':
         tables[task] = kernels.bench_compile()
         note = 'Bundles per head and block of 1024 queries and keys, dual mask. Compiled, not run.'
     elif task == 'loader':
         tables[task] = loader.bench_loader(runs, _OUT.value)
-        note = (f'Batches of 8 stories of 3 scenes of 49 frames at 480x720; {os.cpu_count()} processors; median of '
-                f'{runs} batches, after one that does not count; files are in the page cache.')
+        note = (
+            f'Batches of 8 stories of 3 scenes of 49 frames at 480x720; {os.cpu_count()} processors; median of '
+            f'{runs} batches, after one that does not count; files are in the page cache.'
+        )
     elif task == 'checkpoint':
         tables[task] = checkpoints.bench_checkpoint(_GB.value, runs, _OUT.value)
         note = f'{device}. Medians of {runs} runs, after one that does not count.'
     else:
         tables['model'], tables['profile'] = model.bench_model(task, runs)
-        note = (f'{device}. Times are medians of {runs} runs, memory is that of the last, ratios are to diffusers if '
-                'it is installed. Equal values mean equal results. The second table has milliseconds of one traced '
-                'run by kind of work; what threads do at once counts for each.')
-    text = '\n\n'.join([*(tables_lib.format_table(rows, COLUMNS[name]) for name, rows in tables.items()), note])
+        note = (
+            f'{device}. Times are medians of {runs} runs, memory is that of the last, ratios are to diffusers if '
+            'it is installed. Equal values mean equal results. The second table has milliseconds of one traced '
+            'run by kind of work; what threads do at once counts for each.'
+        )
+    text = '\n\n'.join(
+        [*(tables_lib.format_table(rows, COLUMNS[name]) for name, rows in tables.items()), note]
+    )
     print(text)
     if _OUT.value:
         out = pathlib.Path(_OUT.value)
@@ -80,18 +91,49 @@ def main(argv):
         (out / f'{task}.json').write_text(json.dumps({'device': device, **tables}, indent=2) + '\n')
 
 
-if __name__ == '__main__':  # only here, since tests import this next to sample, which has an --out of its own
-    _TOKENS = flags.DEFINE_integer('tokens', 1920, 'L, the shortest video; rounded to whole frames.', lower_bound=192)
-    _DENSE_TOKENS = flags.DEFINE_integer('dense_tokens', 4096, 'Longest video of the dense backend, whose memory is '
-                                         'quadratic.', lower_bound=0)
+if (
+    __name__ == '__main__'
+):  # only here, since tests import this next to sample, which has an --out of its own
+    _TOKENS = flags.DEFINE_integer(
+        'tokens', 1920, 'L, the shortest video; rounded to whole frames.', lower_bound=192
+    )
+    _DENSE_TOKENS = flags.DEFINE_integer(
+        'dense_tokens',
+        4096,
+        'Longest video of the dense backend, whose memory is quadratic.',
+        lower_bound=0,
+    )
     _RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=5)
-    _GB = flags.DEFINE_float('gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.0)
-    _OUT = flags.DEFINE_string('out', None, 'Folder for TASK.json and TASK.md; default: print only.')
+    _GB = flags.DEFINE_float(
+        'gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.0
+    )
+    _OUT = flags.DEFINE_string(
+        'out', None, 'Folder for TASK.json and TASK.md; default: print only.'
+    )
     app.run(main)
 
 COLUMNS = {
-    'attention': ('formulation', 'video tokens', 'ms', 'spread ms', 'time ratio', 'MB', 'MB growth'),
-    'model': ('scenes', 'what', 'formulation', 'remat', 'ms', 'spread ms', 'time ratio', 'MB', 'MB ratio', 'value'),
+    'attention': (
+        'formulation',
+        'video tokens',
+        'ms',
+        'spread ms',
+        'time ratio',
+        'MB',
+        'MB growth',
+    ),
+    'model': (
+        'scenes',
+        'what',
+        'formulation',
+        'remat',
+        'ms',
+        'spread ms',
+        'time ratio',
+        'MB',
+        'MB ratio',
+        'value',
+    ),
     'profile': ('scenes', 'what', 'formulation', 'remat', 'attention', 'matmuls', 'rest'),
     'loader': ('scenes/s', 'spread scenes/s', 'MB/s'),
     'checkpoint': ('what', 'GB', 's/GB', 'spread s/GB'),

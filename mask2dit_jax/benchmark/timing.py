@@ -1,4 +1,5 @@
 """Timing of what is compared in one run."""
+
 import time
 
 import jax

@@ -6,6 +6,7 @@ Answers every line on stdin by one line of JSON. diffusers runs the same weights
 two dense attention calls (Mask²DiT's released code): captions with their own scene, and scenes, each with its caption
 and a copy of all video keys and values.
 """
+
 import collections
 import ctypes
 import json
@@ -34,9 +35,18 @@ STEPS, GUIDANCE = 2, 6.0  # of the sampling loop
 def model_config(formulation: str, remat: str) -> dit.DiTConfig:
     """8 layers of 8 heads of 64, float32."""
     return dit.DiTConfig(
-        num_layers=8, num_attention_heads=8, text_embed_dim=256, time_embed_dim=256, max_text_seq_length=32,
-        sample_height=HEIGHT, sample_width=WIDTH, sample_frames=17, dtype='float32', remat=remat or 'none',
-        attention_backend='blockwise' if formulation == 'diffusers' else formulation)
+        num_layers=8,
+        num_attention_heads=8,
+        text_embed_dim=256,
+        time_embed_dim=256,
+        max_text_seq_length=32,
+        sample_height=HEIGHT,
+        sample_width=WIDTH,
+        sample_frames=17,
+        dtype='float32',
+        remat=remat or 'none',
+        attention_backend='blockwise' if formulation == 'diffusers' else formulation,
+    )
 
 
 def random_inputs(cfg: dit.DiTConfig, num_scenes: int):
@@ -50,7 +60,9 @@ def random_inputs(cfg: dit.DiTConfig, num_scenes: int):
 
     params = jax.tree_util.tree_map_with_path(draw, names_lib.abstract_params(cfg))
     x = rng.standard_normal((1, num_scenes * FRAMES, HEIGHT, WIDTH, cfg.in_channels), np.float32)
-    text = rng.standard_normal((1, num_scenes, cfg.max_text_seq_length, cfg.text_embed_dim), np.float32)
+    text = rng.standard_normal(
+        (1, num_scenes, cfg.max_text_seq_length, cfg.text_embed_dim), np.float32
+    )
     return params, x, text, np.zeros(text.shape[2:], np.float32)
 
 
@@ -70,8 +82,17 @@ def ours(case: dict):
     if case['what'] == 'sampling':
         config = config_lib.Config(model=cfg)
         table = samplers.sampler_table('ddim', config.schedule, STEPS)
-        args = (params, x, text, null, x, np.zeros((1, num_scenes), bool), np.int32(table[0]), np.float32(table[1]),
-                np.full(num_scenes, GUIDANCE, np.float32))
+        args = (
+            params,
+            x,
+            text,
+            null,
+            x,
+            np.zeros((1, num_scenes), bool),
+            np.int32(table[0]),
+            np.float32(table[1]),
+            np.full(num_scenes, GUIDANCE, np.float32),
+        )
         run = pipeline.jit_sample(config, frames, mesh_lib.mesh_of(params))
     else:
         args = params, x, text
@@ -81,10 +102,12 @@ def ours(case: dict):
     def once():
         out = jax.block_until_ready(compiled(*args))
         if case['what'] == 'sampling':
-            return lambda: float(jnp.mean(out ** 2))
+            return lambda: float(jnp.mean(out**2))
         if case['what'] == 'forward':
             return lambda: float(out)
-        return lambda: (float(out[0]) + float(jnp.sqrt(sum(jnp.sum(g ** 2) for g in jax.tree.leaves(out[1])))))
+        return lambda: (
+            float(out[0]) + float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(out[1]))))
+        )
 
     return once, compiled.as_text()
 
@@ -98,20 +121,40 @@ def diffusers_with_two_calls(case: dict):
     cfg, num_scenes = model_config('diffusers', ''), case['scenes']
     params, x, text, _ = random_inputs(cfg, num_scenes)
     settings = names_lib.transformer_json(cfg)
-    del settings['attn_msk_version']  # the reference's own class knows it; TwoCalls below does what it means
+    del settings[
+        'attn_msk_version'
+    ]  # the reference's own class knows it; TwoCalls below does what it means
     model = CogVideoXTransformer3DModel.from_config(settings)
-    model.load_state_dict({n: torch.from_numpy(np.array(w.read()))
-                           for n, w in export.export_params('transformer', cfg, params).items()})
+    model.load_state_dict(
+        {
+            n: torch.from_numpy(np.array(w.read()))
+            for n, w in export.export_params('transformer', cfg, params).items()
+        }
+    )
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
     class TwoCalls:
-        def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        def __call__(
+            self,
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask=None,
+            image_rotary_emb=None,
+        ):
             num_text = encoder_hidden_states.shape[1]
             h = torch.cat([encoder_hidden_states, hidden_states], 1)
             b, heads = h.shape[0], attn.heads
-            q, k, v = (f(h).view(b, h.shape[1], heads, -1).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
-            q, k = (torch.cat([z[:, :, :num_text], apply_rotary_emb(z[:, :, num_text:], image_rotary_emb)], 2)
-                    for z in (attn.norm_q(q), attn.norm_k(k)))
+            q, k, v = (
+                f(h).view(b, h.shape[1], heads, -1).transpose(1, 2)
+                for f in (attn.to_q, attn.to_k, attn.to_v)
+            )
+            q, k = (
+                torch.cat(
+                    [z[:, :, :num_text], apply_rotary_emb(z[:, :, num_text:], image_rotary_emb)], 2
+                )
+                for z in (attn.norm_q(q), attn.norm_k(k))
+            )
 
             def by_scene(z):  # [B, N, L, D] to [B·S, N, L / S, D]
                 return z.unflatten(2, (num_scenes, -1)).transpose(1, 2).flatten(0, 1)
@@ -128,7 +171,9 @@ def diffusers_with_two_calls(case: dict):
 
     model.set_attn_processor(TwoCalls())
     rows, columns = HEIGHT // 2, WIDTH // 2
-    rotary = get_3d_rotary_pos_embed(cfg.attention_head_dim, ((0, 0), (rows, columns)), (rows, columns), x.shape[1])
+    rotary = get_3d_rotary_pos_embed(
+        cfg.attention_head_dim, ((0, 0), (rows, columns)), (rows, columns), x.shape[1]
+    )
     x = torch.from_numpy(x).permute(0, 1, 4, 2, 3).contiguous()  # [1, T, C, h, w]
     text = torch.from_numpy(text).flatten(1, 2)
 
@@ -137,14 +182,20 @@ def diffusers_with_two_calls(case: dict):
 
     def once():
         if case['what'] == 'sampling':
-            scheduler = CogVideoXDDIMScheduler.from_config(names_lib.schedule_json(config_lib.Config().schedule))
+            scheduler = CogVideoXDDIMScheduler.from_config(
+                names_lib.schedule_json(config_lib.Config().schedule)
+            )
             scheduler.set_timesteps(STEPS)
             both, latents = torch.cat([torch.zeros_like(text), text]), x
             with torch.no_grad():
                 for t in scheduler.timesteps:
-                    negative, positive = forward(torch.cat([latents, latents]), both, int(t)).chunk(2)
-                    latents = scheduler.step(negative + GUIDANCE * (positive - negative), t, latents).prev_sample
-            return lambda: float((latents ** 2).mean())
+                    negative, positive = forward(torch.cat([latents, latents]), both, int(t)).chunk(
+                        2
+                    )
+                    latents = scheduler.step(
+                        negative + GUIDANCE * (positive - negative), t, latents
+                    ).prev_sample
+            return lambda: float((latents**2).mean())
         if case['what'] == 'forward':
             with torch.no_grad():
                 loss = (forward(x, text, 500) ** 2).mean()
@@ -152,7 +203,9 @@ def diffusers_with_two_calls(case: dict):
         model.zero_grad()
         loss = (forward(x, text, 500) ** 2).mean()
         loss.backward()
-        return lambda: float(loss.detach()) + float(sum((p.grad ** 2).sum() for p in model.parameters()) ** 0.5)
+        return lambda: (
+            float(loss.detach()) + float(sum((p.grad**2).sum() for p in model.parameters()) ** 0.5)
+        )
 
     return once, None
 
@@ -164,13 +217,22 @@ def profile(once, text: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             once()
-        path, = pathlib.Path(folder).rglob('*.xplane.pb')
+        (path,) = pathlib.Path(folder).rglob('*.xplane.pb')
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             for event in (e for line in plane.lines for e in line.events):
-                if 'hlo_op' in dict(event.stats) and event.name.split('.')[0] not in ('while', 'call', 'conditional'):
+                if 'hlo_op' in dict(event.stats) and event.name.split('.')[0] not in (
+                    'while',
+                    'call',
+                    'conditional',
+                ):
                     name = names.get(event.name, '')
-                    kind = ('attention' if '/attn/' in name and '/while/body/' in name.split('/attn/')[1] else
-                            'matmuls' if name.endswith('dot_general') else 'rest')
+                    kind = (
+                        'attention'
+                        if '/attn/' in name and '/while/body/' in name.split('/attn/')[1]
+                        else 'matmuls'
+                        if name.endswith('dot_general')
+                        else 'rest'
+                    )
                     groups[kind] += event.duration_ns / 1e6
     return dict(groups)
 
@@ -203,7 +265,10 @@ def main(case: dict):
             continue
         start = time.perf_counter()
         once()
-        print(json.dumps({'seconds': time.perf_counter() - start, 'mb': _status_mb('VmHWM') - base}), flush=True)
+        print(
+            json.dumps({'seconds': time.perf_counter() - start, 'mb': _status_mb('VmHWM') - base}),
+            flush=True,
+        )
 
 
 if __name__ == '__main__':

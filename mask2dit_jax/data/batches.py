@@ -2,6 +2,7 @@
 
 And the codec between captions or pixels and what the model sees.
 """
+
 import collections
 import concurrent.futures
 import contextlib
@@ -24,7 +25,13 @@ from mask2dit_jax.stories import builder, world
 class EncodedStories:
     """Random access to the latents and text of a split, encoded once and held in memory."""
 
-    def __init__(self, source: builder.StorySource, codec: latent_codec.LatentCodec, frames: tuple[int, ...], caption_style: str):
+    def __init__(
+        self,
+        source: builder.StorySource,
+        codec: latent_codec.LatentCodec,
+        frames: tuple[int, ...],
+        caption_style: str,
+    ):
         examples = [source[i] for i in range(len(source))]
         self._latents = codec.encode_video(np.stack([e['video'] for e in examples]), frames)
         # Captions repeat: each distinct one is encoded once.
@@ -51,6 +58,7 @@ class Batches:
       null_text: of the empty caption, float32 [M, E].
       fingerprint: of the data, to be checked on resuming.
     """
+
     layouts: tuple[tuple[int, ...], ...]
     datasets: dict[tuple[int, ...], grain.MapDataset]
     batch_size: int
@@ -66,15 +74,25 @@ class Batches:
         return layout, {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
-def open_stories(config: config_lib.Config, workdir, frames: tuple[int, ...], split: str) -> builder.StorySource:
+def open_stories(
+    config: config_lib.Config, workdir, frames: tuple[int, ...], split: str
+) -> builder.StorySource:
     """One split of the stories, rendered on first use; process 0 renders, the others wait."""
     data = config.data
     folder = data.dir or os.path.join(os.path.dirname(os.path.abspath(workdir)), 'data')
-    opened = functools.partial(builder.load, folder, frames, split, size_px=latent_codec.square(data), num_train=data.num_train,
-                               num_test=data.num_test)
+    opened = functools.partial(
+        builder.load,
+        folder,
+        frames,
+        split,
+        size_px=latent_codec.square(data),
+        num_train=data.num_train,
+        num_test=data.num_test,
+    )
     if jax.process_count() == 1:
         return opened()
     from jax.experimental import multihost_utils
+
     if jax.process_index() == 0:
         opened()
     multihost_utils.sync_global_devices('stories')
@@ -93,9 +111,16 @@ def train_batches(config: config_lib.Config, workdir, codec: latent_codec.Latent
         datasets = {f: encoded.endless(f) for f in dict.fromkeys(layouts)}
         return Batches(layouts, datasets, size, encoded.null_text, encoded.fingerprint)
     sources = {f: open_stories(config, workdir, f, 'train') for f in dict.fromkeys(layouts)}
-    datasets = {f: grain.MapDataset.source(EncodedStories(s, codec, f, config.data.caption_style))
-                .seed(config.seed).shuffle().repeat() for f, s in sources.items()}
-    digest = hashlib.sha256(repr([(f, s.fingerprint) for f, s in sources.items()]).encode()).hexdigest()
+    datasets = {
+        f: grain.MapDataset.source(EncodedStories(s, codec, f, config.data.caption_style))
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        for f, s in sources.items()
+    }
+    digest = hashlib.sha256(
+        repr([(f, s.fingerprint) for f, s in sources.items()]).encode()
+    ).hexdigest()
     return Batches(layouts, datasets, size, codec.encode_text([''])[0], digest)
 
 
@@ -107,7 +132,9 @@ def prefetched(function: Callable, items: Iterable, ahead: int = 2):
     """
     items = iter(items)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+        waiting = collections.deque(
+            pool.submit(function, item) for item in itertools.islice(items, ahead)
+        )
 
         def results():
             while waiting:

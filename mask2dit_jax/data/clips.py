@@ -1,4 +1,5 @@
 """Stories made of the clips of a data set that `encode` wrote."""
+
 import dataclasses
 import hashlib
 
@@ -15,8 +16,12 @@ from mask2dit_jax.data import records as records_lib
 def with_data_from(config: config_lib.Config) -> config_lib.Config:
     """`config` with the size of the clips that it is to train on."""
     made = records_lib.read_settings(config.data.encoded)
-    return dataclasses.replace(config, data=dataclasses.replace(
-        config.data, codec='vae', height_px=made['height_px'], width_px=made['width_px']))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, codec='vae', height_px=made['height_px'], width_px=made['width_px']
+        ),
+    )
 
 
 class EncodedClips:
@@ -41,20 +46,30 @@ class EncodedClips:
         self._records, self._config = records_lib.Records(folder), config
         self._folder, made = self._records.folder, self._records.settings
         if made['store'] != 'moments':
-            raise ValueError(f'{self._folder} holds {made["store"]}: encode the videos again with --store=moments.')
+            raise ValueError(
+                f'{self._folder} holds {made["store"]}: encode the videos again with --store=moments.'
+            )
         model, (h, w, channels) = config.model, latent_shape
         want = [h, w, 2 * channels], [model.max_text_seq_length, model.text_embed_dim]
         have = made['moments_shape'], made['text_shape']
         if have != want:
-            raise ValueError(f'{self._folder} has moments {have[0]} and text {have[1]}, and the configuration asks for '
-                             f'{want[0]} and {want[1]}: check config.data.height_px, width_px, the model and the data.')
+            raise ValueError(
+                f'{self._folder} has moments {have[0]} and text {have[1]}, and the configuration asks for '
+                f'{want[0]} and {want[1]}: check config.data.height_px, width_px, the model and the data.'
+            )
         vae_folder = latent_codec.model_folder(config) / 'vae'
         if latent_codec.network_digest(vae_folder) != made['vae']:
-            raise ValueError(f'{self._folder} was encoded with another VAE than {vae_folder}: encode the videos again '
-                             'with it.')
+            raise ValueError(
+                f'{self._folder} was encoded with another VAE than {vae_folder}: encode the videos again '
+                'with it.'
+            )
         self._scale = np.float32(made['scaling_factor'])
-        self.null_text = load_file(self._folder / 'null_text.safetensors')['text'].astype(np.float32)
-        self.fingerprint = hashlib.sha256(f'{self._records.fingerprint} {config.data.scenes}'.encode()).hexdigest()
+        self.null_text = load_file(self._folder / 'null_text.safetensors')['text'].astype(
+            np.float32
+        )
+        self.fingerprint = hashlib.sha256(
+            f'{self._records.fingerprint} {config.data.scenes}'.encode()
+        ).hexdigest()
 
     def candidates(self, layout: tuple[int, ...]) -> list[np.ndarray]:
         """What an example of this layout may start from: per story the records of first scenes of windows that fit, or
@@ -73,19 +88,27 @@ class EncodedClips:
             starts = np.arange(len(rows) - need + 1)
             for i, frames in enumerate(layout):
                 here = rows[starts + i]
-                same = (here[:, 0] == rows[starts, 0]) & (here[:, 1] == rows[starts, 1] + i) & (here[:, 2] == frames)
+                same = (
+                    (here[:, 0] == rows[starts, 0])
+                    & (here[:, 1] == rows[starts, 1] + i)
+                    & (here[:, 2] == frames)
+                )
                 starts = starts[same]
             groups = np.unique(rows[starts, 0])
             found = [starts[rows[starts, 0] == story] for story in groups]
         if not found:
             lengths, counts = np.unique(rows[:, 2], return_counts=True)
             listed = ', '.join(f'{n} of {f} frames' for f, n in zip(lengths, counts))
-            raise ValueError(f'{self._folder} has no {self._config.data.scenes} scenes of {layout} frames; its clips '
-                             f'are {listed} in {len(np.unique(rows[:, 0]))} stories: change config.data.layouts or '
-                             'config.data.scenes, or encode other clips.')
+            raise ValueError(
+                f'{self._folder} has no {self._config.data.scenes} scenes of {layout} frames; its clips '
+                f'are {listed} in {len(np.unique(rows[:, 0]))} stories: change config.data.layouts or '
+                'config.data.scenes, or encode other clips.'
+            )
         return found
 
-    def _story(self, starts: np.ndarray, rng: np.random.Generator, layout: tuple[int, ...]) -> np.ndarray:
+    def _story(
+        self, starts: np.ndarray, rng: np.random.Generator, layout: tuple[int, ...]
+    ) -> np.ndarray:
         """Records of one example."""
         first = int(rng.choice(starts))
         if self._config.data.scenes == 'consecutive':
@@ -104,7 +127,10 @@ class EncodedClips:
             if rng is not None:
                 mean = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
             latents.append(mean * self._scale)
-        return {'latents': np.concatenate(latents), 'text': np.stack([r['text'].astype(np.float32) for r in read])}
+        return {
+            'latents': np.concatenate(latents),
+            'text': np.stack([r['text'].astype(np.float32) for r in read]),
+        }
 
     def captions(self, records) -> list[str]:
         """Of these records."""
@@ -114,15 +140,30 @@ class EncodedClips:
         """Shuffled examples without end; windows, companions and the posterior are drawn anew every time."""
         found = self.candidates(layout)
         used = len(np.unique(np.concatenate(found)))
-        logging.info('%s: %d examples of %s frames per epoch; %d of %d clips begin one.', self._folder, len(found),
-                     '+'.join(map(str, layout)), used, len(self._records))
+        logging.info(
+            '%s: %d examples of %s frames per epoch; %d of %d clips begin one.',
+            self._folder,
+            len(found),
+            '+'.join(map(str, layout)),
+            used,
+            len(self._records),
+        )
 
         def draw(starts, rng):
             return self.example(self._story(starts, rng, layout), rng)
 
-        return grain.MapDataset.source(found).seed(self._config.seed).shuffle().repeat().random_map(draw)
+        return (
+            grain.MapDataset.source(found)
+            .seed(self._config.seed)
+            .shuffle()
+            .repeat()
+            .random_map(draw)
+        )
 
     def fixed(self, layout: tuple[int, ...], count: int) -> list[np.ndarray]:
         """Records of `count` stories, always the same ones; they come again if there are fewer."""
         found = self.candidates(layout)
-        return [self._story(found[i % len(found)], np.random.default_rng([1, i]), layout) for i in range(count)]
+        return [
+            self._story(found[i % len(found)], np.random.default_rng([1, i]), layout)
+            for i in range(count)
+        ]

@@ -1,4 +1,5 @@
 """Manifests of videos: the reference's CSV and JSON, and story files; and which frames of a video make a clip."""
+
 import csv
 import dataclasses
 import io
@@ -11,8 +12,10 @@ import numpy as np
 SINGLE_SCENE, MULTI_SCENE = 'single_scene', 'multi_scene'
 KINDS = (SINGLE_SCENE, MULTI_SCENE)
 _CSV_COLUMNS = ('caption', 'path')
-_JSON_FORM = ('[{"values": [{"url": "a.mp4", "caption": "..."}, ...]}, ...] or '
-              '{"stories": [{"scenes": [{"video": "a.mp4", "caption": "...", "frames": 49}, ...]}, ...]}')
+_JSON_FORM = (
+    '[{"values": [{"url": "a.mp4", "caption": "..."}, ...]}, ...] or '
+    '{"stories": [{"scenes": [{"video": "a.mp4", "caption": "...", "frames": 49}, ...]}, ...]}'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Clip:
       claims: what the manifest says of the file, 'frames', 'height_px' and 'width_px', where it does.
       where: its place in the manifest, for messages.
     """
+
     story: int
     scene: int
     path: pathlib.Path
@@ -47,6 +51,7 @@ class Problem:
       message: what, and what to do.
       used: whether the clip is in the data set all the same.
     """
+
     kind: str
     where: str
     path: str
@@ -57,6 +62,7 @@ class Problem:
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a manifest lists; kind is one of KINDS."""
+
     kind: str
     clips: list[Clip]
     problems: list[Problem]
@@ -96,8 +102,11 @@ def read(path, root=None) -> Manifest:
     else:
         raise ValueError(f'{path} is neither .csv nor .json: name the manifest by its kind.')
     if not manifest.clips:
-        told = f'; first of {len(manifest.problems)} problems: {manifest.problems[0].message}' if (
-            manifest.problems) else ''
+        told = (
+            f'; first of {len(manifest.problems)} problems: {manifest.problems[0].message}'
+            if (manifest.problems)
+            else ''
+        )
         raise ValueError(f'{path} lists no usable clip{told}.')
     return manifest
 
@@ -107,8 +116,10 @@ def _read_csv(path, text, root) -> Manifest:
     header = [h.strip() for h in next(rows, [])]
     missing = [c for c in _CSV_COLUMNS if c not in header]
     if missing:
-        raise ValueError(f'{path} has no column {", ".join(missing)} in its first line, which must name the columns: '
-                         'fps,width,height,caption,path,num_frame.')
+        raise ValueError(
+            f'{path} has no column {", ".join(missing)} in its first line, which must name the columns: '
+            'fps,width,height,caption,path,num_frame.'
+        )
     clips, problems = [], []
     try:
         for row in rows:
@@ -116,15 +127,37 @@ def _read_csv(path, text, root) -> Manifest:
             if not row:
                 continue
             if len(row) != len(header):
-                problems.append(Problem('malformed row', where, '', f'{len(row)} fields instead of {len(header)}: '
-                                        'quote captions with commas.'))
+                problems.append(
+                    Problem(
+                        'malformed row',
+                        where,
+                        '',
+                        f'{len(row)} fields instead of {len(header)}: quote captions with commas.',
+                    )
+                )
                 continue
             value = dict(zip(header, row))
-            claims = {'frames': value.get('num_frame'), 'height_px': value.get('height'),
-                      'width_px': value.get('width')}
-            _add(clips, problems, len(clips), 0, value['path'], value['caption'], None, claims, where, root)
+            claims = {
+                'frames': value.get('num_frame'),
+                'height_px': value.get('height'),
+                'width_px': value.get('width'),
+            }
+            _add(
+                clips,
+                problems,
+                len(clips),
+                0,
+                value['path'],
+                value['caption'],
+                None,
+                claims,
+                where,
+                root,
+            )
     except csv.Error as error:
-        raise ValueError(f'{path} line {rows.line_num} is no CSV ({error}): repair or quote it.') from error
+        raise ValueError(
+            f'{path} line {rows.line_num} is no CSV ({error}): repair or quote it.'
+        ) from error
     return Manifest(SINGLE_SCENE, clips, problems)
 
 
@@ -139,43 +172,79 @@ def _read_json(path, text, root) -> Manifest:
         raise ValueError(f'{path} holds neither a list nor an object: write {_JSON_FORM}.')
     clips, problems = [], []
     for number, entry in enumerate(content):
-        scenes = (entry.get('scenes', entry.get('values')) if isinstance(entry, dict) else None)
+        scenes = entry.get('scenes', entry.get('values')) if isinstance(entry, dict) else None
         if not isinstance(scenes, list) or not scenes:
-            problems.append(Problem('malformed row', f'{path.name} story {number}', '', 'no list "values" or "scenes" '
-                                    f'of clips: write {_JSON_FORM}.'))
+            problems.append(
+                Problem(
+                    'malformed row',
+                    f'{path.name} story {number}',
+                    '',
+                    f'no list "values" or "scenes" of clips: write {_JSON_FORM}.',
+                )
+            )
             continue
         for scene, value in enumerate(scenes):
             where = f'{path.name} story {number} scene {scene}'
             if not isinstance(value, dict):
-                problems.append(Problem('malformed row', where, '', 'a scene must be an object with a video and a '
-                                        'caption.'))
+                problems.append(
+                    Problem(
+                        'malformed row',
+                        where,
+                        '',
+                        'a scene must be an object with a video and a caption.',
+                    )
+                )
                 continue
             claims = {'height_px': value.get('height'), 'width_px': value.get('width')}
-            _add(clips, problems, number, scene, value.get('video', value.get('url')), value.get('caption'),
-                 value.get('frames'), claims, where, root)
+            _add(
+                clips,
+                problems,
+                number,
+                scene,
+                value.get('video', value.get('url')),
+                value.get('caption'),
+                value.get('frames'),
+                claims,
+                where,
+                root,
+            )
     return Manifest(MULTI_SCENE, clips, problems)
 
 
 def _add(clips, problems, story, scene, file, caption, frames, claims, where, root) -> None:
     """Appends a clip, or the problem with it."""
+
     def refuse(message):
-        problems.append(Problem('malformed row', where, file if isinstance(file, str) else '', message))
+        problems.append(
+            Problem('malformed row', where, file if isinstance(file, str) else '', message)
+        )
 
     if not isinstance(file, str) or not file.strip():
         return refuse('it names no video.')
     if not isinstance(caption, str) or not caption.strip():
         return refuse('it has no caption.')
-    if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
+    if frames is not None and (
+        isinstance(frames, bool) or not isinstance(frames, int) or frames < 1
+    ):
         return refuse(f'its number of frames is {frames!r}: write a whole number.')
     whole = {k: int(v) for k, v in claims.items() if v is not None and str(v).strip().isdecimal()}
     strange = [k for k, v in claims.items() if v not in (None, '') and k not in whole]
     if strange:
-        problems.append(Problem('strange number', where, file, f'{", ".join(strange)} is {claims[strange[0]]!r}: the '
-                                'file was asked instead.', used=True))
+        problems.append(
+            Problem(
+                'strange number',
+                where,
+                file,
+                f'{", ".join(strange)} is {claims[strange[0]]!r}: the file was asked instead.',
+                used=True,
+            )
+        )
     clips.append(Clip(story, scene, root / file.strip(), caption.strip(), frames, whole, where))
 
 
-def choose_frames(kind: str, available: int, frames: int, stride: int, rng: np.random.Generator) -> np.ndarray:
+def choose_frames(
+    kind: str, available: int, frames: int, stride: int, rng: np.random.Generator
+) -> np.ndarray:
     """Positions of a clip's frames in a video, by the reference's rules for each kind of manifest.
 
     single_scene: every stride-th frame of the middle nine tenths, from a random start. multi_scene: from a random start
@@ -207,6 +276,8 @@ def choose_frames(kind: str, available: int, frames: int, stride: int, rng: np.r
         first, last = 0, available - span
         fits, needed = last >= 0, str(frames)
     if not fits:
-        raise ValueError(f'it has {available} frames and {frames} were asked for, which needs {needed}: give a longer '
-                         'video, fewer --frames or a smaller --stride.')
+        raise ValueError(
+            f'it has {available} frames and {frames} were asked for, which needs {needed}: give a longer '
+            'video, fewer --frames or a smaller --stride.'
+        )
     return int(rng.integers(first, last + 1)) + stride * np.arange(frames)

@@ -1,4 +1,5 @@
 """Story files, and the scenes of a video."""
+
 import json
 import pathlib
 
@@ -25,8 +26,14 @@ def read_story(path) -> tuple[list[str], list[int | None]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is no story file ({error!r}): write {form}.') from error
     extra = sorted({k for s in scenes for k in s} - {'caption', 'frames'})
-    if not captions or extra or not all(isinstance(c, str) for c in captions) or not all(
-            f is None or isinstance(f, int) for f in frames):
-        raise ValueError(f'{path} needs a text caption and whole frames per scene and nothing else '
-                         f'{extra or ""}: write {form}.')
+    if (
+        not captions
+        or extra
+        or not all(isinstance(c, str) for c in captions)
+        or not all(f is None or isinstance(f, int) for f in frames)
+    ):
+        raise ValueError(
+            f'{path} needs a text caption and whole frames per scene and nothing else '
+            f'{extra or ""}: write {form}.'
+        )
     return captions, frames

@@ -1,4 +1,5 @@
 """Video files and pictures of videos: probe, read, resize, crop, write mp4 / gif / png, contact sheets of scenes."""
+
 import contextlib
 import dataclasses
 import fractions
@@ -35,14 +36,18 @@ def to_uint8(frames) -> np.ndarray:
         raise ValueError(f'Pixels have dtype {frames.dtype}: pass uint8, or floats in [0, 1].')
     frames = frames.astype(np.float32)  # also from bfloat16
     if np.isnan(frames).any():
-        raise ValueError('Pixels contain NaN: check the model output before it is written as a picture.')
+        raise ValueError(
+            'Pixels contain NaN: check the model output before it is written as a picture.'
+        )
     return np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
 def _checked_frames(frames) -> np.ndarray:
     frames = to_uint8(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f'A video has shape {frames.shape}: pass [F, H, W, 3] with at least one frame.')
+        raise ValueError(
+            f'A video has shape {frames.shape}: pass [F, H, W, 3] with at least one frame.'
+        )
     return frames
 
 
@@ -55,7 +60,9 @@ def _upscale(frames: np.ndarray, scale: int) -> np.ndarray:
 
 def _fit(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
     """Scales so that `size` (width, height) is covered, then crops the centre; PIL's bilinear filter antialiases."""
-    return np.asarray(image if size is None else ImageOps.fit(image, size, Image.Resampling.BILINEAR))
+    return np.asarray(
+        image if size is None else ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Info:
       rotation_deg: counter-clockwise, as the file asks for it.
       variable_rate: whether frames last for different times.
     """
+
     times: np.ndarray
     fps: float
     height_px: int
@@ -97,14 +105,18 @@ def _opened(path):
     try:
         with av.open(os.fspath(path)) as container:
             if not container.streams.video:
-                raise ValueError(f'{path} has no video stream: pass a video file such as mp4 or gif.')
+                raise ValueError(
+                    f'{path} has no video stream: pass a video file such as mp4 or gif.'
+                )
             stream = container.streams.video[0]
             # Without this, H.264 conceals what it cannot read by copying from its neighbours; threads drop the error.
             stream.codec_context.options = {'err_detect': 'explode'}
             stream.thread_type, stream.codec_context.thread_count = 'NONE', 1
             yield container, stream
     except av.FFmpegError as error:
-        raise ValueError(f'{path} cannot be decoded ({error.strerror}): replace or re-encode the file.') from error
+        raise ValueError(
+            f'{path} cannot be decoded ({error.strerror}): replace or re-encode the file.'
+        ) from error
 
 
 def _packets(container, stream):
@@ -123,22 +135,41 @@ def probe(path) -> Info:
         stamps = [pts for pts, _ in packets]
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if not packets or not rate:
-            raise ValueError(f'{path} has {len(packets)} frames at {rate:g} fps: replace or re-encode the file.')
+            raise ValueError(
+                f'{path} has {len(packets)} frames at {rate:g} fps: replace or re-encode the file.'
+            )
         if len(packets) < stream.frames:
-            raise ValueError(f'{path} is cut off: it has {len(packets)} of the {stream.frames} frames that its index '
-                             'lists; replace or re-encode the file.')
-        times = (np.arange(len(stamps)) / rate if None in stamps
-                 else np.sort(np.array(stamps, np.float64)) * float(stream.time_base))
+            raise ValueError(
+                f'{path} is cut off: it has {len(packets)} of the {stream.frames} frames that its index '
+                'lists; replace or re-encode the file.'
+            )
+        times = (
+            np.arange(len(stamps)) / rate
+            if None in stamps
+            else np.sort(np.array(stamps, np.float64)) * float(stream.time_base)
+        )
     with _opened(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None:
-            raise ValueError(f'{path} has no frame that can be decoded: replace or re-encode the file.')
-        height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+            raise ValueError(
+                f'{path} has no frame that can be decoded: replace or re-encode the file.'
+            )
+        height, width = (
+            (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+        )
         steps = np.diff(times)
         # Rates that are no whole number of ticks make steps differ by one tick.
-        uneven = len(steps) > 1 and np.ptp(steps) > max(2.5 * float(stream.time_base or 0), 0.1 * np.median(steps))
-        fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else rate
-        return Info(times, float(fps) if uneven else rate, height, width, int(frame.rotation), bool(uneven))
+        uneven = len(steps) > 1 and np.ptp(steps) > max(
+            2.5 * float(stream.time_base or 0), 0.1 * np.median(steps)
+        )
+        fps = (
+            (len(times) - 1) / (times[-1] - times[0])
+            if len(times) > 1 and times[-1] > times[0]
+            else rate
+        )
+        return Info(
+            times, float(fps) if uneven else rate, height, width, int(frame.rotation), bool(uneven)
+        )
 
 
 def _upright(path, frame, size: tuple[int, int] | None) -> np.ndarray:
@@ -178,18 +209,26 @@ def read_frames(path, info: Info, indices, *, height_px: int, width_px: int) -> 
         if wanted[0]:
             container.seek(round(info.times[wanted[0]] / base), stream=stream)
         for count, frame in enumerate(container.decode(stream)):
-            index = count if frame.pts is None else int(np.searchsorted(info.times, frame.pts * base - 1e-6))
+            index = (
+                count
+                if frame.pts is None
+                else int(np.searchsorted(info.times, frame.pts * base - 1e-6))
+            )
             if index in wanted and index not in found:
                 found[index] = _upright(path, frame, (width_px, height_px))
             if index >= wanted[-1]:
                 break
     missing = sorted(set(wanted.tolist()) - set(found))
     if missing:
-        raise ValueError(f'{path}: frame {missing[0]} of {len(info.times)} is missing: replace or re-encode the file.')
+        raise ValueError(
+            f'{path}: frame {missing[0]} of {len(info.times)} is missing: replace or re-encode the file.'
+        )
     return np.stack([found[i] for i in wanted.tolist()])
 
 
-def read_video(path, *, height_px: int | None = None, width_px: int | None = None) -> tuple[np.ndarray, float]:
+def read_video(
+    path, *, height_px: int | None = None, width_px: int | None = None
+) -> tuple[np.ndarray, float]:
     """Decodes all frames of a video file (mp4, gif and whatever else FFmpeg reads), turned as the file asks.
 
     Args:
@@ -210,11 +249,15 @@ def read_video(path, *, height_px: int | None = None, width_px: int | None = Non
         size = None if height_px is None else (width_px, height_px)
         frames = [_upright(path, frame, size) for frame in container.decode(stream)]
         if len(frames) < stream.frames:
-            raise ValueError(f'{path} is cut off: it has {len(frames)} of the {stream.frames} frames that its index '
-                             'lists; replace or re-encode the file.')
+            raise ValueError(
+                f'{path} is cut off: it has {len(frames)} of the {stream.frames} frames that its index '
+                'lists; replace or re-encode the file.'
+            )
         fps = float(stream.average_rate or stream.guessed_rate or 0)
     if not frames or not fps:
-        raise ValueError(f'{path} has {len(frames)} frames at {fps} fps: replace or re-encode the file.')
+        raise ValueError(
+            f'{path} has {len(frames)} frames at {fps} fps: replace or re-encode the file.'
+        )
     return np.stack(frames), fps  # uint8 [F, H, W, 3]
 
 
@@ -225,12 +268,20 @@ def _new_file(path) -> str:
 
 def _encode(path: str, frames: np.ndarray, fps: float, codec: str, options: dict[str, str]) -> None:
     """Encodes as yuv420p, whose halved chroma needs even sizes: an odd one is padded by repeating the last pixel."""
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode='edge')
+    frames = np.pad(
+        frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode='edge'
+    )
     with av.open(path, 'w', format='mp4', options={'movflags': '+faststart'}) as container:
-        stream = container.add_stream(codec, rate=fractions.Fraction(fps).limit_denominator(1001), options=options)
+        stream = container.add_stream(
+            codec, rate=fractions.Fraction(fps).limit_denominator(1001), options=options
+        )
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')
+                )
+            )
         container.mux(stream.encode())
 
 
@@ -273,8 +324,14 @@ def write_gif(path, frames, fps: float, scale: int = 1) -> None:
     images = [Image.fromarray(frame) for frame in _upscale(_checked_frames(frames), scale)]
     # Gif counts in hundredths of a second: rounding the end times, not the durations, keeps the mean rate.
     durations_ms = 10 * np.diff(np.round(np.arange(len(images) + 1) * 100 / fps)).astype(int)
-    images[0].save(_new_file(path), format='GIF', save_all=True, append_images=images[1:], loop=0,
-                   duration=durations_ms.tolist())
+    images[0].save(
+        _new_file(path),
+        format='GIF',
+        save_all=True,
+        append_images=images[1:],
+        loop=0,
+        duration=durations_ms.tolist(),
+    )
 
 
 def write_png(path, image) -> None:
@@ -285,7 +342,9 @@ def write_png(path, image) -> None:
 def _film_strip(frames, max_frames: int, frame_height_px: int) -> np.ndarray:
     """Evenly chosen frames side by side, uint8 [h, w, 3] with h near `frame_height_px`."""
     frames = _checked_frames(frames)
-    frames = frames[np.linspace(0, len(frames) - 1, min(len(frames), max_frames)).round().astype(int)]
+    frames = frames[
+        np.linspace(0, len(frames) - 1, min(len(frames), max_frames)).round().astype(int)
+    ]
     height, width = frames.shape[1:3]
     if height > frame_height_px:
         size = max(1, round(width * frame_height_px / height)), frame_height_px
@@ -307,7 +366,9 @@ def _wrap(caption: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str
 def _sheet_row(strips, captions, given, widths: Sequence[int]) -> Image.Image:
     """One row of scenes: captions on a common base line above the frames."""
     font = ImageFont.load_default(size=_FONT_PX)
-    marked = ['(given) ' * is_given + caption for is_given, caption in zip(given, captions, strict=True)]
+    marked = [
+        '(given) ' * is_given + caption for is_given, caption in zip(given, captions, strict=True)
+    ]
     lines = [_wrap(caption, font, width) for caption, width in zip(marked, widths)]
     text_px = _LINE_PX * max(map(len, lines)) + 4
     height = text_px + max(strip.shape[0] for strip in strips)
@@ -325,17 +386,25 @@ def _sheet_row(strips, captions, given, widths: Sequence[int]) -> Image.Image:
 def _column_widths(strips: list[list[np.ndarray]]) -> list[int]:
     """Width in px of each column of scenes; stories may differ in their number of scenes."""
     columns = range(max(map(len, strips)))
-    return [max(_MIN_SCENE_PX, *(row[i].shape[1] for row in strips if i < len(row))) for i in columns]
+    return [
+        max(_MIN_SCENE_PX, *(row[i].shape[1] for row in strips if i < len(row))) for i in columns
+    ]
 
 
 def _check_structure(stories, captions, given) -> None:
-    scenes, texts, marks = ([len(items) for items in nested] for nested in (stories, captions, given))
+    scenes, texts, marks = (
+        [len(items) for items in nested] for nested in (stories, captions, given)
+    )
     if not scenes or 0 in scenes or not scenes == texts == marks:
-        raise ValueError(f'Stories of {scenes} scenes have {texts} captions and {marks} given marks: '
-                         'pass at least one scene per story, with one caption and one mark each.')
+        raise ValueError(
+            f'Stories of {scenes} scenes have {texts} captions and {marks} given marks: '
+            'pass at least one scene per story, with one caption and one mark each.'
+        )
 
 
-def story_grid(stories, captions, *, given=None, max_frames: int = 4, frame_height_px: int = 128) -> np.ndarray:
+def story_grid(
+    stories, captions, *, given=None, max_frames: int = 4, frame_height_px: int = 128
+) -> np.ndarray:
     """Draws one row per story: its scenes side by side, the caption above each scene.
 
     Args:
@@ -353,10 +422,15 @@ def story_grid(stories, captions, *, given=None, max_frames: int = 4, frame_heig
     """
     given = [[False] * len(story) for story in stories] if given is None else given
     _check_structure(stories, captions, given)
-    strips = [[_film_strip(scene, max_frames, frame_height_px) for scene in story] for story in stories]
+    strips = [
+        [_film_strip(scene, max_frames, frame_height_px) for scene in story] for story in stories
+    ]
     widths = _column_widths(strips)
-    rows = [_sheet_row(s, c, g, widths[:len(s)]) for s, c, g in zip(strips, captions, given)]
-    size = max(row.width for row in rows) + 2 * _MARGIN_PX, sum(row.height + _MARGIN_PX for row in rows) + _MARGIN_PX
+    rows = [_sheet_row(s, c, g, widths[: len(s)]) for s, c, g in zip(strips, captions, given)]
+    size = (
+        max(row.width for row in rows) + 2 * _MARGIN_PX,
+        sum(row.height + _MARGIN_PX for row in rows) + _MARGIN_PX,
+    )
     sheet, y = Image.new('RGB', size, 'white'), _MARGIN_PX
     for row in rows:
         sheet.paste(row, (_MARGIN_PX, y))
@@ -364,8 +438,12 @@ def story_grid(stories, captions, *, given=None, max_frames: int = 4, frame_heig
     return np.asarray(sheet)  # uint8 [H, W, 3]
 
 
-def contact_sheet(scenes, captions, *, given=None, max_frames: int = 8, frame_height_px: int = 128) -> np.ndarray:
+def contact_sheet(
+    scenes, captions, *, given=None, max_frames: int = 8, frame_height_px: int = 128
+) -> np.ndarray:
     """Draws one story with a row per scene; arguments as in `story_grid`, without the outer list."""
     given = [False] * len(scenes) if given is None else given
     stories, captions, given = ([[item] for item in items] for items in (scenes, captions, given))
-    return story_grid(stories, captions, given=given, max_frames=max_frames, frame_height_px=frame_height_px)
+    return story_grid(
+        stories, captions, given=given, max_frames=max_frames, frame_height_px=frame_height_px
+    )

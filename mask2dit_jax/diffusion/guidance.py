@@ -1,4 +1,5 @@
 """Classifier-free guidance."""
+
 import numpy as np
 
 

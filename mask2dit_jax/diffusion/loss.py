@@ -1,4 +1,5 @@
 """The denoising loss over the scenes that are not given."""
+
 import jax.numpy as jnp
 
 from mask2dit_jax.diffusion import schedule as schedule_lib
@@ -16,6 +17,7 @@ def loss_mask(layout: SceneLayout, given):
       bool [..., T].
     """
     return ~given[..., frame_scenes(layout)]
+
 
 def denoising_loss(model, params, schedule: schedule_lib.Schedule, batch, noise, t, given, frames):
     """Squared error of the predicted v over the latents of scenes that are not given.
@@ -37,6 +39,8 @@ def denoising_loss(model, params, schedule: schedule_lib.Schedule, batch, noise,
     layout = model.cfg.layout(frames, *x.shape[2:4])
     counts = loss_mask(layout, given)[..., None, None, None]  # [B, T, 1, 1, 1]
     noisy = jnp.where(counts, schedule_lib.add_noise(schedule, x, noise, t), x)
-    v = model.apply({'params': params}, noisy, batch['text'], jnp.where(given, 0, t[:, None]), frames=frames)
+    v = model.apply(
+        {'params': params}, noisy, batch['text'], jnp.where(given, 0, t[:, None]), frames=frames
+    )
     error = jnp.where(counts, v - schedule_lib.velocity(schedule, x, noise, t), 0.0)
-    return jnp.sum(error ** 2), jnp.sum(counts) * x[0, 0].size
+    return jnp.sum(error**2), jnp.sum(counts) * x[0, 0].size

@@ -11,6 +11,7 @@ so a sampler is a float64 table [N, 5] of (cx, cv, cp, a, s), and the loop is th
 * `euler`: with a = cos(phi), s = sin(phi) the probability-flow ODE is dx/dphi = v; Euler steps on phi stay finite
   at zero terminal SNR. (Euler in sigma = s/a would be DDIM again.)
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,9 @@ def _dpm2m(a, s, a2, s2):
     return ratio + b * (1 + extra) * a, -b * (1 + extra) * s, -b * extra
 
 
-def sampler_table(sampler: str, schedule: schedule_lib.Schedule, num_steps: int, reference_prev: bool = False):
+def sampler_table(
+    sampler: str, schedule: schedule_lib.Schedule, num_steps: int, reference_prev: bool = False
+):
     """Timesteps int64 [N] and coefficients float64 [N, 5] of a sampler.
 
     Args:
@@ -86,8 +89,17 @@ def step(row, x, v, x0_prev):
     return cx * x + cv * v + cp * x0_prev, a * x - s * v
 
 
-def sample(velocity_fn, noise, layout: SceneLayout, timesteps, table, guidance, given=None, given_scenes=None,
-           trace: bool = False):
+def sample(
+    velocity_fn,
+    noise,
+    layout: SceneLayout,
+    timesteps,
+    table,
+    guidance,
+    given=None,
+    given_scenes=None,
+    trace: bool = False,
+):
     """Denoises a story from noise, holding given scenes fixed.
 
     Args:
@@ -107,12 +119,16 @@ def sample(velocity_fn, noise, layout: SceneLayout, timesteps, table, guidance, 
     """
     frame_scene = frame_scenes(layout)
     batch, num_scenes = noise.shape[0], layout.num_scenes
-    is_given = jnp.broadcast_to(jnp.zeros(num_scenes, bool) if given is None else given_scenes, (batch, num_scenes))
+    is_given = jnp.broadcast_to(
+        jnp.zeros(num_scenes, bool) if given is None else given_scenes, (batch, num_scenes)
+    )
     ones = (1,) * (noise.ndim - 2)
     keep = is_given[:, frame_scene].reshape(batch, -1, *ones)  # [B, T, 1, 1, 1]
     given = jnp.zeros_like(noise) if given is None else given
     if guidance is not None:
-        guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (len(timesteps), num_scenes))
+        guidance = jnp.broadcast_to(
+            jnp.asarray(guidance, jnp.float32), (len(timesteps), num_scenes)
+        )
 
     def guided(x, t, scale):
         if guidance is None:

@@ -3,6 +3,7 @@
 Tables are float64 numpy. x_t = a·x_0 + s·noise with a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar), and
 v = a·noise - s·x_0 (Salimans & Ho 2022, appendix D; zero terminal SNR: Lin et al. 2024, algorithm 1).
 """
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Scheduler settings under the names of scheduler_config.json; defaults are CogVideoX-5B's (2B: shift 3.0)."""
+
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -22,13 +24,13 @@ class Schedule:
 
     def alphas_bar(self) -> np.ndarray:
         """Cumulative signal power per timestep, float64 [num_train_timesteps]."""
-        betas = np.linspace(self.beta_start ** 0.5, self.beta_end ** 0.5, self.num_train_timesteps) ** 2
+        betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
         bar = np.cumprod(1 - betas)
         bar = bar / (self.snr_shift_scale + (1 - self.snr_shift_scale) * bar)
         if self.rescale_betas_zero_snr:
             root = np.sqrt(bar)
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-            bar = root ** 2
+            bar = root**2
         return bar
 
     def timesteps(self, num_steps: int) -> np.ndarray:
@@ -46,7 +48,9 @@ class Schedule:
             return np.arange(num_steps, dtype=np.int64)[::-1] * (n // num_steps) + self.steps_offset
         if self.timestep_spacing == 'linspace':
             return np.round(np.linspace(0, n - 1, num_steps)).astype(np.int64)[::-1]
-        raise ValueError(f'Unknown timestep_spacing {self.timestep_spacing!r}: use trailing, leading or linspace.')
+        raise ValueError(
+            f'Unknown timestep_spacing {self.timestep_spacing!r}: use trailing, leading or linspace.'
+        )
 
 
 def _roots(schedule: Schedule, t, ndim: int, table_dtype):

@@ -3,6 +3,7 @@
 Every device sees all tokens for some heads, so that any backend and any pattern run unchanged and the mask is the one
 of a single device.
 """
+
 from collections.abc import Callable
 
 import jax
@@ -22,16 +23,26 @@ def check(axes: dict[str, int], batch: int, num_tokens: int, num_heads: int) -> 
     """
     copies, context, tensor = axes['data'] * axes['fsdp'], axes['context'], axes['tensor']
     if batch % copies:
-        raise ValueError(f'A batch of {batch} does not divide over data {axes["data"]} x fsdp {axes["fsdp"]}: make it '
-                         f'a multiple of {copies}, or let context or tensor take more devices.')
+        raise ValueError(
+            f'A batch of {batch} does not divide over data {axes["data"]} x fsdp {axes["fsdp"]}: make it '
+            f'a multiple of {copies}, or let context or tensor take more devices.'
+        )
     if num_heads % (context * tensor):
         fitting = [n for n in range(1, num_heads + 1) if num_heads % (n * tensor) == 0]
-        raise ValueError(f'{num_heads} attention heads do not divide over context {context} x tensor {tensor}: with '
-                         f'tensor {tensor}, context may be {", ".join(map(str, fitting)) or "nothing"}.')
+        raise ValueError(
+            f'{num_heads} attention heads do not divide over context {context} x tensor {tensor}: with '
+            f'tensor {tensor}, context may be {", ".join(map(str, fitting)) or "nothing"}.'
+        )
     if num_tokens % context:
-        fitting = [n for n in range(1, num_heads + 1) if num_heads % (n * tensor) == 0 and num_tokens % n == 0]
-        raise ValueError(f'{num_tokens} tokens do not divide over context {context}: for these scenes it may be '
-                         f'{", ".join(map(str, fitting))}.')
+        fitting = [
+            n
+            for n in range(1, num_heads + 1)
+            if num_heads % (n * tensor) == 0 and num_tokens % n == 0
+        ]
+        raise ValueError(
+            f'{num_tokens} tokens do not divide over context {context}: for these scenes it may be '
+            f'{", ".join(map(str, fitting))}.'
+        )
 
 
 def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
@@ -60,7 +71,9 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
     def local(q, k, v):
         if axes['context'] == 1:
             return backend(q, k, v, layout, pattern)
-        q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q, k, v))  # [B, L, N / context, D]
+        q, k, v = (
+            swap(x, split_axis=2, concat_axis=1) for x in (q, k, v)
+        )  # [B, L, N / context, D]
         return swap(backend(q, k, v, layout, pattern), split_axis=1, concat_axis=2)
 
     return jax.shard_map(local, in_specs=SPEC, out_specs=SPEC, check_vma=False)(q, k, v)

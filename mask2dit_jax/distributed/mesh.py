@@ -1,4 +1,5 @@
 """The device mesh, and how the rows of a batch lie on it."""
+
 import dataclasses
 import math
 
@@ -21,12 +22,14 @@ class MeshConfig:
       slice: TPU slice (presets.SLICES) that the axes are meant for, which `aot` compiles for.
       cpu_devices: how many devices JAX makes of the host's CPU; it means nothing on accelerators.
     """
+
     data: int = 1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
     slice: str = ''
     cpu_devices: int = 1
+
 
 AXES = ('data', 'fsdp', 'context', 'tensor')
 BATCH_AXES = AXES[:2]
@@ -53,15 +56,21 @@ def make_mesh(mesh, devices=None) -> jax.sharding.Mesh:
     want, have = math.prod(shape), len(devices)
     if want != have:
         sizes = ' x '.join(f'{axis} {n}' for axis, n in zip(AXES, shape))
-        raise ValueError(f'config.mesh asks for {sizes} = {want} devices, but there are {have}: change the axes, or '
-                         'config.mesh.cpu_devices on a CPU.')
+        raise ValueError(
+            f'config.mesh asks for {sizes} = {want} devices, but there are {have}: change the axes, or '
+            'config.mesh.cpu_devices on a CPU.'
+        )
     slices = len({getattr(d, 'slice_index', 0) for d in devices})
     if mesh.data % slices:
-        raise ValueError(f'config.mesh.data {mesh.data} does not divide over {slices} slices, between which only '
-                         'gradients should travel: make it a multiple.')
+        raise ValueError(
+            f'config.mesh.data {mesh.data} does not divide over {slices} slices, between which only '
+            'gradients should travel: make it a multiple.'
+        )
     if slices > 1:
         inner = (mesh.data // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Auto axes: the compiler propagates shardings; Explicit ones, the default, do not work with linen modules.
@@ -85,7 +94,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
     """The examples of a global batch that this process's devices need; processes that share tokens share them."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for index, in slices for row in range(*index.indices(batch_size))})
+    return sorted({row for (index,) in slices for row in range(*index.indices(batch_size))})
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int):
@@ -95,7 +104,8 @@ def global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_si
     def place(x):
         def part(index):
             start, stop, _ = index[0].indices(batch_size)
-            return x[rows.index(start):rows.index(start) + stop - start]
+            return x[rows.index(start) : rows.index(start) + stop - start]
+
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(place, batch)

@@ -4,6 +4,7 @@ JAX notices a process that is killed or stopped, by heartbeats that each one's r
 and then ends the others. It cannot notice one whose Python hangs while its threads live (a file system that does not
 answer): `meet` does.
 """
+
 import contextlib
 import itertools
 import os
@@ -29,11 +30,16 @@ def tpu_chips() -> int:
     platforms = jax.config.jax_platforms
     if platforms and 'tpu' not in platforms.split(','):
         return 0
-    from jax._src import hardware_utils  # no public function counts chips before devices are touched
+    from jax._src import (
+        hardware_utils,
+    )  # no public function counts chips before devices are touched
+
     return hardware_utils.num_available_tpu_chips_and_device_id()[0]
 
 
-def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, devices: int) -> None:
+def initialize(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, devices: int
+) -> None:
     """Connects the processes of a run; to be called before devices are touched.
 
     Args:
@@ -42,7 +48,10 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
       num_processes, process_id: with the coordinator.
       devices: that the mesh needs.
     """
-    limits = {'heartbeat_timeout_seconds': HEARTBEAT_SECONDS, 'shutdown_timeout_seconds': PEER_SECONDS}
+    limits = {
+        'heartbeat_timeout_seconds': HEARTBEAT_SECONDS,
+        'shutdown_timeout_seconds': PEER_SECONDS,
+    }
     if coordinator is not None:
         jax.distributed.initialize(coordinator, num_processes, process_id, **limits)
     elif 0 < tpu_chips() < devices:
@@ -51,7 +60,11 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
 def all_agree(good: bool) -> bool:
     """Whether it is good on all processes, which all call this."""
-    return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(good)).all())
+    return (
+        good
+        if jax.process_count() == 1
+        else bool(multihost_utils.process_allgather(np.array(good)).all())
+    )
 
 
 def assert_same_on_all_hosts(**things) -> None:
@@ -66,8 +79,10 @@ def assert_same_on_all_hosts(**things) -> None:
     gathered = multihost_utils.process_allgather(digests)  # [processes, things]
     different = [name for name, column in zip(things, gathered.T) if len(set(column.tolist())) > 1]
     if different:
-        raise ValueError(f'Processes differ in {", ".join(different)}: start all by the same command, with a --workdir '
-                         'that they share.')
+        raise ValueError(
+            f'Processes differ in {", ".join(different)}: start all by the same command, with a --workdir '
+            'that they share.'
+        )
 
 
 def barrier(step: int, limited: bool) -> None:
@@ -87,8 +102,10 @@ def barrier(step: int, limited: bool) -> None:
     try:
         ocp.multihost.get_barrier_sync_fn()(key=f'step {step}', timeout_ms=1000 * seconds)
     except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(f'Another process did not come to step {step} within {seconds} s, so that it hangs or is '
-                           'gone: start all again, and they resume.') from error
+        raise TimeoutError(
+            f'Another process did not come to step {step} within {seconds} s, so that it hangs or is '
+            'gone: start all again, and they resume.'
+        ) from error
 
 
 @contextlib.contextmanager
@@ -99,11 +116,15 @@ def termination():
     say) the signal waits, too. Afterwards SIGTERM ends the process at once; before, too, if it is the only one.
     """
     if jax.distributed.is_initialized():
-        asked = itertools.count(1)  # from the start on: JAX takes the first one as 0 if the signal comes before it
+        asked = itertools.count(
+            1
+        )  # from the start on: JAX takes the first one as 0 if the signal comes before it
         try:
             yield lambda: multihost_utils.reached_preemption_sync_point(next(asked))
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler, which nobody asks any more, ignores it
+            signal.signal(
+                signal.SIGTERM, signal.SIG_DFL
+            )  # JAX's handler, which nobody asks any more, ignores it
         return
     received = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: received.set())

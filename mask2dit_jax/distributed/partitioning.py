@@ -6,6 +6,7 @@ Parameters are spread over fsdp along one axis and over context along the other,
 reduction runs over one mesh axis, which is one or more whole axes of the chips' torus: over both at once the TPU
 compiler reduces gradients of full size everywhere (seen on v6e:8x8).
 """
+
 import math
 import re
 
@@ -37,7 +38,11 @@ RULES = (
 
 def constrain_tokens(x):
     """Spreads [B, L, E] over the batch axes and context; nothing on one device."""
-    return jax.lax.with_sharding_constraint(x, P(mesh_lib.BATCH_AXES, 'context')) if mesh_lib.mesh_axes() else x
+    return (
+        jax.lax.with_sharding_constraint(x, P(mesh_lib.BATCH_AXES, 'context'))
+        if mesh_lib.mesh_axes()
+        else x
+    )
 
 
 def gather_context(x, name: str):
@@ -47,8 +52,10 @@ def gather_context(x, name: str):
     """
     if mesh_lib.mesh_axes().get('context', 1) == 1:
         return x
-    spec = (tuple(a for a in ((axis,) if isinstance(axis, str) else axis or ()) if a != 'context')
-            for axis in _tail(name, x.shape))
+    spec = (
+        tuple(a for a in ((axis,) if isinstance(axis, str) else axis or ()) if a != 'context')
+        for axis in _tail(name, x.shape)
+    )
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
@@ -85,10 +92,14 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -
 def shardings(tree, mesh: jax.sharding.Mesh):
     """NamedSharding for every array of a train state (or part of one) of arrays or ShapeDtypeStructs."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), tree)
+        lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), tree
+    )
 
 
 def abstract_arrays(tree, mesh: jax.sharding.Mesh, dtype: str | None = None):
     """ShapeDtypeStructs of a tree's arrays with their places on the mesh, optionally in another dtype."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree,
-                        shardings(tree, mesh))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
+        tree,
+        shardings(tree, mesh),
+    )

@@ -1,4 +1,5 @@
 """How sharp the cuts between scenes are."""
+
 import itertools
 from collections.abc import Sequence
 
@@ -12,7 +13,10 @@ def transitions(pixels) -> np.ndarray:
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8:
         raise ValueError(f'Pixels have dtype {pixels.dtype}: pass uint8.')
-    change = [np.abs(b.astype(np.int16) - a).mean(dtype=np.float64) / 255 for a, b in itertools.pairwise(pixels)]
+    change = [
+        np.abs(b.astype(np.int16) - a).mean(dtype=np.float64) / 255
+        for a, b in itertools.pairwise(pixels)
+    ]
     return np.array(change)
 
 
@@ -33,14 +37,21 @@ def cut_scores(change, frames: Sequence[int]) -> dict[str, np.ndarray]:
       ValueError: if change and frames do not fit, or two neighbouring scenes have a frame each.
     """
     if len(change) + 1 != sum(frames) or min(frames) < 1:
-        raise ValueError(f'A video of {len(change) + 1} frames does not have scenes of {tuple(frames)} frames.')
+        raise ValueError(
+            f'A video of {len(change) + 1} frames does not have scenes of {tuple(frames)} frames.'
+        )
     change = np.where(np.asarray(change) < metrics.LEAST_CHANGE, 0, change)
     ends = np.cumsum(frames)
     borders = ends[:-1] - 1
-    inside = [change[end - n:end - 1] for n, end in zip(frames, ends)]
+    inside = [change[end - n : end - 1] for n, end in zip(frames, ends)]
     if any(len(a) + len(b) == 0 for a, b in itertools.pairwise(inside)):
-        raise ValueError('Neighbouring scenes of one frame each have no inside to compare their cut with.')
-    at, within = change[borders], np.array([np.concatenate(pair).mean() for pair in itertools.pairwise(inside)])
+        raise ValueError(
+            'Neighbouring scenes of one frame each have no inside to compare their cut with.'
+        )
+    at, within = (
+        change[borders],
+        np.array([np.concatenate(pair).mean() for pair in itertools.pairwise(inside)]),
+    )
     total = at + within
     sharpness = np.divide(at - within, total, out=np.zeros_like(total), where=total > 0)
     rivals = (np.concatenate(inside) >= at[:, None]).sum(1)

@@ -1,4 +1,5 @@
 """Scores folders of videos that `sample` wrote."""
+
 import dataclasses
 import json
 import pathlib
@@ -30,26 +31,34 @@ def _frame_features(encoder: feature_encoders.Encoder, clips, count: int) -> lis
 def _clip_features(encoder: feature_encoders.Encoder, clips, count: int) -> np.ndarray:
     """One feature of each clip, [N, D]."""
     if encoder.cfg.frames > 1:
-        return feature_encoders.encode_clips(encoder, np.stack([_spread(pixels, encoder.cfg.frames) for pixels in clips]))
+        return feature_encoders.encode_clips(
+            encoder, np.stack([_spread(pixels, encoder.cfg.frames) for pixels in clips])
+        )
     return np.stack([frames.mean(0) for frames in _frame_features(encoder, clips, count)])
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureEncoders:
     """Encoders of scenes and captions, of frames and of whole videos; None gives no such features."""
+
     scenes: feature_encoders.Encoder
     frames: feature_encoders.Encoder | None
     videos: feature_encoders.Encoder | None
 
 
-def encode_video(encoders: FeatureEncoders, item: videos_lib.Video, pixels, count: int) -> dict[str, np.ndarray]:
+def encode_video(
+    encoders: FeatureEncoders, item: videos_lib.Video, pixels, count: int
+) -> dict[str, np.ndarray]:
     """The features of one video uint8 [F, H, W, 3], by their names in a features file; `count` is --frames."""
     scenes, features = story_file.split_scenes(pixels, item.frames), {}
     if encoders.frames is not None:
         framed = _frame_features(encoders.frames, scenes, count)
         features = {f'frames/{i}': frames for i, frames in enumerate(framed)}
-    features['scenes'] = (np.stack([frames.mean(0) for frames in framed]) if encoders.frames is encoders.scenes
-                          else _clip_features(encoders.scenes, scenes, count))
+    features['scenes'] = (
+        np.stack([frames.mean(0) for frames in framed])
+        if encoders.frames is encoders.scenes
+        else _clip_features(encoders.scenes, scenes, count)
+    )
     if encoders.videos is not None:
         features['video'] = _clip_features(encoders.videos, [pixels], count)
     return {f'{item.name}/{key}': value.astype(np.float32) for key, value in features.items()}
@@ -77,11 +86,17 @@ def score(item: videos_lib.Video, features: dict, change) -> dict:
     Raises:
       ValueError: if the features do not fit the story.
     """
-    own = {key.removeprefix(f'{item.name}/'): x for key, x in features.items() if key.startswith(f'{item.name}/')}
+    own = {
+        key.removeprefix(f'{item.name}/'): x
+        for key, x in features.items()
+        if key.startswith(f'{item.name}/')
+    }
     for key in ('scenes', 'captions'):
         if key in own and (own[key].ndim != 2 or len(own[key]) != len(item.frames)):
-            raise ValueError(f'{item.name}/{key} has shape {own[key].shape}: give one row per scene, '
-                             f'{len(item.frames)}.')
+            raise ValueError(
+                f'{item.name}/{key} has shape {own[key].shape}: give one row per scene, '
+                f'{len(item.frames)}.'
+            )
     if 'scenes' not in own:
         raise ValueError(f'{item.name}/scenes is missing from the features.')
     cuts = cuts_lib.cut_scores(change, item.frames)
@@ -91,16 +106,27 @@ def score(item: videos_lib.Video, features: dict, change) -> dict:
     if 'captions' in own:
         confusion = metrics.caption_cosines(own['scenes'], own['captions'])
         semantic = metrics.semantic_consistency(own['scenes'], own['captions'])
-        out |= {'semantic': semantic, 'matches': float(metrics.caption_matches(confusion).mean()),
-                'margin': metrics.caption_margin(confusion), 'confusion': confusion.tolist()}
-        out |= {'sequence': metrics.sequence_consistency(out['visual'], semantic),
-                'sequence_adjacent': metrics.sequence_consistency(out['visual_adjacent'], semantic)}
+        out |= {
+            'semantic': semantic,
+            'matches': float(metrics.caption_matches(confusion).mean()),
+            'margin': metrics.caption_margin(confusion),
+            'confusion': confusion.tolist(),
+        }
+        out |= {
+            'sequence': metrics.sequence_consistency(out['visual'], semantic),
+            'sequence_adjacent': metrics.sequence_consistency(out['visual_adjacent'], semantic),
+        }
     if 'frames/0' in own:
-        lost = [f'{item.name}/frames/{i}' for i in range(len(item.frames)) if f'frames/{i}' not in own]
+        lost = [
+            f'{item.name}/frames/{i}' for i in range(len(item.frames)) if f'frames/{i}' not in own
+        ]
         if lost:
             raise ValueError(f'{", ".join(lost)} is missing from the features.')
         frames = [own[f'frames/{i}'] for i in range(len(item.frames))]
-        out |= {'subject_within': metrics.subject_within(frames), 'subject_between': metrics.subject_between(frames)}
+        out |= {
+            'subject_within': metrics.subject_within(frames),
+            'subject_between': metrics.subject_between(frames),
+        }
     return out
 
 
@@ -117,24 +143,47 @@ def load_encoders(encoder, frame_encoder=None, video_encoder=None) -> FeatureEnc
     Raises:
       FileNotFoundError, ValueError: of encoders.load, and for a frame encoder of clips.
     """
-    loaded = {folder: feature_encoders.load(folder) for folder in {encoder, frame_encoder, video_encoder} - {None}}
+    loaded = {
+        folder: feature_encoders.load(folder)
+        for folder in {encoder, frame_encoder, video_encoder} - {None}
+    }
     if frame_encoder and loaded[frame_encoder].cfg.frames > 1:
-        raise ValueError(f'{frame_encoder} is an encoder of clips: give --frame_encoder one of pictures.')
+        raise ValueError(
+            f'{frame_encoder} is an encoder of clips: give --frame_encoder one of pictures.'
+        )
     frames = loaded[frame_encoder or encoder]
-    return FeatureEncoders(loaded[encoder], frames if frames.cfg.frames == 1 else None, loaded.get(video_encoder))
+    return FeatureEncoders(
+        loaded[encoder], frames if frames.cfg.frames == 1 else None, loaded.get(video_encoder)
+    )
 
 
-def _encode_captions(encoders: FeatureEncoders, videos: list[videos_lib.Video]) -> tuple[dict[str, np.ndarray], int]:
+def _encode_captions(
+    encoders: FeatureEncoders, videos: list[videos_lib.Video]
+) -> tuple[dict[str, np.ndarray], int]:
     """NAME/captions of all videos, and how many captions were cut off; nothing from an encoder without captions."""
     if encoders.scenes.text is None:
         return {}, 0
     captions = list(dict.fromkeys(c for item in videos for c in item.captions))
     features, cut = feature_encoders.encode_captions(encoders.scenes, captions)
-    return {f'{item.name}/captions': features[[captions.index(c) for c in item.captions]] for item in videos}, sum(cut)
+    return {
+        f'{item.name}/captions': features[[captions.index(c) for c in item.captions]]
+        for item in videos
+    }, sum(cut)
 
 
-def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video_encoder=None, features=None,
-             reference=None, frames: int = 8, seed: int = 0) -> dict:
+def evaluate(
+    videos,
+    out,
+    *,
+    story=None,
+    encoder=None,
+    frame_encoder=None,
+    video_encoder=None,
+    features=None,
+    reference=None,
+    frames: int = 8,
+    seed: int = 0,
+) -> dict:
     """Scores the videos of a folder and writes evaluation.md, evaluation.json and features.safetensors to `out`.
 
     Arguments are the flags of the command; returns what evaluation.json holds.
@@ -155,11 +204,21 @@ def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video
     if features:
         encoders, found, settings = None, read_features(features), {'features': str(features)}
     else:
-        encoders = load_encoders(encoder, frame_encoder, video_encoder or encoder if reference else None)
+        encoders = load_encoders(
+            encoder, frame_encoder, video_encoder or encoder if reference else None
+        )
         found, cut = _encode_captions(encoders, items)
-        settings = {'encoder': str(encoder), 'frame encoder': str(frame_encoder or encoder), 'frames per scene': frames}
+        settings = {
+            'encoder': str(encoder),
+            'frame encoder': str(frame_encoder or encoder),
+            'frames per scene': frames,
+        }
         settings |= {'captions cut off': cut} if cut else {}
-        settings |= {'reference': str(reference), 'video encoder': str(video_encoder or encoder)} if reference else {}
+        settings |= (
+            {'reference': str(reference), 'video encoder': str(video_encoder or encoder)}
+            if reference
+            else {}
+        )
     changes = []
     for item in tqdm.tqdm(items, desc='reading videos', unit='video', delay=3):
         pixels = _read(item.path, sum(item.frames))
@@ -168,9 +227,12 @@ def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video
     out.mkdir(parents=True, exist_ok=True)
     if encoders:
         if reference:
-            found['reference'] = np.concatenate([
-                _clip_features(encoders.videos, [_read(path)], frames).astype(np.float32)
-                for path in tqdm.tqdm(real, desc='reading reference', unit='video', delay=3)])
+            found['reference'] = np.concatenate(
+                [
+                    _clip_features(encoders.videos, [_read(path)], frames).astype(np.float32)
+                    for path in tqdm.tqdm(real, desc='reading reference', unit='video', delay=3)
+                ]
+            )
         safetensors.numpy.save_file(found, out / 'features.safetensors')
     rows = []
     for item, change in zip(items, changes):
@@ -178,8 +240,14 @@ def evaluate(videos, out, *, story=None, encoder=None, frame_encoder=None, video
             rows.append(score(item, found, change))
         except ValueError as error:
             raise ValueError(f'{item.path}: {error}') from error
-    result = {'settings': settings, 'seed': seed, 'summary': report_table.summarize(rows, seed), 'frechet': frechet_lib.frechet_video_distance(items, found),
-              'confusion': report_table.confusions(rows), 'videos': rows}
+    result = {
+        'settings': settings,
+        'seed': seed,
+        'summary': report_table.summarize(rows, seed),
+        'frechet': frechet_lib.frechet_video_distance(items, found),
+        'confusion': report_table.confusions(rows),
+        'videos': rows,
+    }
     (out / 'evaluation.json').write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
     (out / 'evaluation.md').write_text(report_table.report(result), encoding='utf-8')
     return result

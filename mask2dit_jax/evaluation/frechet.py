@@ -1,4 +1,5 @@
 """The Fréchet distance between videos."""
+
 import dataclasses
 import functools
 
@@ -20,8 +21,13 @@ def frechet_video_distance(videos: list[videos_lib.Video], features: dict) -> di
         raise ValueError(f'{lost[0]}/video is missing from the features, which have a reference.')
     parts = [moments(np.atleast_2d(features[f'{item.name}/video'])) for item in videos]
     made, real = functools.reduce(merge, parts), moments(features['reference'])
-    return {'distance': frechet_distance(made, real), 'videos': made.count, 'references': real.count,
-            'size': len(real.mean)}
+    return {
+        'distance': frechet_distance(made, real),
+        'videos': made.count,
+        'references': real.count,
+        'size': len(real.mean),
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -32,6 +38,7 @@ class Moments:
       mean: float64 [D].
       scatter: float64 [D, D], sum of outer products of deviations from the mean.
     """
+
     count: int
     mean: np.ndarray
     scatter: np.ndarray
@@ -52,8 +59,11 @@ def moments(features) -> Moments:
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of both sets together (Chan, Golub & LeVeque 1983), without the cancellation of sums of squares."""
     count, shift = a.count + b.count, b.mean - a.mean
-    return Moments(count, a.mean + shift * (b.count / count),
-                   a.scatter + b.scatter + np.outer(shift, shift) * (a.count * b.count / count))
+    return Moments(
+        count,
+        a.mean + shift * (b.count / count),
+        a.scatter + b.scatter + np.outer(shift, shift) * (a.count * b.count / count),
+    )
 
 
 def _root(covariance) -> np.ndarray:
@@ -72,8 +82,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
       ValueError: for fewer than two features, or other sizes of features.
     """
     if min(a.count, b.count) < 2 or a.mean.shape != b.mean.shape:
-        raise ValueError(f'{a.count} features of size {len(a.mean)} and {b.count} of size {len(b.mean)} have no '
-                         'Fréchet distance: give two or more of either, of one encoder.')
+        raise ValueError(
+            f'{a.count} features of size {len(a.mean)} and {b.count} of size {len(b.mean)} have no '
+            'Fréchet distance: give two or more of either, of one encoder.'
+        )
     shared = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
     shift = a.mean - b.mean
-    return max(0.0, float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared))
+    return max(
+        0.0, float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared)
+    )

@@ -5,12 +5,17 @@ is mean cosine, as in the paper's table: visual between scenes, semantic between
 mean of both. High consistency may only mean that nothing was cut, so that `cut_scores` belongs beside every such
 number.
 """
+
 from collections.abc import Sequence
 
 import numpy as np
 
-LEAST_CHANGE = 0.5 / 255  # mean change between frames that counts; video codecs make smaller ones by themselves
-_TIE = 1e-12  # cosines this close are equal: rounding differs between positions in one matrix product
+LEAST_CHANGE = (
+    0.5 / 255
+)  # mean change between frames that counts; video codecs make smaller ones by themselves
+_TIE = (
+    1e-12  # cosines this close are equal: rounding differs between positions in one matrix product
+)
 
 
 def unit(features) -> np.ndarray:
@@ -41,8 +46,10 @@ def visual_consistency(scenes, pairs: str = 'all') -> float:
     """
     if len(scenes) < 2:
         raise ValueError(f'{len(scenes)} scene(s) have no pair to compare: give at least two.')
-    first, second = {'all': np.triu_indices(len(scenes), 1),
-                     'adjacent': (np.arange(len(scenes) - 1), np.arange(1, len(scenes)))}[pairs]
+    first, second = {
+        'all': np.triu_indices(len(scenes), 1),
+        'adjacent': (np.arange(len(scenes) - 1), np.arange(1, len(scenes))),
+    }[pairs]
     return float(cosines(scenes, scenes)[first, second].mean())
 
 
@@ -63,8 +70,10 @@ def caption_cosines(scenes, captions) -> np.ndarray:
       ValueError: if there is not one caption per scene.
     """
     if np.shape(scenes) != np.shape(captions):
-        raise ValueError(f'Scenes have features {np.shape(scenes)}, captions {np.shape(captions)}: give one caption '
-                         'per scene, in the same space.')
+        raise ValueError(
+            f'Scenes have features {np.shape(scenes)}, captions {np.shape(captions)}: give one caption '
+            'per scene, in the same space.'
+        )
     return cosines(scenes, captions)
 
 
@@ -93,18 +102,26 @@ def subject_within(scenes: Sequence) -> float:
       ValueError: for a scene of one frame.
     """
     if any(len(frames) < 2 for frames in scenes):
-        raise ValueError('A scene of one frame has no frames to compare: give features of at least two.')
+        raise ValueError(
+            'A scene of one frame has no frames to compare: give features of at least two.'
+        )
     units = [unit(frames) for frames in scenes]
-    return float(np.mean([((f[1:] @ f[0]).mean() + (f[1:] * f[:-1]).sum(1).mean()) / 2 for f in units]))
+    return float(
+        np.mean([((f[1:] @ f[0]).mean() + (f[1:] * f[:-1]).sum(1).mean()) / 2 for f in units])
+    )
 
 
 def subject_between(scenes: Sequence) -> float:
     """Mean cosine between frames of two scenes, over all pairs of scenes; frame features [F, E] per scene."""
-    means = np.stack([unit(frames).mean(0) for frames in scenes])  # products of means are means of products
+    means = np.stack(
+        [unit(frames).mean(0) for frames in scenes]
+    )  # products of means are means of products
     return float((means @ means.T)[np.triu_indices(len(scenes), 1)].mean())
 
 
-def bootstrap(values, seed: int, *, resamples: int = 2000, level: float = 0.95) -> tuple[float, float] | None:
+def bootstrap(
+    values, seed: int, *, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float] | None:
     """Percentile bootstrap interval (Efron 1979) of the mean of values [N], drawn anew with replacement.
 
     None for fewer than two values, of which nothing can be said.

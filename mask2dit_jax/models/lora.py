@@ -3,6 +3,7 @@
 A tree of LoRA tensors is shaped as the parameters' are, with lora_A and lora_B in the place of a kernel; layers are
 stacked there as they are here, each with an A and B of its own. In files the names are those of PEFT and diffusers.
 """
+
 import dataclasses
 import re
 
@@ -25,9 +26,11 @@ class LoraConfig:
       layers: regular expression, searched for in the parameters' paths, e.g. 'blocks/ff_in/kernel'; the default is the
         attention's four projections in every block.
     """
+
     rank: int = 0
     alpha: float = 0.0
     layers: str = r'/attn/to_(q|k|v|out)/kernel$'
+
 
 def scale(cfg: LoraConfig) -> float:
     """What A @ B is multiplied by."""
@@ -43,15 +46,21 @@ def matched(params, cfg: LoraConfig) -> list[tuple[str, ...]]:
     try:
         pattern = re.compile(cfg.layers)
     except re.error as error:
-        raise ValueError(f'config.lora.layers {cfg.layers!r} is no regular expression ({error}).') from error
+        raise ValueError(
+            f'config.lora.layers {cfg.layers!r} is no regular expression ({error}).'
+        ) from error
     paths = [path for path in traverse_util.flatten_dict(params) if pattern.search('/'.join(path))]
     if not paths:
-        raise ValueError(f'config.lora.layers {cfg.layers!r} matches no parameter: their paths look like '
-                         'blocks/attn/to_q/kernel.')
+        raise ValueError(
+            f'config.lora.layers {cfg.layers!r} matches no parameter: their paths look like '
+            'blocks/attn/to_q/kernel.'
+        )
     for path in paths:
         if path[-1] != 'kernel':
-            raise ValueError(f'config.lora.layers {cfg.layers!r} matches {"/".join(path)}, which is no matrix: let it '
-                             'match kernels only, e.g. by ending it with /kernel$.')
+            raise ValueError(
+                f'config.lora.layers {cfg.layers!r} matches {"/".join(path)}, which is no matrix: let it '
+                'match kernels only, e.g. by ending it with /kernel$.'
+            )
     return [path[:-1] for path in paths]
 
 
@@ -69,15 +78,22 @@ def init(key, params, cfg: LoraConfig):
     flat, tree = traverse_util.flatten_dict(params), {}
     for i, path in enumerate(matched(params, cfg)):
         *stack, rows, columns = flat[*path, 'kernel'].shape
-        tree[*path, 'lora_A'] = jax.random.uniform(jax.random.fold_in(key, i), (*stack, rows, cfg.rank), jnp.float32,
-                                                   -rows ** -0.5, rows ** -0.5)
+        tree[*path, 'lora_A'] = jax.random.uniform(
+            jax.random.fold_in(key, i),
+            (*stack, rows, cfg.rank),
+            jnp.float32,
+            -(rows**-0.5),
+            rows**-0.5,
+        )
         tree[*path, 'lora_B'] = jnp.zeros((*stack, cfg.rank, columns), jnp.float32)
     return traverse_util.unflatten_dict(tree)
 
 
 def merge_kernel(kernel, a, b, factor: float):
     """kernel + factor · a @ b, computed in float32, in the kernel's dtype; leading axes are a batch."""
-    return (kernel.astype(jnp.float32) + factor * jnp.matmul(a, b, precision='highest')).astype(kernel.dtype)
+    return (kernel.astype(jnp.float32) + factor * jnp.matmul(a, b, precision='highest')).astype(
+        kernel.dtype
+    )
 
 
 def merge(params, tree, cfg: LoraConfig, merge_kernel=merge_kernel):
@@ -91,5 +107,11 @@ def merge(params, tree, cfg: LoraConfig, merge_kernel=merge_kernel):
 
 def merge_placed(params, tree, cfg: LoraConfig):
     """`merge` of arrays on devices: kernels come out where they lay, everything else is shared with `params`."""
-    return merge(params, tree, cfg, lambda kernel, a, b, factor: jax.jit(
-        merge_kernel, static_argnums=3, out_shardings=kernel.sharding)(kernel, a, b, factor))
+    return merge(
+        params,
+        tree,
+        cfg,
+        lambda kernel, a, b, factor: jax.jit(
+            merge_kernel, static_argnums=3, out_shardings=kernel.sharding
+        )(kernel, a, b, factor),
+    )

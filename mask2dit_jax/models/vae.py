@@ -4,6 +4,7 @@ A scene is coded in chunks of frames. Every causal convolution keeps the last tw
 collection; the first chunk of a scene finds that collection empty. Group norm statistics are those of one chunk, so
 that the chunk borders are part of the function. Scenes know nothing of each other.
 """
+
 import dataclasses
 import functools
 import itertools
@@ -28,6 +29,7 @@ class VAEConfig:
       scaling_factor: what the transformer sees is the posterior times this.
       dtype: compute dtype; group norm statistics are float32 whatever it is.
     """
+
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 16
@@ -54,6 +56,7 @@ class VAEConfig:
 
 class _Kernel(nn.Module):
     """Parameters of a 3x3x3 convolution, under the name that the reference gives its inner layer."""
+
     inputs: int
     features: int
 
@@ -71,21 +74,28 @@ class _CausalConv(nn.Module):
     norm and activation) needs no array of its own for the whole chunk, and XLA's CPU backend runs 2D convolutions three
     times as fast as the 3D one.
     """
+
     features: int
     dtype: str
 
     @nn.compact
     def __call__(self, x, prepare=lambda frame: frame, *extras):
         """Convolves prepare(frame, *extras of the frame) of x [B, T, H, W, C]; extras have T as axis 1, too."""
-        kernel, bias = (p.astype(self.dtype) for p in _Kernel(x.shape[-1], self.features, name='conv')())
+        kernel, bias = (
+            p.astype(self.dtype) for p in _Kernel(x.shape[-1], self.features, name='conv')()
+        )
         frames = tuple(jnp.moveaxis(a, 1, 0) for a in (x, *extras))
         if self.has_variable('cache', 'frames'):
             past = self.get_variable('cache', 'frames')
         else:
             past = (prepare(*(a[0] for a in frames)),) * 2
 
-        conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding=[(1, 1), (1, 1)],
-                                 dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        conv = functools.partial(
+            jax.lax.conv_general_dilated,
+            window_strides=(1, 1),
+            padding=[(1, 1), (1, 1)],
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
 
         def step(past, frame):
             seen = (*past, prepare(*frame))
@@ -98,6 +108,7 @@ class _CausalConv(nn.Module):
 
 class _PointConv(nn.Module):
     """1x1x1 convolution, under the name that the reference gives its inner layer."""
+
     features: int
     dtype: str
 
@@ -108,6 +119,7 @@ class _PointConv(nn.Module):
 
 class _GroupNorm(nn.Module):
     """Statistics of the chunk [B, T, H, W, C], float32; returns the function that normalises one frame by them."""
+
     cfg: VAEConfig
 
     @nn.compact
@@ -118,9 +130,13 @@ class _GroupNorm(nn.Module):
         x = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, c // groups)
         mean = jnp.mean(x, (1, 2, 3, 5), keepdims=True)
         var = jnp.mean(jnp.square(x - mean), (1, 2, 3, 5), keepdims=True)
-        mean, rate = (jnp.repeat(a.reshape(-1, 1, 1, groups), c // groups, axis=-1)
-                      for a in (mean, jax.lax.rsqrt(var + self.cfg.norm_eps)))  # [B, 1, 1, C]
-        return lambda frame: ((frame.astype(jnp.float32) - mean) * (rate * scale) + bias).astype(self.cfg.dtype)
+        mean, rate = (
+            jnp.repeat(a.reshape(-1, 1, 1, groups), c // groups, axis=-1)
+            for a in (mean, jax.lax.rsqrt(var + self.cfg.norm_eps))
+        )  # [B, 1, 1, C]
+        return lambda frame: ((frame.astype(jnp.float32) - mean) * (rate * scale) + bias).astype(
+            self.cfg.dtype
+        )
 
 
 def _frame_indices(frames: int, latents: int) -> np.ndarray:
@@ -137,6 +153,7 @@ def _widen(z, shape):
 
 class _SpatialNorm(nn.Module):
     """Group norm, scaled and shifted by what the latents at the same place say, for one frame, and its two extras."""
+
     cfg: VAEConfig
 
     @nn.compact
@@ -144,13 +161,21 @@ class _SpatialNorm(nn.Module):
         normalise = _GroupNorm(self.cfg, name='norm_layer')(x)
         # A pointwise convolution commutes with nearest resampling, so it runs at the latents' size.
         latents = _frame_indices(x.shape[1], z.shape[1])
-        extras = [_PointConv(x.shape[-1], self.cfg.dtype, name=n)(z)[:, latents] for n in ('conv_y', 'conv_b')]
-        return lambda frame, y, b: normalise(frame) * _widen(y, frame.shape) + _widen(b, frame.shape), extras
+        extras = [
+            _PointConv(x.shape[-1], self.cfg.dtype, name=n)(z)[:, latents]
+            for n in ('conv_y', 'conv_b')
+        ]
+        return (
+            lambda frame, y, b: normalise(frame) * _widen(y, frame.shape) + _widen(b, frame.shape),
+            extras,
+        )
 
 
 def _activation(cfg: VAEConfig, name: str, x, z):
     """Norm and silu of one frame, and its extras: a spatial norm if there are latents z (decoder), else group norm."""
-    norm, extras = (_GroupNorm(cfg, name=name)(x), []) if z is None else _SpatialNorm(cfg, name=name)(x, z)
+    norm, extras = (
+        (_GroupNorm(cfg, name=name)(x), []) if z is None else _SpatialNorm(cfg, name=name)(x, z)
+    )
     return lambda *frame: nn.silu(norm(*frame)), *extras
 
 
@@ -160,8 +185,12 @@ class _Resnet(nn.Module):
 
     @nn.compact
     def __call__(self, x, z=None):
-        h = _CausalConv(self.features, self.cfg.dtype, name='conv1')(x, *_activation(self.cfg, 'norm1', x, z))
-        h = _CausalConv(self.features, self.cfg.dtype, name='conv2')(h, *_activation(self.cfg, 'norm2', h, z))
+        h = _CausalConv(self.features, self.cfg.dtype, name='conv1')(
+            x, *_activation(self.cfg, 'norm1', x, z)
+        )
+        h = _CausalConv(self.features, self.cfg.dtype, name='conv2')(
+            h, *_activation(self.cfg, 'norm2', h, z)
+        )
         if x.shape[-1] != self.features:
             x = nn.Conv(self.features, (1, 1, 1), dtype=self.cfg.dtype, name='conv_shortcut')(x)
         return x + h
@@ -169,22 +198,25 @@ class _Resnet(nn.Module):
 
 class _Downsample(nn.Module):
     """Halves height and width, and the frames if `time`: the first of an odd count stays, pairs are averaged."""
+
     cfg: VAEConfig
     time: bool
 
     @nn.compact
     def __call__(self, x):
         if self.time and x.shape[1] > 1:
-            first, pairs = x[:, :x.shape[1] % 2], x[:, x.shape[1] % 2:]
+            first, pairs = x[:, : x.shape[1] % 2], x[:, x.shape[1] % 2 :]
             x = jnp.concatenate([first, (pairs[:, ::2] + pairs[:, 1::2]) / 2], axis=1)
         b, t, h, w, c = x.shape
-        x = nn.Conv(c, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.cfg.dtype,
-                    name='conv')(x.reshape(b * t, h, w, c))
+        x = nn.Conv(
+            c, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.cfg.dtype, name='conv'
+        )(x.reshape(b * t, h, w, c))
         return x.reshape(b, t, *x.shape[1:])
 
 
 class _Upsample(nn.Module):
     """Doubles height and width, and the frames if `time`: the first of an odd count in a first chunk stays one."""
+
     cfg: VAEConfig
     time: bool
     first: bool
@@ -193,7 +225,9 @@ class _Upsample(nn.Module):
     def __call__(self, x):
         b, t, h, w, c = x.shape
         x = jnp.repeat(jnp.repeat(x.reshape(b * t, h, w, c), 2, axis=1), 2, axis=2)
-        x = nn.Conv(c, (3, 3), padding=1, dtype=self.cfg.dtype, name='conv')(x).reshape(b, t, 2 * h, 2 * w, c)
+        x = nn.Conv(c, (3, 3), padding=1, dtype=self.cfg.dtype, name='conv')(x).reshape(
+            b, t, 2 * h, 2 * w, c
+        )
         if not self.time:
             return x
         # The convolution is per frame, so frames are repeated after it.
@@ -203,6 +237,7 @@ class _Upsample(nn.Module):
 
 class _Stage(nn.Module):
     """Resnets of one width, then, if it has one, a change of size."""
+
     cfg: VAEConfig
     features: int
     resnets: int
@@ -217,6 +252,7 @@ class _Stage(nn.Module):
 
 class Encoder(nn.Module):
     """One chunk of pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2C], mean and log-variance."""
+
     cfg: VAEConfig
 
     @nn.compact
@@ -224,9 +260,13 @@ class Encoder(nn.Module):
         cfg, widths = self.cfg, self.cfg.block_out_channels
         x = _CausalConv(widths[0], cfg.dtype, name='conv_in')(x.astype(cfg.dtype))
         for i, width in enumerate(widths):
-            down = functools.partial(_Downsample, cfg, i < cfg.temporal_levels, name='downsamplers_0')
+            down = functools.partial(
+                _Downsample, cfg, i < cfg.temporal_levels, name='downsamplers_0'
+            )
             last = i + 1 == len(widths)
-            x = _Stage(cfg, width, cfg.layers_per_block, None if last else down, name=f'down_blocks_{i}')(x)
+            x = _Stage(
+                cfg, width, cfg.layers_per_block, None if last else down, name=f'down_blocks_{i}'
+            )(x)
         x = _Stage(cfg, widths[-1], 2, name='mid_block')(x)
         conv_out = _CausalConv(2 * cfg.latent_channels, cfg.dtype, name='conv_out')
         return conv_out(x, *_activation(cfg, 'norm_out', x, None))
@@ -234,6 +274,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """One chunk of latents [B, T, h, w, C] to pixels [B, T', 8h, 8w, 3]; `first` is the first chunk of a scene."""
+
     cfg: VAEConfig
 
     @nn.compact
@@ -242,21 +283,28 @@ class Decoder(nn.Module):
         x = _CausalConv(widths[0], cfg.dtype, name='conv_in')(z)
         x = _Stage(cfg, widths[0], 2, name='mid_block')(x, z)
         for i, width in enumerate(widths):
-            up = functools.partial(_Upsample, cfg, i < cfg.temporal_levels, first, name='upsamplers_0')
+            up = functools.partial(
+                _Upsample, cfg, i < cfg.temporal_levels, first, name='upsamplers_0'
+            )
             last = i + 1 == len(widths)
-            x = _Stage(cfg, width, cfg.layers_per_block + 1, None if last else up, name=f'up_blocks_{i}')(x, z)
-        return _CausalConv(cfg.out_channels, cfg.dtype, name='conv_out')(x, *_activation(cfg, 'norm_out', x, z))
+            x = _Stage(
+                cfg, width, cfg.layers_per_block + 1, None if last else up, name=f'up_blocks_{i}'
+            )(x, z)
+        return _CausalConv(cfg.out_channels, cfg.dtype, name='conv_out')(
+            x, *_activation(cfg, 'norm_out', x, z)
+        )
 
 
 class VAE(nn.Module):
     """Encoder and decoder of one chunk; `encode` and `decode` below run whole scenes."""
+
     cfg: VAEConfig
 
     def setup(self):
         self.encoder, self.decoder = Encoder(self.cfg), Decoder(self.cfg)
 
     def __call__(self, x):
-        return self.decoder(self.encoder(x)[..., :self.cfg.latent_channels], True)
+        return self.decoder(self.encoder(x)[..., : self.cfg.latent_channels], True)
 
     def encode_chunk(self, x, first: bool):
         """Moments of one chunk; the encoder's graph does not depend on `first`."""
@@ -269,7 +317,9 @@ class VAE(nn.Module):
 
 
 def _apply_chunk(cfg: VAEConfig, method: str, params, cache, x, first: bool):
-    out, updated = VAE(cfg).apply({'params': params, 'cache': cache}, x, first, method=method, mutable='cache')
+    out, updated = VAE(cfg).apply(
+        {'params': params, 'cache': cache}, x, first, method=method, mutable='cache'
+    )
     return out.astype(jnp.float32), updated['cache']
 
 
@@ -279,8 +329,12 @@ def _run_chunk():
     # The CPU's default order of operations starts all loops' outputs at once: 21 GB instead of 9 at 480x720.
     on_cpu = jax.default_backend() == 'cpu'
     options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if on_cpu else None
-    return jax.jit(_apply_chunk, static_argnames=('cfg', 'method', 'first'), donate_argnames='cache',
-                   compiler_options=options)
+    return jax.jit(
+        _apply_chunk,
+        static_argnames=('cfg', 'method', 'first'),
+        donate_argnames='cache',
+        compiler_options=options,
+    )
 
 
 def _run_scene(cfg: VAEConfig, method: str, params, x, borders) -> np.ndarray:
@@ -327,14 +381,18 @@ def encode(cfg: VAEConfig, params, pixels, tiling: bool = False) -> tuple[np.nda
       ValueError: if the size is no multiple of cfg.spatial_factor.
     """
     _check_size(cfg, pixels.shape)
-    run = functools.partial(_run_scene, cfg, 'encode_chunk', params, borders=encode_borders(pixels.shape[1]))
+    run = functools.partial(
+        _run_scene, cfg, 'encode_chunk', params, borders=encode_borders(pixels.shape[1])
+    )
     factor = cfg.spatial_factor
     moments = _tiled(run, pixels, _tile_size(cfg), lambda n: n // factor) if tiling else run(pixels)
     mean, logvar = np.split(moments, 2, axis=-1)
     return mean, np.clip(logvar, -30.0, 20.0)
 
 
-def decode(cfg: VAEConfig, params, latents, tiling: bool = False, rule: str = 'reference') -> np.ndarray:
+def decode(
+    cfg: VAEConfig, params, latents, tiling: bool = False, rule: str = 'reference'
+) -> np.ndarray:
     """Pixels of one scene.
 
     Args:
@@ -349,7 +407,9 @@ def decode(cfg: VAEConfig, params, latents, tiling: bool = False, rule: str = 'r
     """
     if rule not in DECODE_RULES:
         raise ValueError(f'Decode rule {rule!r} is unknown: use one of {", ".join(DECODE_RULES)}.')
-    run = functools.partial(_run_scene, cfg, 'decode_chunk', params, borders=decode_borders(latents.shape[1], rule))
+    run = functools.partial(
+        _run_scene, cfg, 'decode_chunk', params, borders=decode_borders(latents.shape[1], rule)
+    )
     if not tiling:
         return run(latents)
     factor = cfg.spatial_factor
@@ -370,14 +430,18 @@ def check_tiling(cfg: VAEConfig) -> None:
     for name, tile, share in zip(('height', 'width'), _tile_size(cfg), _TILE_OVERLAP):
         latents = tile // cfg.spatial_factor
         if int(latents * (1 - share)) * cfg.spatial_factor != tile - int(tile * share):
-            raise ValueError(f'The VAE cannot run in tiles: half of its sample_{name}, {tile} pixels, does not overlap '
-                             f'by {share:.3f} in whole latents.')
+            raise ValueError(
+                f'The VAE cannot run in tiles: half of its sample_{name}, {tile} pixels, does not overlap '
+                f'by {share:.3f} in whole latents.'
+            )
 
 
 def _check_size(cfg: VAEConfig, shape) -> None:
     if shape[2] % cfg.spatial_factor or shape[3] % cfg.spatial_factor:
-        raise ValueError(f'The VAE cannot code frames of {shape[2]}x{shape[3]} pixels: height and width must be '
-                         f'multiples of {cfg.spatial_factor}.')
+        raise ValueError(
+            f'The VAE cannot code frames of {shape[2]}x{shape[3]} pixels: height and width must be '
+            f'multiples of {cfg.spatial_factor}.'
+        )
 
 
 def _tiled(run, x, tile, scale) -> np.ndarray:
@@ -396,13 +460,13 @@ def _tiled(run, x, tile, scale) -> np.ndarray:
     for top in range(0, x.shape[2], steps[0]):
         row = []
         for left in range(0, x.shape[3], steps[1]):
-            y = run(x[:, :, top:top + tile[0], left:left + tile[1]])
+            y = run(x[:, :, top : top + tile[0], left : left + tile[1]])
             if above:
                 _cross_fade(above[len(row)], y, fades[0], axis=2)
             if row:
                 _cross_fade(row[-1], y, fades[1], axis=3)
             row.append(y)
-        strips.append(np.concatenate([y[:, :, :keep[0], :keep[1]] for y in row], axis=3))
+        strips.append(np.concatenate([y[:, :, : keep[0], : keep[1]] for y in row], axis=3))
         above = row
     return np.concatenate(strips, axis=2)
 
@@ -410,7 +474,9 @@ def _tiled(run, x, tile, scale) -> np.ndarray:
 def _cross_fade(before, after, length: int, axis: int) -> None:
     """Fades the end of `before` linearly into the start of `after`, in place."""
     length = min(length, before.shape[axis], after.shape[axis])
-    weight = (np.arange(length, dtype=np.float32) / length).reshape((length,) + (1,) * (after.ndim - axis - 1))
+    weight = (np.arange(length, dtype=np.float32) / length).reshape(
+        (length,) + (1,) * (after.ndim - axis - 1)
+    )
     head = after[(slice(None),) * axis + (slice(length),)]
     tail = before[(slice(None),) * axis + (slice(before.shape[axis] - length, None),)]
     head[...] = tail * (1 - weight) + head * weight

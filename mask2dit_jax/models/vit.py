@@ -2,6 +2,7 @@
 
 CLIP, DINOv2 (also with registers) and VideoMAE are configurations of it; mask2dit_jax.evaluation.feature_encoders reads their folders.
 """
+
 import dataclasses
 import functools
 
@@ -10,8 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ACTIVATIONS = {'gelu': functools.partial(nn.gelu, approximate=False), 'gelu_pytorch_tanh': nn.gelu,
-               'gelu_new': nn.gelu, 'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x)}
+ACTIVATIONS = {
+    'gelu': functools.partial(nn.gelu, approximate=False),
+    'gelu_pytorch_tanh': nn.gelu,
+    'gelu_new': nn.gelu,
+    'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Blocks:
       biases: which of the projections q, k, v have one.
       layer_scale: whether each branch is scaled per channel.
     """
+
     width: int
     layers: int
     heads: int
@@ -56,6 +62,7 @@ class ViTConfig:
       norm_eps: of that norm.
       project: width of the feature if it is projected.
     """
+
     blocks: Blocks
     image_size: int
     patch_size: int
@@ -74,6 +81,7 @@ class ViTConfig:
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """CLIP's encoder of captions: causal blocks, the last token's state projected to `project`."""
+
     blocks: Blocks
     vocab_size: int
     length: int
@@ -91,11 +99,18 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x):
         cfg = self.cfg
-        scale = ((lambda name: self.param(name, nn.initializers.ones, (cfg.width,))) if cfg.layer_scale
-                 else lambda name: 1)
+        scale = (
+            (lambda name: self.param(name, nn.initializers.ones, (cfg.width,)))
+            if cfg.layer_scale
+            else lambda name: 1
+        )
         h = _norm(cfg.eps, 'norm1')(x)
-        q, k, v = (nn.Dense(cfg.width, use_bias=n in cfg.biases, name=n)(h).reshape(*h.shape[:2], cfg.heads, -1)
-                   for n in 'qkv')
+        q, k, v = (
+            nn.Dense(cfg.width, use_bias=n in cfg.biases, name=n)(h).reshape(
+                *h.shape[:2], cfg.heads, -1
+            )
+            for n in 'qkv'
+        )
         h = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(h.shape)
         x = x + scale('scale1') * nn.Dense(cfg.width, name='out')(h)
         h = _norm(cfg.eps, 'norm2')(x)
@@ -108,7 +123,9 @@ class _Block(nn.Module):
 
 
 def _run_blocks(cfg: Blocks, x, causal: bool = False):
-    scanned = nn.scan(_Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=cfg.layers)
+    scanned = nn.scan(
+        _Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=cfg.layers
+    )
     return scanned(cfg, causal, name='blocks')(x)[0]
 
 
@@ -123,8 +140,11 @@ def bicubic_matrix(size: int, new_size: int, antialias: bool) -> np.ndarray:
     reach = int(np.ceil(2 * stretch)) + 1
     taps = np.floor(centers).astype(int)[:, None] + np.arange(-reach, reach + 1)
     x = np.abs(taps - centers[:, None]) / stretch
-    kernel = np.where(x < 1, (a + 2) * x**3 - (a + 3) * x**2 + 1,
-                      np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0))
+    kernel = np.where(
+        x < 1,
+        (a + 2) * x**3 - (a + 3) * x**2 + 1,
+        np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0),
+    )
     if antialias:
         kernel = kernel * ((taps >= 0) & (taps < size))
     matrix = np.zeros((new_size, size))
@@ -140,6 +160,7 @@ def _sincos(count: int, width: int) -> np.ndarray:
 
 class ViT(nn.Module):
     """Normalised pixels float32 [B, F, H, W, 3] to features [B, D]."""
+
     cfg: ViTConfig
 
     @nn.compact
@@ -154,10 +175,14 @@ class ViT(nn.Module):
             x = x + _sincos(x.shape[1], width)
         else:
             side = cfg.image_size // cfg.patch_size
-            table = self.param('positions', nn.initializers.normal(0.02), (cfg.class_token + side**2, width))
-            x = x + self._resized(table[-side**2:], side, grid[1:])
+            table = self.param(
+                'positions', nn.initializers.normal(0.02), (cfg.class_token + side**2, width)
+            )
+            x = x + self._resized(table[-(side**2) :], side, grid[1:])
             if cfg.class_token:
-                special.append(self.param('class_token', nn.initializers.zeros, (width,))[None] + table[:1])
+                special.append(
+                    self.param('class_token', nn.initializers.zeros, (width,))[None] + table[:1]
+                )
         if cfg.registers:
             special.append(self.param('registers', nn.initializers.zeros, (cfg.registers, width)))
         special = jnp.concatenate(special)
@@ -176,20 +201,32 @@ class ViT(nn.Module):
         if grid == (side, side):
             return table
         if self.cfg.positions == 'fixed':
-            raise ValueError(f'A grid of {grid} patches does not fit the {side} x {side} of the position table: '
-                             'crop to its size in preprocessor_config.json.')
+            raise ValueError(
+                f'A grid of {grid} patches does not fit the {side} x {side} of the position table: '
+                'crop to its size in preprocessor_config.json.'
+            )
         rows, cols = (bicubic_matrix(side, n, self.cfg.positions == 'antialiased') for n in grid)
-        return jnp.einsum('yi,xj,ijd->yxd', rows, cols, table.reshape(side, side, -1)).reshape(-1, table.shape[-1])
+        return jnp.einsum('yi,xj,ijd->yxd', rows, cols, table.reshape(side, side, -1)).reshape(
+            -1, table.shape[-1]
+        )
 
 
 class TextTransformer(nn.Module):
     """Token ids int32 [B, M] and the position of each caption's last token [B] to features [B, project]."""
+
     cfg: TextConfig
 
     @nn.compact
     def __call__(self, ids, last):
         cfg, width = self.cfg, self.cfg.blocks.width
         x = nn.Embed(cfg.vocab_size, width, name='tokens')(ids)
-        x = x + self.param('positions', nn.initializers.normal(0.02), (cfg.length, width))[:ids.shape[1]]
+        x = (
+            x
+            + self.param('positions', nn.initializers.normal(0.02), (cfg.length, width))[
+                : ids.shape[1]
+            ]
+        )
         x = _run_blocks(cfg.blocks, x, causal=True)[jnp.arange(len(ids)), last]
-        return nn.Dense(cfg.project, use_bias=False, name='project')(_norm(cfg.blocks.eps, 'norm')(x))
+        return nn.Dense(cfg.project, use_bias=False, name='project')(
+            _norm(cfg.blocks.eps, 'norm')(x)
+        )

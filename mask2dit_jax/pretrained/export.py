@@ -1,4 +1,5 @@
 """Writes model folders: released ones to Orbax and back, and the EMA of a training run."""
+
 import dataclasses
 import functools
 import json
@@ -27,11 +28,15 @@ def export_params(kind: str, cfg, params) -> dict[str, tensor_io.Tensor]:
       cfg: its configuration.
       params: nested dict of arrays, or of weights.open_orbax's.
     """
-    flat = {tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    flat = {
+        tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
     tensors = {}
     for e in names_lib.parameter_entries(kind, cfg):
         leaf = flat[e.path]
-        dtype = leaf.dtype.numpy_dtype if hasattr(leaf.dtype, 'numpy_dtype') else np.dtype(leaf.dtype)
+        dtype = (
+            leaf.dtype.numpy_dtype if hasattr(leaf.dtype, 'numpy_dtype') else np.dtype(leaf.dtype)
+        )
         for i, name in enumerate(e.names):
             read = functools.partial(_read_layer, e, leaf, i)
             tensors[name] = tensor_io.Tensor(e.shape, dtype, read)
@@ -48,6 +53,7 @@ def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:
     entries, tensors = names_lib.matched_tensors(kind, cfg, tensor_io.open_safetensors(source))
     count = sum(int(np.prod(e.shape)) * len(e.names) for e in entries)
     with tqdm.tqdm(total=count, desc=kind, unit='parameter', unit_scale=True) as bar:
+
         def read(entry, name):
             bar.update(int(np.prod(entry.shape)))
             return entry.ours(tensors[name])
@@ -55,14 +61,20 @@ def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:
         def leaf(entry):
             dtypes = sorted({np.dtype(tensors[n].dtype).name for n in entry.names})
             if len(dtypes) > 1:
-                raise ValueError(f'{source} holds layers of one tensor in different dtypes ({", ".join(dtypes)}): '
-                                 f'{entry.names[0]} and its like.')
+                raise ValueError(
+                    f'{source} holds layers of one tensor in different dtypes ({", ".join(dtypes)}): '
+                    f'{entry.names[0]} and its like.'
+                )
             layer = tuple(entry.flat[i] for i in entry.axes)
             shape = (len(entry.names), *layer) if entry.stacked else layer
             parts = tuple(functools.partial(read, entry, n) for n in entry.names)
-            return tensor_io.Leaf(shape, np.dtype(tensors[entry.names[0]].dtype), parts, entry.stacked)
+            return tensor_io.Leaf(
+                shape, np.dtype(tensors[entry.names[0]].dtype), parts, entry.stacked
+            )
 
-        tensor_io.write_orbax(target / 'params', traverse_util.unflatten_dict({e.path: leaf(e) for e in entries}))
+        tensor_io.write_orbax(
+            target / 'params', traverse_util.unflatten_dict({e.path: leaf(e) for e in entries})
+        )
     shutil.copyfile(source / 'config.json', target / 'config.json')
     return count
 
@@ -71,12 +83,19 @@ def _to_safetensors(kind: str, tensors: dict[str, tensor_io.Tensor], target: pat
     """One network's tensors to .safetensors in `target`; returns the number of parameters."""
     count = sum(int(np.prod(t.shape)) for t in tensors.values())
     with tqdm.tqdm(total=count, desc=kind, unit='parameter', unit_scale=True) as bar:
+
         def read(tensor):
             bar.update(int(np.prod(tensor.shape)))
             return tensor.read()
 
-        tensor_io.write_safetensors(target, names_lib.NETWORKS[kind].stem, {
-            n: dataclasses.replace(t, read=functools.partial(read, t)) for n, t in tensors.items()})
+        tensor_io.write_safetensors(
+            target,
+            names_lib.NETWORKS[kind].stem,
+            {
+                n: dataclasses.replace(t, read=functools.partial(read, t))
+                for n, t in tensors.items()
+            },
+        )
     return count
 
 
@@ -95,9 +114,13 @@ def _run_tensors(run: pathlib.Path, cfg: config_lib.Config) -> dict[str, tensor_
     elif (folder / 'transformer/params').is_dir():
         base = _orbax_tensors('transformer', cfg.model, folder / 'transformer/params')
     else:
-        base = names_lib.matched_tensors('transformer', cfg.model, tensor_io.open_safetensors(folder / 'transformer'))[1]
+        base = names_lib.matched_tensors(
+            'transformer', cfg.model, tensor_io.open_safetensors(folder / 'transformer')
+        )[1]
     tree = traverse_util.unflatten_dict(tensor_io.open_orbax(run / 'ema'))
-    return lora_files.merge_tensors(base, tree, cfg.lora, names_lib.parameter_entries('transformer', cfg.model))
+    return lora_files.merge_tensors(
+        base, tree, cfg.lora, names_lib.parameter_entries('transformer', cfg.model)
+    )
 
 
 def _export_run(run: pathlib.Path, target: pathlib.Path) -> dict[str, int]:
@@ -106,10 +129,17 @@ def _export_run(run: pathlib.Path, target: pathlib.Path) -> dict[str, int]:
     config, folder = names_lib.transformer_json(cfg.model), target / 'transformer'
     counts = {'transformer': _to_safetensors('transformer', _run_tensors(run, cfg), folder)}
     if cfg.lora.rank:
-        counts['LoRA'] = lora_files.write_lora(target, cfg.model, traverse_util.unflatten_dict(tensor_io.open_orbax(run / 'ema')), cfg.lora)
+        counts['LoRA'] = lora_files.write_lora(
+            target,
+            cfg.model,
+            traverse_util.unflatten_dict(tensor_io.open_orbax(run / 'ema')),
+            cfg.lora,
+        )
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     (target / 'scheduler').mkdir(exist_ok=True)
-    (target / 'scheduler/scheduler_config.json').write_text(json.dumps(names_lib.schedule_json(cfg.schedule), indent=2) + '\n')
+    (target / 'scheduler/scheduler_config.json').write_text(
+        json.dumps(names_lib.schedule_json(cfg.schedule), indent=2) + '\n'
+    )
     return counts
 
 
@@ -134,7 +164,9 @@ def convert_folder(source, target) -> dict[str, int]:
     run = source if (source / 'ema').is_dir() else None
     if not found and run is None:
         if not checkpoint.folders(source):
-            raise FileNotFoundError(f'{source} holds neither {", ".join(k + "/" for k in names_lib.NETWORKS)} nor checkpoints.')
+            raise FileNotFoundError(
+                f'{source} holds neither {", ".join(k + "/" for k in names_lib.NETWORKS)} nor checkpoints.'
+            )
         run = checkpoint.folders(source)[-1]
     if run is not None:
         return _export_run(run, target)
@@ -143,7 +175,9 @@ def convert_folder(source, target) -> dict[str, int]:
         folder = target / kind
         folder.mkdir(parents=True)
         if (source / kind / 'params').is_dir():
-            tensors = _orbax_tensors(kind, load_lib.read_config(kind, source / kind), source / kind / 'params')
+            tensors = _orbax_tensors(
+                kind, load_lib.read_config(kind, source / kind), source / kind / 'params'
+            )
             counts[kind] = _to_safetensors(kind, tensors, folder)
             shutil.copyfile(source / kind / 'config.json', folder / 'config.json')
         else:

@@ -22,6 +22,7 @@ As a command it converts a whole model folder to Orbax, which loads faster, and 
 A run with LoRA gives both: transformer/ with LoRA merged into its base, and pytorch_lora_weights.safetensors, the LoRA
 alone, for diffusers' load_lora_weights and for `sample --lora`.
 """
+
 import dataclasses
 import functools
 import json
@@ -41,13 +42,17 @@ from mask2dit_jax.pretrained import names as names_lib
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(stack, layer, i):
     # As integers: XLA's CPU backend copies bfloat16 twenty times slower.
-    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=f'uint{8 * stack.dtype.itemsize}')
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_index_in_dim(bits(stack), bits(layer), i, 0),
-                                        stack.dtype)
+    bits = functools.partial(
+        jax.lax.bitcast_convert_type, new_dtype=f'uint{8 * stack.dtype.itemsize}'
+    )
+    return jax.lax.bitcast_convert_type(
+        jax.lax.dynamic_update_index_in_dim(bits(stack), bits(layer), i, 0), stack.dtype
+    )
 
 
 def _place(entry: names_lib.Entry, tensors: dict, target):
     """One parameter on its devices; the host holds one tensor at a time."""
+
     def put(name, sharding):
         value = entry.ours(tensors[name]).astype(target.dtype)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
@@ -56,7 +61,9 @@ def _place(entry: names_lib.Entry, tensors: dict, target):
         return put(entry.names[0], target.sharding)
     sharding = target.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+        sharding = jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:])
+        )
     stack = jnp.zeros(target.shape, target.dtype, device=target.sharding)
     for i, name in enumerate(entry.names):
         stack = _set_layer(stack, put(name, sharding), i)
@@ -76,15 +83,23 @@ def import_params(kind: str, cfg, tensors: dict, target):
       ValueError: naming every missing, unexpected or wrongly shaped tensor.
     """
     entries, tensors = names_lib.matched_tensors(kind, cfg, tensors)
-    targets = {tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(target)}
-    return traverse_util.unflatten_dict({e.path: _place(e, tensors, targets[e.path])
-                    for e in tqdm.tqdm(entries, desc=f'loading {kind}', unit='parameter', delay=3)})
+    targets = {
+        tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(target)
+    }
+    return traverse_util.unflatten_dict(
+        {
+            e.path: _place(e, tensors, targets[e.path])
+            for e in tqdm.tqdm(entries, desc=f'loading {kind}', unit='parameter', delay=3)
+        }
+    )
 
 
 def on_one_device(tree, dtype: str | None = None):
     """`tree` of ShapeDtypeStructs as a target on the first device, optionally in another dtype."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding), tree
+    )
 
 
 def read_config(kind: str, folder, **overrides):
@@ -95,10 +110,13 @@ def read_config(kind: str, folder, **overrides):
     """
     path = pathlib.Path(folder) / 'config.json'
     try:
-        return names_lib.NETWORKS[kind].parse(json.loads(path.read_text(encoding='utf-8')), **overrides)
+        return names_lib.NETWORKS[kind].parse(
+            json.loads(path.read_text(encoding='utf-8')), **overrides
+        )
     except OSError as error:
-        raise FileNotFoundError(f'{path} cannot be read ({error.strerror}): {folder} must be a {kind} folder.'
-                                ) from error
+        raise FileNotFoundError(
+            f'{path} cannot be read ({error.strerror}): {folder} must be a {kind} folder.'
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is no {kind} configuration ({error}).') from error
 
@@ -161,7 +179,9 @@ def load_schedule(file) -> schedule_lib.Schedule:
         raise ValueError(f'{file} is no scheduler configuration ({error}).') from error
     for key, value in names_lib._SCHEDULE_FIXED.items():
         if config.get(key, value) != value:
-            raise ValueError(f'{file} sets {key} to {config[key]!r}: only {value!r} is implemented.')
+            raise ValueError(
+                f'{file} sets {key} to {config[key]!r}: only {value!r} is implemented.'
+            )
     names = {f.name for f in dataclasses.fields(schedule_lib.Schedule)}
     return schedule_lib.Schedule(**{k: v for k, v in config.items() if k in names})
 
@@ -176,6 +196,15 @@ def with_model_from(config: config_lib.Config, folder) -> config_lib.Config:
         schedule, codec = load_schedule(folder / 'scheduler/scheduler_config.json'), 'vae'
     else:
         run = config_lib.load_run(folder)
-        model, schedule, codec = dataclasses.replace(run.model, **kept), run.schedule, run.data.codec
-    return dataclasses.replace(config, init_from=str(folder), model=model, schedule=schedule,
-                               data=dataclasses.replace(config.data, codec=codec))
+        model, schedule, codec = (
+            dataclasses.replace(run.model, **kept),
+            run.schedule,
+            run.data.codec,
+        )
+    return dataclasses.replace(
+        config,
+        init_from=str(folder),
+        model=model,
+        schedule=schedule,
+        data=dataclasses.replace(config.data, codec=codec),
+    )

@@ -1,4 +1,5 @@
 """LoRA files of diffusers and PEFT."""
+
 import functools
 import json
 import pathlib
@@ -15,10 +16,20 @@ STEM = 'pytorch_lora_weights'  # of the file that diffusers looks for
 _PREFIX = 'transformer.'
 _METADATA = 'lora_adapter_metadata'
 # Settings of PEFT that would change the numbers: any value but these is refused.
-_PEFT_FIXED = {'rank_pattern': ({}, None), 'alpha_pattern': ({}, None), 'use_dora': (False,), 'use_rslora': (False,),
-               'lora_bias': (False,), 'bias': ('none',), 'use_qalora': (False,), 'layer_replication': (None,),
-               'modules_to_save': (None, []), 'target_parameters': (None, []), 'trainable_token_indices': (None,),
-               'init_lora_weights': (True, False, 'gaussian')}
+_PEFT_FIXED = {
+    'rank_pattern': ({}, None),
+    'alpha_pattern': ({}, None),
+    'use_dora': (False,),
+    'use_rslora': (False,),
+    'lora_bias': (False,),
+    'bias': ('none',),
+    'use_qalora': (False,),
+    'layer_replication': (None,),
+    'modules_to_save': (None, []),
+    'target_parameters': (None, []),
+    'trainable_token_indices': (None,),
+    'init_lora_weights': (True, False, 'gaussian'),
+}
 
 
 def _pairs(tree, entries):
@@ -39,15 +50,23 @@ def merge_tensors(base: dict, tree, cfg: lora.LoraConfig, entries) -> dict[str, 
       cfg: rank and alpha.
       entries: convert's entries of the transformer.
     """
+
     def read(entry, name, a, b, i):
         a, b = (np.asarray(x[i] if entry.stacked else x) for x in (a, b))
-        return entry.theirs(lora.merge_kernel(entry.ours(np.asarray(base[name], np.float32)), a, b, lora.scale(cfg)))
+        return entry.theirs(
+            lora.merge_kernel(entry.ours(np.asarray(base[name], np.float32)), a, b, lora.scale(cfg))
+        )
 
     f32 = np.dtype(np.float32)
-    tensors = {n: tensor_io.Tensor(t.shape, f32, functools.partial(np.asarray, t, f32)) for n, t in base.items()}
+    tensors = {
+        n: tensor_io.Tensor(t.shape, f32, functools.partial(np.asarray, t, f32))
+        for n, t in base.items()
+    }
     for e, a, b in _pairs(tree, entries):
         for i, name in enumerate(e.names):
-            tensors[name] = tensor_io.Tensor(e.shape, f32, functools.partial(read, e, name, a, b, i))
+            tensors[name] = tensor_io.Tensor(
+                e.shape, f32, functools.partial(read, e, name, a, b, i)
+            )
     return tensors
 
 
@@ -73,9 +92,19 @@ def write_file(folder, tree, cfg: lora.LoraConfig, entries) -> int:
             modules.append(_module(name))
             for (kind, shape), x in zip(shapes.items(), pair):
                 tensors[f'{_PREFIX}{_module(name)}.lora_{kind}.weight'] = tensor_io.Tensor(
-                    shape, np.dtype(np.float32), functools.partial(_theirs, x[i] if e.stacked else x, shape))
-    peft = {'r': cfg.rank, 'lora_alpha': cfg.alpha or cfg.rank, 'target_modules': modules, 'rank_pattern': {},
-            'alpha_pattern': {}, 'use_dora': False, 'lora_bias': False}
+                    shape,
+                    np.dtype(np.float32),
+                    functools.partial(_theirs, x[i] if e.stacked else x, shape),
+                )
+    peft = {
+        'r': cfg.rank,
+        'lora_alpha': cfg.alpha or cfg.rank,
+        'target_modules': modules,
+        'rank_pattern': {},
+        'alpha_pattern': {},
+        'use_dora': False,
+        'lora_bias': False,
+    }
     metadata = {_METADATA: json.dumps({_PREFIX + k: v for k, v in peft.items()})}
     size = sum(int(np.prod(t.shape)) for t in tensors.values())
     # In one part: diffusers reads one file.
@@ -109,15 +138,20 @@ def read_file(path, entries):
     used = {known[m[1]].path: known[m[1]] for m in parts.values() if m and m[1] in known}
     rank = next((t.shape[0] for n, t in tensors.items() if '.lora_A.' in n and t.shape), 0)
     if not used or not rank:
-        raise ValueError(f'{path} holds no LoRA tensors of this transformer, e.g. '
-                         f'{_PREFIX}{next(iter(known))}.lora_A.weight.')
+        raise ValueError(
+            f'{path} holds no LoRA tensors of this transformer, e.g. '
+            f'{_PREFIX}{next(iter(known))}.lora_A.weight.'
+        )
     tree = {}
     for e in used.values():
         for kind, shape in _shapes(e, rank).items():
             names = [f'{_module(n)}.lora_{kind}.weight' for n in e.names]
             problems += [f'missing {n}' for n in names if n not in tensors]
-            problems += [f'{n} has shape {tuple(tensors[n].shape)}, expected {shape}' for n in names
-                         if n in tensors and tuple(tensors[n].shape) != shape]
+            problems += [
+                f'{n} has shape {tuple(tensors[n].shape)}, expected {shape}'
+                for n in names
+                if n in tensors and tuple(tensors[n].shape) != shape
+            ]
             if not problems:
                 values = [np.asarray(tensors[n], np.float32).reshape(shape[0], -1).T for n in names]
                 tree[*e.path[:-1], f'lora_{kind}'] = np.stack(values) if e.stacked else values[0]
@@ -128,16 +162,21 @@ def read_file(path, entries):
 
 def _alpha(path, metadata: dict, rank: int) -> float:
     try:
-        peft = {k.removeprefix(_PREFIX): v for k, v in json.loads(metadata.get(_METADATA, '{}')).items()}
+        peft = {
+            k.removeprefix(_PREFIX): v for k, v in json.loads(metadata.get(_METADATA, '{}')).items()
+        }
         alpha = float(peft.get('lora_alpha', rank))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} has damaged {_METADATA} ({error}): save it again.') from error
     for key, allowed in ({'r': (rank,)} | _PEFT_FIXED).items():
         if key in peft and peft[key] not in allowed:
-            raise ValueError(f'{path} was made with {key} {peft[key]!r}: only {allowed[0]!r} is implemented.')
+            raise ValueError(
+                f'{path} was made with {key} {peft[key]!r}: only {allowed[0]!r} is implemented.'
+            )
     if not 0 < alpha < np.inf:
         raise ValueError(f'{path} has lora_alpha {alpha}: it must be positive and finite.')
     return alpha
+
 
 def write_lora(folder, cfg: dit.DiTConfig, tree, lora_cfg: lora.LoraConfig) -> int:
     """Writes a transformer's LoRA tensors as diffusers does (see lora.write_file)."""

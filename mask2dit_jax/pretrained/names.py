@@ -1,4 +1,5 @@
 """The names, shapes and configurations of released networks, beside ours."""
+
 import dataclasses
 import functools
 import re
@@ -13,38 +14,85 @@ from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.models import dit, t5, vae
 
 # config.json keys that DiTConfig takes over under the same name.
-_SAME = ('num_layers', 'num_attention_heads', 'attention_head_dim', 'in_channels', 'out_channels', 'text_embed_dim',
-         'time_embed_dim', 'max_text_seq_length', 'patch_size', 'patch_size_t', 'patch_bias', 'sample_height',
-         'sample_width', 'sample_frames', 'temporal_compression_ratio', 'flip_sin_to_cos', 'freq_shift',
-         'attention_bias', 'norm_elementwise_affine', 'norm_eps', 'spatial_interpolation_scale',
-         'temporal_interpolation_scale')
-_RENAMED = {'use_rotary_positional_embeddings': 'rotary', 'use_learned_positional_embeddings': 'learned_positions'}
+_SAME = (
+    'num_layers',
+    'num_attention_heads',
+    'attention_head_dim',
+    'in_channels',
+    'out_channels',
+    'text_embed_dim',
+    'time_embed_dim',
+    'max_text_seq_length',
+    'patch_size',
+    'patch_size_t',
+    'patch_bias',
+    'sample_height',
+    'sample_width',
+    'sample_frames',
+    'temporal_compression_ratio',
+    'flip_sin_to_cos',
+    'freq_shift',
+    'attention_bias',
+    'norm_elementwise_affine',
+    'norm_eps',
+    'spatial_interpolation_scale',
+    'temporal_interpolation_scale',
+)
+_RENAMED = {
+    'use_rotary_positional_embeddings': 'rotary',
+    'use_learned_positional_embeddings': 'learned_positions',
+}
 _PATTERNS = {2: 'dual', 5: 'full'}
 # What the networks are built for; any other value is refused. Then keys without meaning for the forward pass.
-_DIT_FIXED = {'activation_fn': 'gelu-approximate', 'timestep_activation_fn': 'silu', 'ofs_embed_dim': None}
+_DIT_FIXED = {
+    'activation_fn': 'gelu-approximate',
+    'timestep_activation_fn': 'silu',
+    'ofs_embed_dim': None,
+}
 _DIT_UNUSED = {'dropout', 'add_noise_in_inpaint_model'}
-_VAE_FIXED = {'act_fn': 'silu', 'shift_factor': None, 'latents_mean': None, 'latents_std': None,
-              'use_quant_conv': False, 'use_post_quant_conv': False, 'invert_scale_latents': False}
+_VAE_FIXED = {
+    'act_fn': 'silu',
+    'shift_factor': None,
+    'latents_mean': None,
+    'latents_std': None,
+    'use_quant_conv': False,
+    'use_post_quant_conv': False,
+    'invert_scale_latents': False,
+}
 _VAE_UNUSED = {'force_upcast'}
 _T5_FIXED = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu'}
 # What the reference's classes take for a key that config.json leaves out, where our own default differs.
-_DIT_OMITTED = {'num_attention_heads': 30, 'num_layers': 30, 'use_rotary_positional_embeddings': False}
+_DIT_OMITTED = {
+    'num_attention_heads': 30,
+    'num_layers': 30,
+    'use_rotary_positional_embeddings': False,
+}
 _VAE_OMITTED = {'scaling_factor': 1.15258426}
-_T5_OMITTED = {'d_model': 512, 'd_ff': 2048, 'num_layers': 6, 'num_heads': 8, 'feed_forward_proj': 'relu'}
+_T5_OMITTED = {
+    'd_model': 512,
+    'd_ff': 2048,
+    'num_layers': 6,
+    'num_heads': 8,
+    'feed_forward_proj': 'relu',
+}
 
 
 def _refuse_other(config: dict, fixed: dict, what: str) -> None:
     """Takes the keys of `fixed` out of config; any other value than the one there is an error."""
     for key, value in fixed.items():
         if config.pop(key, value) != value:
-            raise ValueError(f'{what} config.json sets {key} to something other than {value!r}, which is all we '
-                             'implement.')
+            raise ValueError(
+                f'{what} config.json sets {key} to something other than {value!r}, which is all we '
+                'implement.'
+            )
 
 
 def _refuse_unknown(config: dict, unused: set, what: str) -> None:
     unknown = sorted(set(config) - unused)
     if unknown:
-        raise ValueError(f'{what} config.json has keys that are not known here: {", ".join(unknown)}.')
+        raise ValueError(
+            f'{what} config.json has keys that are not known here: {", ".join(unknown)}.'
+        )
 
 
 def _public(config: dict, omitted: dict) -> dict:
@@ -64,10 +112,14 @@ def transformer_config(config: dict, **overrides) -> dit.DiTConfig:
     fields |= {ours: config.pop(theirs) for theirs, ours in _RENAMED.items() if theirs in config}
     version = config.pop('attn_msk_version', 2)
     if version not in _PATTERNS:
-        raise ValueError(f'attn_msk_version {version} is not implemented: 2 is the dual mask, 5 full attention.')
+        raise ValueError(
+            f'attn_msk_version {version} is not implemented: 2 is the dual mask, 5 full attention.'
+        )
     _refuse_other(config, _DIT_FIXED, 'Transformer')
     _refuse_unknown(config, _DIT_UNUSED, 'Transformer')
-    return dit.DiTConfig(**(fields | {'pattern': _PATTERNS[version], 'position_rule': 'reference'} | overrides))
+    return dit.DiTConfig(
+        **(fields | {'pattern': _PATTERNS[version], 'position_rule': 'reference'} | overrides)
+    )
 
 
 def transformer_json(cfg: dit.DiTConfig) -> dict:
@@ -78,15 +130,23 @@ def transformer_json(cfg: dit.DiTConfig) -> dict:
     """
     versions = {pattern: version for version, pattern in _PATTERNS.items()}
     if cfg.pattern not in versions:
-        raise ValueError(f'The reference has no {cfg.pattern!r} mask: only {", ".join(versions)} can be exported.')
+        raise ValueError(
+            f'The reference has no {cfg.pattern!r} mask: only {", ".join(versions)} can be exported.'
+        )
     if cfg.position_rule != 'reference' and (cfg.learned_positions or not cfg.rotary):
-        raise ValueError("This model was trained with position_rule 'continuous' and added positions, which the "
-                         "reference would compute differently: only rotary models, or those of position_rule "
-                         "'reference', can be exported.")
+        raise ValueError(
+            "This model was trained with position_rule 'continuous' and added positions, which the "
+            'reference would compute differently: only rotary models, or those of position_rule '
+            "'reference', can be exported."
+        )
     fixed = {k: v for k, v in _DIT_FIXED.items() if v is not None}
-    return ({'_class_name': 'CogVideoXTransformer3DModel'} | {k: getattr(cfg, k) for k in _SAME} | fixed
-            | {theirs: getattr(cfg, ours) for theirs, ours in _RENAMED.items()}
-            | {'attn_msk_version': versions[cfg.pattern]})
+    return (
+        {'_class_name': 'CogVideoXTransformer3DModel'}
+        | {k: getattr(cfg, k) for k in _SAME}
+        | fixed
+        | {theirs: getattr(cfg, ours) for theirs, ours in _RENAMED.items()}
+        | {'attn_msk_version': versions[cfg.pattern]}
+    )
 
 
 def vae_config(config: dict, **overrides) -> vae.VAEConfig:
@@ -96,12 +156,20 @@ def vae_config(config: dict, **overrides) -> vae.VAEConfig:
       ValueError: for a key that is not known here, or a value this VAE does not implement.
     """
     config = _public(config, _VAE_OMITTED)
-    fields = {f.name: config.pop(f.name) for f in dataclasses.fields(vae.VAEConfig) if f.name in config}
+    fields = {
+        f.name: config.pop(f.name) for f in dataclasses.fields(vae.VAEConfig) if f.name in config
+    }
     if 'block_out_channels' in fields:
         fields['block_out_channels'] = tuple(fields['block_out_channels'])
         levels = len(fields['block_out_channels'])
-        _refuse_other(config, {'down_block_types': ['CogVideoXDownBlock3D'] * levels,
-                               'up_block_types': ['CogVideoXUpBlock3D'] * levels}, 'VAE')
+        _refuse_other(
+            config,
+            {
+                'down_block_types': ['CogVideoXDownBlock3D'] * levels,
+                'up_block_types': ['CogVideoXUpBlock3D'] * levels,
+            },
+            'VAE',
+        )
     _refuse_other(config, _VAE_FIXED, 'VAE')
     _refuse_unknown(config, _VAE_UNUSED, 'VAE')
     if 'temporal_compression_ratio' in fields:
@@ -163,12 +231,18 @@ _T5_NAMES = {
 
 def _dit_inputs(cfg: dit.DiTConfig):
     p, f32 = cfg.patch_size, jnp.float32
-    return (jnp.zeros((1, 1, p * cfg.base_grid[1], p * cfg.base_grid[2], cfg.in_channels), f32),
-            jnp.zeros((1, 1, cfg.max_text_seq_length, cfg.text_embed_dim), f32), jnp.zeros((1, 1), f32), (1,))
+    return (
+        jnp.zeros((1, 1, p * cfg.base_grid[1], p * cfg.base_grid[2], cfg.in_channels), f32),
+        jnp.zeros((1, 1, cfg.max_text_seq_length, cfg.text_embed_dim), f32),
+        jnp.zeros((1, 1), f32),
+        (1,),
+    )
 
 
 def _vae_inputs(cfg: vae.VAEConfig):
-    return (jnp.zeros((1, 1, cfg.spatial_factor, cfg.spatial_factor, cfg.in_channels), jnp.float32),)
+    return (
+        jnp.zeros((1, 1, cfg.spatial_factor, cfg.spatial_factor, cfg.in_channels), jnp.float32),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +257,7 @@ class _Network:
       stem: file name of the weights in a released folder.
       tied: reference names of tensors that a file may hold a second time, with the name that we use.
     """
+
     module: Any
     parse: Callable
     inputs: Callable
@@ -194,10 +269,20 @@ class _Network:
 # By the name of the folder that holds it.
 NETWORKS = {
     'transformer': _Network(dit.DiT, transformer_config, _dit_inputs, _DIT_NAMES.__getitem__),
-    'vae': _Network(vae.VAE, vae_config, _vae_inputs,
-                    lambda module: re.sub(r'_(\d+)', r'.\1', module.replace('/', '.'))),
-    'text_encoder': _Network(t5.T5Encoder, t5_config, lambda cfg: (jnp.zeros((1, 1), jnp.int32),),
-                             _T5_NAMES.__getitem__, 'model', (('encoder.embed_tokens.weight', 'shared.weight'),)),
+    'vae': _Network(
+        vae.VAE,
+        vae_config,
+        _vae_inputs,
+        lambda module: re.sub(r'_(\d+)', r'.\1', module.replace('/', '.')),
+    ),
+    'text_encoder': _Network(
+        t5.T5Encoder,
+        t5_config,
+        lambda cfg: (jnp.zeros((1, 1), jnp.int32),),
+        _T5_NAMES.__getitem__,
+        'model',
+        (('encoder.embed_tokens.weight', 'shared.weight'),),
+    ),
 }
 
 
@@ -220,6 +305,7 @@ class Entry:
 
     theirs.reshape(flat).transpose(axes) is ours, per layer if stacked.
     """
+
     path: tuple[str, ...]
     names: tuple[str, ...]
     stacked: bool
@@ -253,7 +339,9 @@ def parameter_entries(kind: str, cfg) -> list[Entry]:
         if keys == ('patch', 'kernel') and cfg.patch_size_t is None:
             theirs = (flat[0], cfg.in_channels, cfg.patch_size, cfg.patch_size)
         name = NETWORKS[kind].name('/'.join(module)) + suffix
-        names = tuple(name.replace('*', str(i)) for i in range(leaf.shape[0])) if stacked else (name,)
+        names = (
+            tuple(name.replace('*', str(i)) for i in range(leaf.shape[0])) if stacked else (name,)
+        )
         entries.append(Entry(keys, names, stacked, theirs, flat, axes))
     return entries
 
@@ -273,18 +361,28 @@ def matched_tensors(kind: str, cfg, tensors: dict) -> tuple[list[Entry], dict]:
     entries = parameter_entries(kind, cfg)
     want = {n: e.shape for e in entries for n in e.names}
     problems += [f'missing {n}' for n in want if n not in tensors]
-    problems += [f'{n} has shape {tuple(tensors[n].shape)}, expected {shape}' for n, shape in want.items()
-                 if n in tensors and tuple(tensors[n].shape) != shape]
+    problems += [
+        f'{n} has shape {tuple(tensors[n].shape)}, expected {shape}'
+        for n, shape in want.items()
+        if n in tensors and tuple(tensors[n].shape) != shape
+    ]
     problems += [f'unexpected {n}' for n in sorted(set(tensors) - set(want))]
     if problems:
         raise ValueError(f'Checkpoint does not fit its config.json: {"; ".join(problems)}.')
     return entries, tensors
 
 
-_SCHEDULE_FIXED = {'beta_schedule': 'scaled_linear', 'prediction_type': 'v_prediction', 'trained_betas': None,
-                   'clip_sample': False, 'set_alpha_to_one': True}
+_SCHEDULE_FIXED = {
+    'beta_schedule': 'scaled_linear',
+    'prediction_type': 'v_prediction',
+    'trained_betas': None,
+    'clip_sample': False,
+    'set_alpha_to_one': True,
+}
 
 
 def schedule_json(schedule: schedule_lib.Schedule) -> dict:
     """The scheduler_config.json of an exported model."""
-    return {'_class_name': 'CogVideoXDDIMScheduler'} | dataclasses.asdict(schedule) | _SCHEDULE_FIXED
+    return (
+        {'_class_name': 'CogVideoXDDIMScheduler'} | dataclasses.asdict(schedule) | _SCHEDULE_FIXED
+    )

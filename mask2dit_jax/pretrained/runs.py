@@ -1,5 +1,6 @@
 """The parameters of a run: its EMA, and what a run starts from. Of LoRA runs only LoRA tensors are in checkpoints; the
 base is read from where init_from says."""
+
 import dataclasses
 import pathlib
 
@@ -23,7 +24,9 @@ def _ema_target(config: config_lib.Config, target):
 
 
 def _whole(config: config_lib.Config, ema, target):
-    return lora.merge_placed(load_base(config, target), ema, config.lora) if config.lora.rank else ema
+    return (
+        lora.merge_placed(load_base(config, target), ema, config.lora) if config.lora.rank else ema
+    )
 
 
 def restore(path, config: config_lib.Config, target):
@@ -74,15 +77,21 @@ def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
     if not config.lora.rank:
         return config
     if not config.init_from:
-        raise ValueError(f'config.lora.rank is {config.lora.rank}, but there is no base: give a workdir by '
-                         '--config.init_from or a model folder by --checkpoint.')
+        raise ValueError(
+            f'config.lora.rank is {config.lora.rank}, but there is no base: give a workdir by '
+            '--config.init_from or a model folder by --checkpoint.'
+        )
     folder = pathlib.Path(config.init_from)
     if not (folder / 'transformer').is_dir() and folder.parent.name != checkpoint.FOLDER:
         found = checkpoint.folders(folder)
         if not found:
-            raise FileNotFoundError(f'{folder}, the base of LoRA, holds no checkpoint: train it first, or give another '
-                                    'by --config.init_from.')
+            raise FileNotFoundError(
+                f'{folder}, the base of LoRA, holds no checkpoint: train it first, or give another '
+                'by --config.init_from.'
+            )
         folder = found[-1]
     if not folder.is_dir():
-        raise FileNotFoundError(f'{folder}, the base of LoRA, does not exist: give another one by --config.init_from.')
+        raise FileNotFoundError(
+            f'{folder}, the base of LoRA, does not exist: give another one by --config.init_from.'
+        )
     return dataclasses.replace(config, init_from=str(folder))

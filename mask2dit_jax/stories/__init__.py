@@ -1,6 +1,15 @@
 """Stories: a small rendered world with exact scores (world, codec, scores) and its TFDS builder (builder)."""
+
 from mask2dit_jax.stories.builder import Stories, StoriesConfig, StorySource, load
-from mask2dit_jax.stories.codec import Codec, decode, default_codec, encode, fit_codec, load_codec, save_codec
+from mask2dit_jax.stories.codec import (
+    Codec,
+    decode,
+    default_codec,
+    encode,
+    fit_codec,
+    load_codec,
+    save_codec,
+)
 from mask2dit_jax.stories.scores import measure, score, summarize
 from mask2dit_jax.stories.world import (
     ACTIONS,
@@ -22,8 +31,34 @@ from mask2dit_jax.stories.world import (
 )
 
 __all__ = [
-    'ACTIONS', 'BACKGROUNDS', 'BACKGROUND_RGB', 'COLORS', 'COLOR_RGB', 'MOTIONS', 'SHAPES', 'VOCABULARY', 'Codec',
-    'Stories', 'StoriesConfig', 'Story', 'StorySource', 'captions', 'decode', 'default_codec', 'embed_captions',
-    'encode', 'fit_codec', 'load', 'load_codec', 'measure', 'parse_captions', 'render', 'sample_story', 'save_codec',
-    'score', 'story_from_json', 'story_to_json', 'summarize',
+    'ACTIONS',
+    'BACKGROUNDS',
+    'BACKGROUND_RGB',
+    'COLORS',
+    'COLOR_RGB',
+    'MOTIONS',
+    'SHAPES',
+    'VOCABULARY',
+    'Codec',
+    'Stories',
+    'StoriesConfig',
+    'Story',
+    'StorySource',
+    'captions',
+    'decode',
+    'default_codec',
+    'embed_captions',
+    'encode',
+    'fit_codec',
+    'load',
+    'load_codec',
+    'measure',
+    'parse_captions',
+    'render',
+    'sample_story',
+    'save_codec',
+    'score',
+    'story_from_json',
+    'story_to_json',
+    'summarize',
 ]

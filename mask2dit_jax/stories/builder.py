@@ -1,4 +1,5 @@
 """TFDS builder of the stories and `load`, which builds a configuration on first use and checks it on every use."""
+
 import dataclasses
 import hashlib
 import os
@@ -24,6 +25,7 @@ class StoriesConfig(tfds.core.BuilderConfig):
         num_train: examples of the train split.
         num_test: examples of the test split; its combinations are not in train.
     """
+
     name: str = ''
     frames: tuple[int, ...] = (4, 4, 4)
     size_px: int = 16
@@ -34,12 +36,15 @@ class StoriesConfig(tfds.core.BuilderConfig):
         """Derives the name, which is also the name of the folder."""
         self.frames = tuple(self.frames)
         equal = len(set(self.frames)) == 1
-        lengths = f'{len(self.frames)}x{self.frames[0]}' if equal else '-'.join(map(str, self.frames))
+        lengths = (
+            f'{len(self.frames)}x{self.frames[0]}' if equal else '-'.join(map(str, self.frames))
+        )
         self.name = f'{lengths}_{self.size_px}px_{self.num_train}_{self.num_test}'
 
 
 class Stories(tfds.core.GeneratorBasedBuilder):
     """Stories as TFDS examples: the video, and the JSON text from which the Story can be rebuilt."""
+
     VERSION = tfds.core.Version('1.0.0')
     RELEASE_NOTES = {'1.0.0': 'First release.'}  # noqa: RUF012, TFDS wants a dict
 
@@ -50,9 +55,13 @@ class Stories(tfds.core.GeneratorBasedBuilder):
             'index': tfds.features.Scalar(np.int64),
             'story': tfds.features.Text(),
             # bytes: the default encoding stores every number as a separate integer, 10 times slower to read
-            'video': tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES),
+            'video': tfds.features.Tensor(
+                shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+            ),
         }
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download
@@ -60,9 +69,14 @@ class Stories(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         count = num_examples(self.builder_config, split)
-        for index in tqdm.tqdm(range(count), desc=f'stories {self.builder_config.name} {split}', unit='story'):
+        for index in tqdm.tqdm(
+            range(count), desc=f'stories {self.builder_config.name} {split}', unit='story'
+        ):
             story = make_story(self.builder_config, split, index)
-            yield index, {'index': index, 'story': world.story_to_json(story), 'video': world.render(story)}
+            yield (
+                index,
+                {'index': index, 'story': world.story_to_json(story), 'video': world.render(story)},
+            )
 
 
 def num_examples(config: StoriesConfig, split: str) -> int:
@@ -95,7 +109,10 @@ class StorySource:
 
     def __getitem__(self, index):
         example = self._examples[index]
-        return {'video': example['video'], 'story': world.story_from_json(example['story'].decode())}
+        return {
+            'video': example['video'],
+            'story': world.story_from_json(example['story'].decode()),
+        }
 
 
 def _check(examples, config, split, folder):
@@ -103,14 +120,18 @@ def _check(examples, config, split, folder):
     count = num_examples(config, split)
     right = len(examples) == count
     digest = hashlib.sha256(f'stories {Stories.VERSION} {config.name} {split}'.encode())
-    for index in np.unique(np.linspace(0, count - 1, SPOT_CHECKS).astype(int)).tolist() if right else ():
+    for index in (
+        np.unique(np.linspace(0, count - 1, SPOT_CHECKS).astype(int)).tolist() if right else ()
+    ):
         story, example = make_story(config, split, index), examples[index]
         video, text = world.render(story), world.story_to_json(story).encode()
         right = right and example['story'] == text and np.array_equal(example['video'], video)
         digest.update(text + video.tobytes())
     if not right:
-        raise ValueError(f'the stories in {folder} are not those that this version of the code renders; delete this '
-                         f'folder and they are built again.')
+        raise ValueError(
+            f'the stories in {folder} are not those that this version of the code renders; delete this '
+            f'folder and they are built again.'
+        )
     return digest.hexdigest()
 
 
@@ -123,8 +144,15 @@ def _build(builder):
         tfds.enable_progress_bar()
 
 
-def load(data_dir: str | os.PathLike, frames: tuple[int, ...] = (4, 4, 4), split: str = 'train', *, size_px: int = 16,
-         num_train: int = 16384, num_test: int = 512) -> StorySource:
+def load(
+    data_dir: str | os.PathLike,
+    frames: tuple[int, ...] = (4, 4, 4),
+    split: str = 'train',
+    *,
+    size_px: int = 16,
+    num_train: int = 16384,
+    num_test: int = 512,
+) -> StorySource:
     """Opens a split of the stories; builds both splits in `data_dir` first if they are not there.
 
     Args:
@@ -145,6 +173,8 @@ def load(data_dir: str | os.PathLike, frames: tuple[int, ...] = (4, 4, 4), split
     config = StoriesConfig(frames=frames, size_px=size_px, num_train=num_train, num_test=num_test)
     builder = Stories(config=config, data_dir=os.fspath(data_dir), file_format='array_record')
     if not builder.data_path.exists():
-        logging.info('Rendering %d + %d stories to %s (once).', num_train, num_test, builder.data_path)
+        logging.info(
+            'Rendering %d + %d stories to %s (once).', num_train, num_test, builder.data_path
+        )
         _build(builder)
     return StorySource(builder.as_data_source(split), config, split, builder.data_path)

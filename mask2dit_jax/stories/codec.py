@@ -3,6 +3,7 @@
 Component i is scaled by std_i^(-1/2), half way between raw (colours are learnt early, actions late) and whitened (the
 other way round), and all of them by one factor for unit variance overall.
 """
+
 import dataclasses
 import functools
 import os
@@ -27,6 +28,7 @@ class Codec:
         patch_px: height and width of a patch.
         patch_frames: frames of a patch.
     """
+
     mean: np.ndarray
     basis: np.ndarray
     scale: np.ndarray
@@ -38,13 +40,23 @@ def _to_patches(video, patch_px, patch_frames):
     """[..., F, H, W, 3] -> [..., F/pf, H/p, W/p, P]."""
     *batch, frames, height, width, channels = video.shape
     if frames % patch_frames or height % patch_px or width % patch_px:
-        raise ValueError(f'a video of {frames} frames of {height} x {width} px does not divide into patches of '
-                         f'{patch_frames} frames of {patch_px} x {patch_px} px; use multiples.')
-    grid = (frames // patch_frames, patch_frames, height // patch_px, patch_px, width // patch_px, patch_px, channels)
+        raise ValueError(
+            f'a video of {frames} frames of {height} x {width} px does not divide into patches of '
+            f'{patch_frames} frames of {patch_px} x {patch_px} px; use multiples.'
+        )
+    grid = (
+        frames // patch_frames,
+        patch_frames,
+        height // patch_px,
+        patch_px,
+        width // patch_px,
+        patch_px,
+        channels,
+    )
     n = len(batch)
     order = (*range(n), n, n + 2, n + 4, n + 1, n + 3, n + 5, n + 6)
     blocks = video.reshape(*batch, *grid).transpose(order)  # [..., F/pf, H/p, W/p, pf, p, p, 3]
-    return blocks.reshape(*blocks.shape[:n + 3], -1)
+    return blocks.reshape(*blocks.shape[: n + 3], -1)
 
 
 def _to_video(patches, patch_px, patch_frames):
@@ -76,8 +88,12 @@ def fit_codec(videos, components: int = 48, patch_px: int = 4, patch_frames: int
     """
     size = patch_frames * patch_px * patch_px * 3
     if not 1 <= components <= size:
-        raise ValueError(f'{components} components asked of patches of {size} values; use 1 to {size}.')
-    patches = np.concatenate([_to_patches(_to_float(v), patch_px, patch_frames).reshape(-1, size) for v in videos])
+        raise ValueError(
+            f'{components} components asked of patches of {size} values; use 1 to {size}.'
+        )
+    patches = np.concatenate(
+        [_to_patches(_to_float(v), patch_px, patch_frames).reshape(-1, size) for v in videos]
+    )
     mean = patches.mean(0, dtype=np.float64)
     centered = patches - mean
     variance, basis = np.linalg.eigh(centered.T @ centered / len(patches))
@@ -86,7 +102,13 @@ def fit_codec(videos, components: int = 48, patch_px: int = 4, patch_frames: int
     basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(components)])
     std = np.sqrt(np.maximum(variance, 1e-12))
     scale = std**-0.5 / np.sqrt(std.mean())  # variance of component i: std_i / mean(std)
-    return Codec(mean.astype(np.float32), basis.astype(np.float32), scale.astype(np.float32), patch_px, patch_frames)
+    return Codec(
+        mean.astype(np.float32),
+        basis.astype(np.float32),
+        scale.astype(np.float32),
+        patch_px,
+        patch_frames,
+    )
 
 
 @functools.cache
@@ -99,9 +121,15 @@ def default_codec(size_px: int = 16, patch_frames: int = 4, components: int | No
         components: channels of the latents; a quarter of the values of a patch if None.
     """
     rng = np.random.default_rng(0)
-    stories = [world.sample_story(rng, FIT_FRAMES, split='train', size_px=size_px) for _ in range(FIT_STORIES)]
-    return fit_codec([world.render(story) for story in stories], components or 12 * patch_frames,
-                     patch_frames=patch_frames)
+    stories = [
+        world.sample_story(rng, FIT_FRAMES, split='train', size_px=size_px)
+        for _ in range(FIT_STORIES)
+    ]
+    return fit_codec(
+        [world.render(story) for story in stories],
+        components or 12 * patch_frames,
+        patch_frames=patch_frames,
+    )
 
 
 def encode(codec: Codec, video: np.ndarray) -> np.ndarray:
@@ -129,7 +157,9 @@ def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
 
 def save_codec(path, codec: Codec) -> None:
     """Writes the codec as a safetensors file, at once, so that a kill leaves no half of it."""
-    arrays = {name: np.ascontiguousarray(getattr(codec, name)) for name in ('mean', 'basis', 'scale')}
+    arrays = {
+        name: np.ascontiguousarray(getattr(codec, name)) for name in ('mean', 'basis', 'scale')
+    }
     patch = np.array([codec.patch_px, codec.patch_frames], np.int32)
     whole = f'{path}.tmp'
     safetensors.numpy.save_file(arrays | {'patch': patch}, whole)

@@ -3,6 +3,7 @@
 Nothing is learnt: background and colour are nearest palette entries; shape and action are those of the rendering that
 fits best among all shapes, actions and starts.
 """
+
 import functools
 import itertools
 
@@ -14,7 +15,9 @@ BACKGROUND_RADIUS = 0.3  # largest RGB distance to the palette that still counts
 COLOR_RADIUS = 0.9
 LEAST_CONTRAST = 0.35  # RGB distance from the background below which there is no character
 LARGEST_ERROR = 0.7  # part of a scene's energy that its best rendering may leave over; more, and nothing is seen
-START_GRID = np.arange(-2.0, 2.1)  # tried middles of the path, from the centre, in 1/16 of the frame
+START_GRID = np.arange(
+    -2.0, 2.1
+)  # tried middles of the path, from the centre, in 1/16 of the frame
 FAINTEST = 0.8  # a rendering may be this faint in the fit: else a mottled ball fits a ring, and fainter, a ring a ball
 BORDER_PX = 1
 
@@ -43,7 +46,9 @@ def measure(clips: np.ndarray) -> dict[str, np.ndarray]:
     change = np.einsum('nfhwc,nc->nfhw', clips - ground[:, None, None, None], direction)
     alpha = np.clip(change / np.maximum(contrast, LEAST_CONTRAST)[:, None, None, None] ** 2, 0, 1)
     shape, action, drawn = _recognise(alpha)
-    found &= np.sum((alpha - drawn) ** 2, axis=(1, 2, 3)) < LARGEST_ERROR * np.sum(alpha ** 2, axis=(1, 2, 3))
+    found &= np.sum((alpha - drawn) ** 2, axis=(1, 2, 3)) < LARGEST_ERROR * np.sum(
+        alpha**2, axis=(1, 2, 3)
+    )
     out = {
         'background': _nearest(ground, world.BACKGROUND_RGB, BACKGROUND_RADIUS),
         'color': np.where(found, _nearest(paint, world.COLOR_RGB, COLOR_RADIUS), -1),
@@ -58,7 +63,9 @@ def _character_color(clips, ground):
     n, frames, height, _, _ = clips.shape
     pixels = clips.reshape(n, -1, 3)
     deviation = np.linalg.norm(pixels - ground[:, None], axis=-1)
-    count = max(1, int(5 * frames * (height / 16) ** 2))  # fewer than any character covers fully, even a blinking one
+    count = max(
+        1, int(5 * frames * (height / 16) ** 2)
+    )  # fewer than any character covers fully, even a blinking one
     most = np.argpartition(-deviation, count, axis=1)[:, :count]
     return np.median(np.take_along_axis(pixels, most[..., None], 1), axis=1)
 
@@ -81,8 +88,13 @@ def _candidates(frames: int, size: int):
     masks, centers, scales = [], [], []
     for shape, action in kinds:
         middle = np.array(world.MOTIONS[world.ACTIONS[action]][0]) / 2
-        mask, center, scale = world.scene_coverage(world.SHAPES[shape], world.ACTIONS[action], frames,
-                                                   (8 + offsets - middle) * size / 16, size)
+        mask, center, scale = world.scene_coverage(
+            world.SHAPES[shape],
+            world.ACTIONS[action],
+            frames,
+            (8 + offsets - middle) * size / 16,
+            size,
+        )
         masks.append(mask)
         centers.append(center)
         scales.append(np.broadcast_to(scale, center.shape[:-1]))
@@ -94,15 +106,18 @@ def _recognise(alpha):
     """Shape and action [N] whose rendering is nearest to the masks [N, F, H, W], and that rendering, refined."""
     shape, action, masks, centers, scales = _candidates(alpha.shape[1], alpha.shape[2])
     flat, tried = alpha.reshape(len(alpha), -1), masks.reshape(len(masks), -1)
-    overlap, energy = flat @ tried.T, np.sum(tried ** 2, axis=1)  # [N, K], [K]
+    overlap, energy = flat @ tried.T, np.sum(tried**2, axis=1)  # [N, K], [K]
     strength = np.clip(overlap / energy, FAINTEST, 1)
-    best = np.argmin(strength ** 2 * energy - 2 * strength * overlap, axis=1)  # squared error, but for a constant
+    best = np.argmin(
+        strength**2 * energy - 2 * strength * overlap, axis=1
+    )  # squared error, but for a constant
     drawn = np.empty_like(alpha)
     for i, name in enumerate(world.SHAPES):
         own = shape[best] == i
         frames = alpha[own].reshape(-1, *alpha.shape[2:])
-        drawn[own] = _refine(frames, centers[best[own]].reshape(-1, 2), scales[best[own]].reshape(-1),
-                             name).reshape(alpha[own].shape)
+        drawn[own] = _refine(
+            frames, centers[best[own]].reshape(-1, 2), scales[best[own]].reshape(-1), name
+        ).reshape(alpha[own].shape)
     shown = masks[best].any((2, 3))
     return shape[best], action[best], drawn * shown[:, :, None, None]
 
@@ -117,26 +132,36 @@ def _refine(alpha, center, scale, shape, steps=4):
 
     width = np.diag([0.2 * size / 16, 0.2 * size / 16, 0.05]).astype(np.float32)
     for _ in range(steps):
-        slopes = np.stack([(draw(state + w) - draw(state - w)) / (2 * w.sum()) for w in width], 1)  # [K, 3, H W]
+        slopes = np.stack(
+            [(draw(state + w) - draw(state - w)) / (2 * w.sum()) for w in width], 1
+        )  # [K, 3, H W]
         error = alpha.reshape(-1, size * size) - draw(state)
         normal = slopes @ slopes.transpose(0, 2, 1) + 1e-2 * np.eye(3, dtype=np.float32)
         change = np.linalg.solve(normal, slopes @ error[..., None])[..., 0]
         limit = width.sum(0) * 4
-        state = np.clip(state + np.clip(change, -limit, limit), [0, 0, 0.3], [size, size, 2]).astype(np.float32)
+        state = np.clip(
+            state + np.clip(change, -limit, limit), [0, 0, 0.3], [size, size, 2]
+        ).astype(np.float32)
     return draw(state).reshape(alpha.shape)
 
 
 def _residual(clips, drawn, ground, paint):
     """[N] relative error against the rendering with the nearest palette colours."""
-    palettes = [np.array(list(rgb.values()), np.float32) for rgb in (world.BACKGROUND_RGB, world.COLOR_RGB)]
-    ground, paint = (p[_nearest(rgb, dict(enumerate(p)), np.inf)][:, None, None, None]
-                     for rgb, p in zip((ground, paint), palettes))
+    palettes = [
+        np.array(list(rgb.values()), np.float32) for rgb in (world.BACKGROUND_RGB, world.COLOR_RGB)
+    ]
+    ground, paint = (
+        p[_nearest(rgb, dict(enumerate(p)), np.inf)][:, None, None, None]
+        for rgb, p in zip((ground, paint), palettes)
+    )
     contrast = drawn[..., None] * (paint - ground)
     error = np.sum((clips - ground - contrast) ** 2, axis=(1, 2, 3, 4))
     return np.sqrt(error / np.maximum(np.sum(contrast**2, axis=(1, 2, 3, 4)), 1e-6))
 
 
-def score(videos, stories: list[world.Story], scenes: tuple[int, ...] | None = None) -> dict[str, np.ndarray]:
+def score(
+    videos, stories: list[world.Story], scenes: tuple[int, ...] | None = None
+) -> dict[str, np.ndarray]:
     """Compares videos with the stories that they should show.
 
     Args:
@@ -158,34 +183,50 @@ def score(videos, stories: list[world.Story], scenes: tuple[int, ...] | None = N
     seen = _measure_all(videos, stories)
     picked = list(range(len(stories[0].actions)) if scenes is None else scenes)
     persistent = {'color': world.COLORS, 'shape': world.SHAPES, 'background': world.BACKGROUNDS}
-    out = {name: (seen[name] == np.array([[known.index(getattr(story, name))] for story in stories]))[:, picked]
-           for name, known in persistent.items()}
-    told = np.array([[world.ACTIONS.index(action) for action in story.actions] for story in stories])  # [n, S]
+    out = {
+        name: (seen[name] == np.array([[known.index(getattr(story, name))] for story in stories]))[
+            :, picked
+        ]
+        for name, known in persistent.items()
+    }
+    told = np.array(
+        [[world.ACTIONS.index(action) for action in story.actions] for story in stories]
+    )  # [n, S]
     out['action'] = (seen['action'] == told)[:, picked]
     # a wrong action cannot equal its own scene's, so any match is with another scene
     out['leak'] = ~out['action'] & (seen['action'][:, :, None] == told[:, None]).any(2)[:, picked]
     out['identity'] = out['color'] & out['shape']
     out['story'] = (out['action'] & out['identity'] & out['background']).all(1)
-    out['consistency'] = np.all([(seen[name] == seen[name][:, :1]) & (seen[name] >= 0) for name in persistent], (0, 2))
+    out['consistency'] = np.all(
+        [(seen[name] == seen[name][:, :1]) & (seen[name] >= 0) for name in persistent], (0, 2)
+    )
     return out | {'residual': seen['residual'][:, picked]}
 
 
 def _measure_all(videos, stories):
     """`measure` of every scene as [n, S] arrays; scenes of equal length are measured together."""
     if len(videos) != len(stories) or len({len(story.actions) for story in stories}) != 1:
-        raise ValueError(f'{len(videos)} videos for {len(stories)} stories with '
-                         f'{sorted({len(s.actions) for s in stories})} scenes; give one video per story and stories '
-                         f'with equal numbers of scenes.')
+        raise ValueError(
+            f'{len(videos)} videos for {len(stories)} stories with '
+            f'{sorted({len(s.actions) for s in stories})} scenes; give one video per story and stories '
+            f'with equal numbers of scenes.'
+        )
     groups = {}
     for n, (video, story) in enumerate(zip(videos, stories)):
         if len(video) != sum(story.frames):
-            raise ValueError(f'video {n} has {len(video)} frames, its story {sum(story.frames)}; they must agree.')
+            raise ValueError(
+                f'video {n} has {len(video)} frames, its story {sum(story.frames)}; they must agree.'
+            )
         video = np.asarray(video, np.float32) / (255 if video.dtype == np.uint8 else 1)
         for s, clip in enumerate(np.split(video, np.cumsum(story.frames)[:-1])):
             groups.setdefault(clip.shape, []).append((n, s, clip))
     names = ('action', 'color', 'shape', 'background', 'residual')
-    out = {name: np.empty((len(stories), len(stories[0].actions)), float if name == 'residual' else int)
-           for name in names}
+    out = {
+        name: np.empty(
+            (len(stories), len(stories[0].actions)), float if name == 'residual' else int
+        )
+        for name in names
+    }
     for group in groups.values():
         rows, columns, clips = zip(*group)
         for name, values in measure(np.stack(clips)).items():
@@ -193,7 +234,9 @@ def _measure_all(videos, stories):
     return out
 
 
-def summarize(scores: dict[str, np.ndarray], scenes: tuple[int, ...] | None = None) -> dict[str, float]:
+def summarize(
+    scores: dict[str, np.ndarray], scenes: tuple[int, ...] | None = None
+) -> dict[str, float]:
     """Means over the stories, and per scene under 'action/1', 'action/2', ... for all scores that have scenes.
 
     Args:

@@ -3,6 +3,7 @@
 All of it is analytic and small enough that a model learns it in minutes and that a picture can be scored exactly
 (scores.py). Lengths are in units of 1/16 of the frame, so that a larger frame shows the same story with more pixels.
 """
+
 import dataclasses
 import hashlib
 import json
@@ -16,12 +17,19 @@ HOLE = 1.8  # inner radius of the ring at scale 1
 EDGE = 2.0  # width of the ramp from full coverage to none: soft edges lose half as much in the linear codec
 SHAPES = tuple(EXTENTS)
 COLOR_RGB = {
-    'red': (1.0, 0.0, 0.0), 'green': (0.0, 1.0, 0.0), 'blue': (0.0, 0.0, 1.0),
-    'yellow': (1.0, 1.0, 0.0), 'magenta': (1.0, 0.0, 1.0), 'cyan': (0.0, 1.0, 1.0),
+    'red': (1.0, 0.0, 0.0),
+    'green': (0.0, 1.0, 0.0),
+    'blue': (0.0, 0.0, 1.0),
+    'yellow': (1.0, 1.0, 0.0),
+    'magenta': (1.0, 0.0, 1.0),
+    'cyan': (0.0, 1.0, 1.0),
 }
 COLORS = tuple(COLOR_RGB)
 BACKGROUND_RGB = {
-    'black': (0.0, 0.0, 0.0), 'gray': (0.5, 0.5, 0.5), 'white': (1.0, 1.0, 1.0), 'brown': (0.4, 0.2, 0.0),
+    'black': (0.0, 0.0, 0.0),
+    'gray': (0.5, 0.5, 0.5),
+    'white': (1.0, 1.0, 1.0),
+    'brown': (0.4, 0.2, 0.0),
 }
 BACKGROUNDS = tuple(BACKGROUND_RGB)
 # Total displacement (y, x) and scale at the first and the last frame; a scene of any length shows the whole action.
@@ -29,10 +37,14 @@ TRAVEL = 5.0
 SMALL, LARGE = 0.75, 1.25
 JITTER = 0.6  # how far the middle of the path lies from the centre of the frame, at most; wider is learnt much later
 MOTIONS = {
-    'moves left': ((0.0, -TRAVEL), (1.0, 1.0)), 'moves right': ((0.0, TRAVEL), (1.0, 1.0)),
-    'moves up': ((-TRAVEL, 0.0), (1.0, 1.0)), 'moves down': ((TRAVEL, 0.0), (1.0, 1.0)),
-    'grows': ((0.0, 0.0), (SMALL, LARGE)), 'shrinks': ((0.0, 0.0), (LARGE, SMALL)),
-    'blinks': ((0.0, 0.0), (1.0, 1.0)), 'stays': ((0.0, 0.0), (1.0, 1.0)),
+    'moves left': ((0.0, -TRAVEL), (1.0, 1.0)),
+    'moves right': ((0.0, TRAVEL), (1.0, 1.0)),
+    'moves up': ((-TRAVEL, 0.0), (1.0, 1.0)),
+    'moves down': ((TRAVEL, 0.0), (1.0, 1.0)),
+    'grows': ((0.0, 0.0), (SMALL, LARGE)),
+    'shrinks': ((0.0, 0.0), (LARGE, SMALL)),
+    'blinks': ((0.0, 0.0), (1.0, 1.0)),
+    'stays': ((0.0, 0.0), (1.0, 1.0)),
 }
 ACTIONS = tuple(MOTIONS)
 MARGIN = EDGE / 2  # keeps the soft edge inside the frame too
@@ -53,6 +65,7 @@ class Story:
         starts: centre (y, x) of the character at the first frame of each scene, in px.
         size_px: height and width of the frame.
     """
+
     shape: str
     color: str
     background: str
@@ -66,12 +79,18 @@ class Story:
         named = [(self.shape, SHAPES), (self.color, COLORS), (self.background, BACKGROUNDS)]
         for name, known in named + [(action, ACTIONS) for action in self.actions]:
             if name not in known:
-                raise ValueError(f'{name!r} is not in the world of stories; choose from {", ".join(known)}.')
+                raise ValueError(
+                    f'{name!r} is not in the world of stories; choose from {", ".join(known)}.'
+                )
         if not len(self.actions) == len(self.frames) == len(self.starts) > 0:
-            raise ValueError(f'a story needs as many actions ({len(self.actions)}) as frame counts '
-                             f'({len(self.frames)}) and starts ({len(self.starts)}), and at least one.')
+            raise ValueError(
+                f'a story needs as many actions ({len(self.actions)}) as frame counts '
+                f'({len(self.frames)}) and starts ({len(self.starts)}), and at least one.'
+            )
         if min(self.frames) < 2:
-            raise ValueError(f'frames {self.frames}: a scene needs at least 2 frames to show an action.')
+            raise ValueError(
+                f'frames {self.frames}: a scene needs at least 2 frames to show an action.'
+            )
 
 
 def is_test(shape: str, color: str, background: str, actions: tuple[str, ...]) -> bool:
@@ -80,7 +99,9 @@ def is_test(shape: str, color: str, background: str, actions: tuple[str, ...]) -
     return hashlib.sha256(text.encode()).digest()[0] % 8 == 0
 
 
-def sample_story(rng: np.random.Generator, frames: tuple[int, ...], *, split: str, size_px: int = 16) -> Story:
+def sample_story(
+    rng: np.random.Generator, frames: tuple[int, ...], *, split: str, size_px: int = 16
+) -> Story:
     """Draws a story with one scene per entry of `frames`.
 
     Args:
@@ -95,7 +116,9 @@ def sample_story(rng: np.random.Generator, frames: tuple[int, ...], *, split: st
     if split not in ('train', 'test'):
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'.")
     while True:
-        shape, color, background = (names[rng.integers(len(names))] for names in (SHAPES, COLORS, BACKGROUNDS))
+        shape, color, background = (
+            names[rng.integers(len(names))] for names in (SHAPES, COLORS, BACKGROUNDS)
+        )
         actions = tuple(ACTIONS[i] for i in rng.integers(len(ACTIONS), size=len(frames)))
         if is_test(shape, color, background, actions) == (split == 'test'):
             break
@@ -128,7 +151,9 @@ def coverage(shape: str, center: np.ndarray, scale: np.ndarray, size_px: int) ->
         [..., size_px, size_px] in [0, 1], of the dtype of `center`.
     """
     unit = size_px / 16
-    offset = np.abs((np.arange(size_px) + 0.5).astype(center.dtype) - center[..., None]) / unit  # [..., 2, size]
+    offset = (
+        np.abs((np.arange(size_px) + 0.5).astype(center.dtype) - center[..., None]) / unit
+    )  # [..., 2, size]
     scale = scale.astype(center.dtype)[..., None, None]
     if shape in ('bar', 'tower'):
         half = np.array(EXTENTS[shape], center.dtype)[:, None] * scale  # [..., 2, 1]
@@ -169,7 +194,9 @@ def scene_coverage(shape: str, action: str, frames: int, start: np.ndarray, size
     path = time[:, None] * np.array(travel, np.float32) * size_px / 16
     centers = np.asarray(start, np.float32)[..., None, :] + path
     scales = (first + time * (last - first)).astype(np.float32)
-    alpha = coverage(shape, centers, scales, size_px) * visible_frames(action, frames)[:, None, None]
+    alpha = (
+        coverage(shape, centers, scales, size_px) * visible_frames(action, frames)[:, None, None]
+    )
     return alpha, centers, scales
 
 
@@ -177,8 +204,12 @@ def render(story: Story) -> np.ndarray:
     """Draws the story: uint8 [F, size, size, 3], scenes one after the other."""
     background = np.array(BACKGROUND_RGB[story.background], np.float32) * 255
     change = np.array(COLOR_RGB[story.color], np.float32) * 255 - background
-    alpha = np.concatenate([scene_coverage(story.shape, action, frames, start, story.size_px)[0]
-                            for action, frames, start in zip(story.actions, story.frames, story.starts)])
+    alpha = np.concatenate(
+        [
+            scene_coverage(story.shape, action, frames, start, story.size_px)[0]
+            for action, frames, start in zip(story.actions, story.frames, story.starts)
+        ]
+    )
     video = background + alpha[..., None] * change  # [F, H, W, 3]
     return (video + 0.5).astype(np.uint8)
 
@@ -197,7 +228,10 @@ def captions(story: Story, style: str = 'first') -> list[str]:
     if style not in ('first', 'every'):
         raise ValueError(f"caption style {style!r} is unknown; use 'first' or 'every'.")
     identity = f'{story.color} {story.shape} on {story.background}'
-    return [f'{identity if i == 0 or style == "every" else "it"} {action}' for i, action in enumerate(story.actions)]
+    return [
+        f'{identity if i == 0 or style == "every" else "it"} {action}'
+        for i, action in enumerate(story.actions)
+    ]
 
 
 def parse_captions(texts: list[str]) -> tuple[str, str, str, tuple[str, ...]]:
@@ -208,9 +242,13 @@ def parse_captions(texts: list[str]) -> tuple[str, str, str, tuple[str, ...]]:
             names one; the message shows the grammar.
     """
     parsed = [_parse_caption(text) for text in texts]
-    identities = dict.fromkeys(identity for identity, _ in parsed if identity)  # ordered, without repeats
+    identities = dict.fromkeys(
+        identity for identity, _ in parsed if identity
+    )  # ordered, without repeats
     if len(identities) != 1:
-        raise ValueError(f'captions {texts} name {len(identities)} identities instead of one; write {GRAMMAR}.')
+        raise ValueError(
+            f'captions {texts} name {len(identities)} identities instead of one; write {GRAMMAR}.'
+        )
     return *next(iter(identities)), tuple(action for _, action in parsed)
 
 
@@ -220,11 +258,17 @@ def _parse_caption(text):
     identity = None if words[:1] == ['it'] else (*words[1:2], *words[:1], *words[3:4])
     action = ' '.join(words[1:] if identity is None else words[4:])
     known = identity is None or (
-        len(words) > 4 and words[2] == 'on'
-        and all(word in names for word, names in zip(identity, (SHAPES, COLORS, BACKGROUNDS))))
+        len(words) > 4
+        and words[2] == 'on'
+        and all(word in names for word, names in zip(identity, (SHAPES, COLORS, BACKGROUNDS)))
+    )
     if not known or action not in ACTIONS:
         strange = [word for word in words if word not in VOCABULARY]
-        reason = f'contains the unknown word {strange[0]!r}' if strange else 'does not follow the grammar'
+        reason = (
+            f'contains the unknown word {strange[0]!r}'
+            if strange
+            else 'does not follow the grammar'
+        )
         raise ValueError(f'caption {text!r} {reason}; write {GRAMMAR}.')
     return identity, action
 
@@ -246,11 +290,15 @@ def embed_captions(texts: list[str], tokens: int = 6, dim: int = 64) -> np.ndarr
     for text in texts:
         for word in text.split():
             if word not in VOCABULARY:
-                raise ValueError(f'caption {text!r} contains the unknown word {word!r}; known are '
-                                 f'{", ".join(VOCABULARY)}.')
+                raise ValueError(
+                    f'caption {text!r} contains the unknown word {word!r}; known are '
+                    f'{", ".join(VOCABULARY)}.'
+                )
         if len(text.split()) > tokens:
-            raise ValueError(f'caption {text!r} has {len(text.split())} words, more than {tokens} tokens; write '
-                             f'{GRAMMAR} with words from {", ".join(VOCABULARY)}.')
+            raise ValueError(
+                f'caption {text!r} has {len(text.split())} words, more than {tokens} tokens; write '
+                f'{GRAMMAR} with words from {", ".join(VOCABULARY)}.'
+            )
     padded = [(text.split() + [PAD] * tokens)[:tokens] for text in texts]
     return np.array([[_word_vector(word, dim) for word in words] for words in padded], np.float32)
 

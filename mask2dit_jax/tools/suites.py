@@ -22,6 +22,7 @@ KaiyueSun98/T2V-CompBench with 1400 prompts (meta_data 193b6b0; of compbench_eva
 7696e17, action_binding 3534e6a, interaction 09539a7, spatial_relationships cdf1853, numeracy a88240c, motion_binding
 394d466, its options ff7b2a7, and motion_binding_seg 5a909ad).
 """
+
 import dataclasses
 import json
 import pathlib
@@ -35,7 +36,7 @@ from absl import app, flags
 from mask2dit_jax.data import story_file, video
 from mask2dit_jax.evaluation import videos as videos_lib
 
-_SAMPLE = '''\
+_SAMPLE = """\
 # Samples the stories beside this file that are not in FOLDER yet: sh sample.sh FOLDER [flags of mask2dit_jax.sample]
 set -e
 stories=$(cd "$(dirname "$0")" && pwd)
@@ -47,28 +48,40 @@ find "$stories" -name story.json | sort | while read -r story; do
   [ -f "$out/$name/story.json" ] || python -m mask2dit_jax.sample --story="$story" --num_videos=COUNT --seed=$seed \\
     --out="$out/$name" "$@" </dev/null
 done
-'''
-_DIMENSIONS = ('subject_consistency background_consistency motion_smoothness dynamic_degree aesthetic_quality '
-               'imaging_quality')  # those that VBench lists for other prompts than its own
+"""
+_DIMENSIONS = (
+    'subject_consistency background_consistency motion_smoothness dynamic_degree aesthetic_quality '
+    'imaging_quality'
+)  # those that VBench lists for other prompts than its own
 _VBENCH = 'do vbench evaluate --videos_path {out}/videos --output_path {out}/results --dimension $d'
-_LONG = ('do python vbench2_beta_long/eval_long.py --videos_path {out}/videos --output_path {out}/results --dimension '
-         '$d --dev_flag')
-_ARGS = ('--read-prompt-file {source}/{category}.json --t2v-model mask2dit --output-path {out}/csv --video-path '
-         '{out}/video/')
+_LONG = (
+    'do python vbench2_beta_long/eval_long.py --videos_path {out}/videos --output_path {out}/results --dimension '
+    '$d --dev_flag'
+)
+_ARGS = (
+    '--read-prompt-file {source}/{category}.json --t2v-model mask2dit --output-path {out}/csv --video-path '
+    '{out}/video/'
+)
 _DINO = 'python Grounded-Segment-Anything/'
 _COMPBENCH = {  # commands by category, which is the name of its file in meta_data
-    name: f'(cd LLaVA && python llava/eval/compbench_eval_{script}.py {_ARGS}{{category}})' for name, script in (
-        ('consistent_attribute_binding', 'consistent_attr'), ('dynamic_attribute_binding', 'dynamic_attr'),
-        ('action_binding', 'action_binding'), ('object_interactions', 'interaction'))} | {
+    name: f'(cd LLaVA && python llava/eval/compbench_eval_{script}.py {_ARGS}{{category}})'
+    for name, script in (
+        ('consistent_attribute_binding', 'consistent_attr'),
+        ('dynamic_attribute_binding', 'dynamic_attr'),
+        ('action_binding', 'action_binding'),
+        ('object_interactions', 'interaction'),
+    )
+} | {
     'spatial_relationships': f'{_DINO}compbench_eval_spatial_relationships.py --depth_folder {{out}}/depth '
-                             f'--output_dir {{out}}/boxes/{{category}} {_ARGS}{{category}}',
+    f'--output_dir {{out}}/boxes/{{category}} {_ARGS}{{category}}',
     'generative_numeracy': f'{_DINO}GroundingDINO/demo/compbench_eval_numeracy.py --output_dir '
-                           f'{{out}}/boxes/{{category}} {_ARGS}{{category}}',
+    f'{{out}}/boxes/{{category}} {_ARGS}{{category}}',
     'motion_binding': f'{_DINO}compbench_motion_binding_seg.py --total_frame {{frames}} --fps {{fps}} --output_dir '
-                      '{out}/masks --read-prompt-file {source}/{category}.json --t2v-model mask2dit --video-path '
-                      '{out}/video/{category}\n(cd dot && python compbench_eval_motion_binding.py --mask_folder '
-                      f'{{out}}/masks --output_dir {{out}}/tracks {_ARGS}video_standard/{{category}})'}
-_EVALCRAFTER = '''\
+    '{out}/masks --read-prompt-file {source}/{category}.json --t2v-model mask2dit --video-path '
+    '{out}/video/{category}\n(cd dot && python compbench_eval_motion_binding.py --mask_folder '
+    f'{{out}}/masks --output_dir {{out}}/tracks {_ARGS}video_standard/{{category}})',
+}
+_EVALCRAFTER = """\
 kept=$(mktemp -d kept.XXXX) && for f in prompts metadata.json SDXL_Imgs results; do [ ! -e $f ] || mv $f $kept; done
 cp -r {out}/prompts {out}/metadata.json .
 (cd metrics && python3 is.py --dir_videos {out}/videos)
@@ -78,12 +91,13 @@ for m in clip_score clip_temp_score face_consistency_score sd_score blip_bleu; d
 for m in flow_score warping_error; do
   (cd metrics/RAFT && python3 optical_flow_scores.py --dir_videos {out}/videos --metric $m); done
 (cd metrics/Segment-and-Track-Anything &&
-  python3 object_attributes_eval.py --dir_videos {out}/videos --metric detection_score)'''
+  python3 object_attributes_eval.py --dir_videos {out}/videos --metric detection_score)"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One of a suite's prompts: the folder of its story and samples, its text, its dimensions or categories."""
+
     key: str
     text: str
     categories: tuple[str, ...] = ()
@@ -98,7 +112,9 @@ def _read_vbench(path) -> list[Prompt]:
     merged = {}
     for entry in _load(path):
         merged.setdefault(entry['prompt_en'], []).extend(entry['dimension'])
-    return [Prompt(f'{i:04d}', text, tuple(names)) for i, (text, names) in enumerate(merged.items())]
+    return [
+        Prompt(f'{i:04d}', text, tuple(names)) for i, (text, names) in enumerate(merged.items())
+    ]
 
 
 def _read_evalcrafter(path) -> list[Prompt]:
@@ -106,8 +122,11 @@ def _read_evalcrafter(path) -> list[Prompt]:
 
 
 def _read_compbench(path) -> list[Prompt]:
-    return [Prompt(f'{name}/{i:04d}', entry['prompt'], (name,)) for name in _COMPBENCH
-            for i, entry in enumerate(_load(path / f'{name}.json'), 1)]
+    return [
+        Prompt(f'{name}/{i:04d}', entry['prompt'], (name,))
+        for name in _COMPBENCH
+        for i, entry in enumerate(_load(path / f'{name}.json'), 1)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +147,7 @@ class Suite:
       first: see above.
       min_frames: of a clip.
     """
+
     read: Callable
     source: str
     videos: int
@@ -144,39 +164,71 @@ class Suite:
 
 SUITES = {
     'vbench': Suite(
-        _read_vbench, 'VBench_full_info.json', 5, 'videos/{text}-{index}.mp4',
-        f'for d in {{categories}}; {_VBENCH} --full_json_dir {{source}}; done', 'videos/{clip:04d}.mp4',
+        _read_vbench,
+        'VBench_full_info.json',
+        5,
+        'videos/{text}-{index}.mp4',
+        f'for d in {{categories}}; {_VBENCH} --full_json_dir {{source}}; done',
+        'videos/{clip:04d}.mp4',
         f'for d in {_DIMENSIONS}; {_VBENCH} --mode=custom_input --prompt_file {{out}}/prompts.json; done',
         'With pip install vbench. It asks for VBench-Long if videos last 5 s or more. temporal_flickering is of still '
         'videos: vbench static_filter first. With other captions than its own it lists six dimensions, which do not '
         'read them; overall_consistency does and runs too. It refuses object_class, multiple_objects, color, '
         'spatial_relationship, scene and appearance_style; the rest means nothing without its own prompts.',
-        lambda captions: {'prompts.json': {f'{name}.mp4': text for name, text in captions.items()}}),
+        lambda captions: {'prompts.json': {f'{name}.mp4': text for name, text in captions.items()}},
+    ),
     'vbench_long': Suite(
-        _read_vbench, 'VBench_full_info.json', 5, 'videos/{text}-{index}.mp4',
+        _read_vbench,
+        'VBench_full_info.json',
+        5,
+        'videos/{text}-{index}.mp4',
         f'for d in {{categories}}; {_LONG} --mode=long_vbench_standard --full_json_dir {{source}}; done',
         'videos/split_clip/{video:04d}-0/{video:04d}-0_{scene:03d}.mp4',
         f'for d in {_DIMENSIONS}; {_LONG} --mode=long_custom_input --full_json_dir vbench/VBench_full_info.json; done',
         'In a checkout of VBench. temporal_flickering: add --static_filter_flag. Stories of other captions than its '
         'own are cut at their scenes, not every 2 s: what it finds in clips is of scenes, from clip to clip it '
         'compares first frames of scenes, and captions are not read. Do not compare that with its leaderboard.',
-        whole_file='videos/{video:04d}-0.mp4'),
+        whole_file='videos/{video:04d}-0.mp4',
+    ),
     'evalcrafter': Suite(
-        _read_evalcrafter, 'metadata.json', 1, 'videos/{key}.mp4', 'bash start.sh $PWD {out}/videos',
-        'videos/{clip:04d}.mp4', _EVALCRAFTER,
+        _read_evalcrafter,
+        'metadata.json',
+        1,
+        'videos/{key}.mp4',
+        'bash start.sh $PWD {out}/videos',
+        'videos/{clip:04d}.mp4',
+        _EVALCRAFTER,
         'In a checkout of EvalCrafter. For other captions than its own its prompts, and the pictures and results it '
         'keeps by number, are moved to kept.*: take a copy. Those have no celebrity, OCR, action, motion amplitude, '
         'count and color scores, so no totals; detection_score takes captions that name a COCO object.',
-        lambda captions: {f'prompts/{name}.txt': text for name, text in captions.items()} | {
-            'metadata.json': {name: {'prompt': text, 'attributes': {}} for name, text in captions.items()}}),
+        lambda captions: (
+            {f'prompts/{name}.txt': text for name, text in captions.items()}
+            | {
+                'metadata.json': {
+                    name: {'prompt': text, 'attributes': {}} for name, text in captions.items()
+                }
+            }
+        ),
+    ),
     'compbench': Suite(
-        _read_compbench, 'the folder meta_data', 1, 'video/{key}.mp4', _COMPBENCH,
-        'video/object_interactions/{clip:04d}.mp4', _COMPBENCH['object_interactions'].replace(
-            '{source}', '{out}/meta_data').replace('{category}', 'object_interactions'),
+        _read_compbench,
+        'the folder meta_data',
+        1,
+        'video/{key}.mp4',
+        _COMPBENCH,
+        'video/object_interactions/{clip:04d}.mp4',
+        _COMPBENCH['object_interactions']
+        .replace('{source}', '{out}/meta_data')
+        .replace('{category}', 'object_interactions'),
         'In a checkout of T2V-CompBench; its scripts append to {out}/csv: delete that to score anew. Of its categories '
         'only object_interactions takes captions without annotation; it asks how objects act on each other.',
-        lambda captions: {'meta_data/object_interactions.json': [{'prompt': text} for text in captions.values()]},
-        first=1, min_frames=16)}
+        lambda captions: {
+            'meta_data/object_interactions.json': [{'prompt': text} for text in captions.values()]
+        },
+        first=1,
+        min_frames=16,
+    ),
+}
 
 
 def read_prompts(suite: str, source, categories=()) -> list[Prompt]:
@@ -190,21 +242,31 @@ def read_prompts(suite: str, source, categories=()) -> list[Prompt]:
         prompts = spec.read(pathlib.Path(source))
         odd = [p for p in prompts if not re.fullmatch(r'(\w+/)?\d{4}', p.key) or not p.text.strip()]
     except OSError as error:
-        raise FileNotFoundError(f'{error.filename} cannot be read ({error.strerror}): --source of {suite} is '
-                                f'{spec.source}.') from error
+        raise FileNotFoundError(
+            f'{error.filename} cannot be read ({error.strerror}): --source of {suite} is '
+            f'{spec.source}.'
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{source} holds no prompts of {suite} ({error!r}): give {spec.source}.') from error
+        raise ValueError(
+            f'{source} holds no prompts of {suite} ({error!r}): give {spec.source}.'
+        ) from error
     if odd or not prompts:
-        raise ValueError(f'{source} holds {odd[0] if odd else "no prompts"}: give {spec.source}, where all prompts '
-                         'have a text and a number of four digits.')
+        raise ValueError(
+            f'{source} holds {odd[0] if odd else "no prompts"}: give {spec.source}, where all prompts '
+            'have a text and a number of four digits.'
+        )
     known = dict.fromkeys(c for p in prompts for c in p.categories)
     if odd := [c for c in categories if c not in known]:
-        raise ValueError(f'{source} has no category {", ".join(odd)}, but {", ".join(known) or "none at all"}.')
+        raise ValueError(
+            f'{source} has no category {", ".join(odd)}, but {", ".join(known) or "none at all"}.'
+        )
     prompts = [p for p in prompts if not categories or set(categories) & set(p.categories)]
     for text in (p.text for p in prompts if '{text}' in spec.own_file):
         if '/' in text or len(f'{text}-0.mp4'.encode()) > 255:
-            raise ValueError(f'{source}: {text!r} has a / or is too long for the name of a file, by which {suite} '
-                             'finds a video: take it out.')
+            raise ValueError(
+                f'{source}: {text!r} has a / or is too long for the name of a file, by which {suite} '
+                'finds a video: take it out.'
+            )
     return prompts
 
 
@@ -219,7 +281,10 @@ def _new_folder(out) -> pathlib.Path:
 
 def _write(path: pathlib.Path, content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text((content if isinstance(content, str) else json.dumps(content, indent=2)) + '\n', encoding='utf-8')
+    path.write_text(
+        (content if isinstance(content, str) else json.dumps(content, indent=2)) + '\n',
+        encoding='utf-8',
+    )
 
 
 def write_prompts(suite: str, source, out, *, categories=(), frames: int | None = None) -> str:
@@ -228,13 +293,19 @@ def write_prompts(suite: str, source, out, *, categories=(), frames: int | None 
     Raises:
       FileNotFoundError, ValueError: as read_prompts, and if `out` is not empty.
     """
-    prompts, out, count = read_prompts(suite, source, categories), _new_folder(out), SUITES[suite].videos
+    prompts, out, count = (
+        read_prompts(suite, source, categories),
+        _new_folder(out),
+        SUITES[suite].videos,
+    )
     for prompt in prompts:
         scene = {'caption': prompt.text} | ({'frames': frames} if frames else {})
         _write(out / prompt.key / 'story.json', {'scenes': [scene]})
     _write(out / 'sample.sh', _SAMPLE.replace('COUNT', str(count)).rstrip())
-    return (f'Wrote {len(prompts)} stories, to sample {count} video(s) of each:\n\n'
-            f'sh {out}/sample.sh samples --workdir=...\n')
+    return (
+        f'Wrote {len(prompts)} stories, to sample {count} video(s) of each:\n\n'
+        f'sh {out}/sample.sh samples --workdir=...\n'
+    )
 
 
 def _own_videos(suite: str, videos, out: pathlib.Path, source, categories) -> str:
@@ -242,40 +313,68 @@ def _own_videos(suite: str, videos, out: pathlib.Path, source, categories) -> st
     spec, prompts, layouts, rows = SUITES[suite], read_prompts(suite, source, categories), {}, []
     folders = [pathlib.Path(videos) / p.key for p in prompts]
     if lost := [folder for folder in folders if not (folder / 'story.json').is_file()]:
-        raise FileNotFoundError(f'{len(lost)} of {len(prompts)} prompts have no samples, such as {lost[0]}/story.json: '
-                                'run sample.sh to its end, or give --category.')
+        raise FileNotFoundError(
+            f'{len(lost)} of {len(prompts)} prompts have no samples, such as {lost[0]}/story.json: '
+            'run sample.sh to its end, or give --category.'
+        )
     for prompt, folder in zip(prompts, folders):
         captions, _ = story_file.read_story(folder / 'story.json')
         if captions != [prompt.text]:
-            raise ValueError(f'{folder}/story.json has captions {captions}, --source {prompt.text!r}: give the '
-                             '--source of these samples.')
+            raise ValueError(
+                f'{folder}/story.json has captions {captions}, --source {prompt.text!r}: give the '
+                '--source of these samples.'
+            )
         if (count := len(list(folder.glob('*.mp4')))) != spec.videos:
-            raise ValueError(f'{folder} has {count} mp4 files, {suite} takes {spec.videos} of a prompt: sample with '
-                             f'--num_videos={spec.videos}.')
+            raise ValueError(
+                f'{folder} has {count} mp4 files, {suite} takes {spec.videos} of a prompt: sample with '
+                f'--num_videos={spec.videos}.'
+            )
         for i in range(spec.videos):
-            path, name = folder / f'video_{i}.mp4', spec.own_file.format(text=prompt.text, key=prompt.key, index=i)
+            path, name = (
+                folder / f'video_{i}.mp4',
+                spec.own_file.format(text=prompt.text, key=prompt.key, index=i),
+            )
             info = video.probe(path)
             layouts.setdefault((_long_enough(suite, path, len(info.times)), round(info.fps)), path)
-            rows.append({'file': name, 'video': str(path), 'caption': prompt.text, 'categories': prompt.categories})
+            rows.append(
+                {
+                    'file': name,
+                    'video': str(path),
+                    'caption': prompt.text,
+                    'categories': prompt.categories,
+                }
+            )
     if len(layouts) > 1:
-        raise ValueError(f'{" and ".join(map(str, layouts.values()))} have different frames and frame rates, '
-                         f'{" and ".join(map(str, layouts))}: sample all prompts alike.')
+        raise ValueError(
+            f'{" and ".join(map(str, layouts.values()))} have different frames and frame rates, '
+            f'{" and ".join(map(str, layouts))}: sample all prompts alike.'
+        )
     for row in tqdm.tqdm(rows, desc='copying', unit='video'):
         (out / row['file']).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(row['video'], out / row['file'])
     _write(out / 'clips.json', rows)
     names = categories or dict.fromkeys(c for p in prompts for c in p.categories)
-    parts = [spec.own_commands] if isinstance(spec.own_commands, str) else [
-        spec.own_commands[c].replace('{category}', c) for c in names]
-    (frames, fps), = layouts
-    return '\n'.join(parts).format(out=out, source=pathlib.Path(source).absolute(), categories=' '.join(names),
-                                   frames=frames, fps=fps)
+    parts = (
+        [spec.own_commands]
+        if isinstance(spec.own_commands, str)
+        else [spec.own_commands[c].replace('{category}', c) for c in names]
+    )
+    ((frames, fps),) = layouts
+    return '\n'.join(parts).format(
+        out=out,
+        source=pathlib.Path(source).absolute(),
+        categories=' '.join(names),
+        frames=frames,
+        fps=fps,
+    )
 
 
 def _long_enough(suite: str, path, frames: int) -> int:
     if frames < SUITES[suite].min_frames:
-        raise ValueError(f'{path} has {frames} frames in a clip, {suite} needs {SUITES[suite].min_frames} or more: '
-                         'sample longer scenes.')
+        raise ValueError(
+            f'{path} has {frames} frames in a clip, {suite} needs {SUITES[suite].min_frames} or more: '
+            'sample longer scenes.'
+        )
     return frames
 
 
@@ -283,13 +382,19 @@ def _scenes(suite: str, videos, out: pathlib.Path) -> str:
     """Cuts stories into scenes; returns commands."""
     spec, items, captions, rows = SUITES[suite], videos_lib.find_videos(videos), {}, []
     if (count := sum(len(item.frames) for item in items)) > 9999:
-        raise ValueError(f'{videos} has {count} scenes, and their numbers have four digits: lay it out in parts.')
+        raise ValueError(
+            f'{videos} has {count} scenes, and their numbers have four digits: lay it out in parts.'
+        )
     for v, item in enumerate(tqdm.tqdm(items, desc='cutting', unit='video')):
         pixels, fps = video.read_video(item.path)
         if len(pixels) != sum(item.frames):
-            raise ValueError(f'{item.path} has {len(pixels)} frames, its story {sum(item.frames)}: they must agree.')
+            raise ValueError(
+                f'{item.path} has {len(pixels)} frames, its story {sum(item.frames)}: they must agree.'
+            )
         _long_enough(suite, item.path, min(item.frames))
-        for s, (scene, caption) in enumerate(zip(story_file.split_scenes(pixels, item.frames), item.captions)):
+        for s, (scene, caption) in enumerate(
+            zip(story_file.split_scenes(pixels, item.frames), item.captions)
+        ):
             name = spec.scene_file.format(clip=spec.first + len(captions), video=v, scene=s)
             video.write_mp4(out / name, scene, fps)
             captions[pathlib.Path(name).stem] = caption
@@ -314,34 +419,71 @@ def lay_out(suite: str, videos, out, *, source=None, categories=()) -> str:
     """
     for path in (pathlib.Path(p).absolute() for p in (out, source) if p):
         if re.search(r'[^\w./+@-]', str(path)):
-            raise ValueError(f'{path} has blanks or special signs, which the tools do not quote: rename it.')
+            raise ValueError(
+                f'{path} has blanks or special signs, which the tools do not quote: rename it.'
+            )
     out = _new_folder(out)
-    commands = _own_videos(suite, videos, out, source, categories) if source else _scenes(suite, videos, out)
+    commands = (
+        _own_videos(suite, videos, out, source, categories)
+        if source
+        else _scenes(suite, videos, out)
+    )
     return f'{SUITES[suite].note.format(out=out)}\n\n{commands}\n'
 
 
 def main(argv):
-    tasks = {'prompts': ({'source'}, {'source', 'category', 'frames'}), 'layout': (
-        {'videos'}, {'videos', 'source', 'category'} if flags.FLAGS.source else {'videos'})}
+    tasks = {
+        'prompts': ({'source'}, {'source', 'category', 'frames'}),
+        'layout': (
+            {'videos'},
+            {'videos', 'source', 'category'} if flags.FLAGS.source else {'videos'},
+        ),
+    }
     if len(argv) != 2 or argv[1] not in tasks:
-        raise app.UsageError(f'Give prompts or layout, got {" ".join(argv[1:]) or "neither"}: see --help.')
+        raise app.UsageError(
+            f'Give prompts or layout, got {" ".join(argv[1:]) or "neither"}: see --help.'
+        )
     needed, used = tasks[argv[1]]
-    given = {n: flags.FLAGS[n].value for n in ('source', 'videos', 'category', 'frames') if flags.FLAGS[n].value}
+    given = {
+        n: flags.FLAGS[n].value
+        for n in ('source', 'videos', 'category', 'frames')
+        if flags.FLAGS[n].value
+    }
     if wrong := sorted(needed - set(given) or set(given) - used):
-        raise app.UsageError(f'{argv[1]} {"needs" if needed - set(given) else "has no use here for"} '
-                             f'--{", --".join(wrong)}: see --help.')
+        raise app.UsageError(
+            f'{argv[1]} {"needs" if needed - set(given) else "has no use here for"} '
+            f'--{", --".join(wrong)}: see --help.'
+        )
     suite, out, kwargs = flags.FLAGS.suite, flags.FLAGS.out, {'categories': flags.FLAGS.category}
-    print(write_prompts(suite, given['source'], out, frames=flags.FLAGS.frames, **kwargs) if argv[1] == 'prompts'
-          else lay_out(suite, given['videos'], out, source=flags.FLAGS.source, **kwargs), end='')
+    print(
+        write_prompts(suite, given['source'], out, frames=flags.FLAGS.frames, **kwargs)
+        if argv[1] == 'prompts'
+        else lay_out(suite, given['videos'], out, source=flags.FLAGS.source, **kwargs),
+        end='',
+    )
 
 
 if __name__ == '__main__':
-    flags.DEFINE_enum('suite', None, SUITES, 'vbench_long is VBench-Long, for long videos.', required=True)
-    flags.DEFINE_string('source', None, "The suite's own prompts: VBench_full_info.json, metadata.json or meta_data of "
-                        'a checkout. Without it layout takes any stories of two scenes or more.')
-    flags.DEFINE_string('videos', None, 'layout: what sample wrote, in the folder or in folders in it.')
-    flags.DEFINE_list('category', [], 'Only these dimensions or categories of --source; default: all.')
-    flags.DEFINE_integer('frames', None, 'prompts: frames of a video; default: as many as sample makes.',
-                         lower_bound=2)
+    flags.DEFINE_enum(
+        'suite', None, SUITES, 'vbench_long is VBench-Long, for long videos.', required=True
+    )
+    flags.DEFINE_string(
+        'source',
+        None,
+        "The suite's own prompts: VBench_full_info.json, metadata.json or meta_data of "
+        'a checkout. Without it layout takes any stories of two scenes or more.',
+    )
+    flags.DEFINE_string(
+        'videos', None, 'layout: what sample wrote, in the folder or in folders in it.'
+    )
+    flags.DEFINE_list(
+        'category', [], 'Only these dimensions or categories of --source; default: all.'
+    )
+    flags.DEFINE_integer(
+        'frames',
+        None,
+        'prompts: frames of a video; default: as many as sample makes.',
+        lower_bound=2,
+    )
     flags.DEFINE_string('out', None, 'A new folder.', required=True)
     app.run(main)

@@ -2,6 +2,7 @@
 
 Where tensorboardX is installed, the same scalars and the sample sheets go to <workdir>/tensorboard, too.
 """
+
 import collections
 import importlib.util
 import json
@@ -28,7 +29,9 @@ def _drop_steps_after(path: pathlib.Path, step: int) -> None:
     try:
         kept = [line for line in lines if json.loads(line)['step'] <= step]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} has a line that is no metrics record ({error}): repair or move the file.') from error
+        raise ValueError(
+            f'{path} has a line that is no metrics record ({error}): repair or move the file.'
+        ) from error
     rewritten = path.with_name(path.name + '.tmp')
     rewritten.write_text(''.join(kept), encoding='utf-8')
     os.replace(rewritten, path)
@@ -59,7 +62,9 @@ class MetricWriter:
         self._marks = collections.deque(maxlen=_WINDOW_WRITES + 1)
         self._file = None
         if '://' in os.fspath(workdir):
-            raise ValueError(f'metrics.jsonl cannot be appended to in {workdir}: pass a local folder.')
+            raise ValueError(
+                f'metrics.jsonl cannot be appended to in {workdir}: pass a local folder.'
+            )
         if jax.process_index() != 0:
             return
         path = pathlib.Path(workdir) / 'metrics.jsonl'
@@ -69,13 +74,17 @@ class MetricWriter:
         self._file = path.open('a', encoding='utf-8')
         self._board = None
         if importlib.util.find_spec('tensorboardX') is None:
-            logging.info("No TensorBoard files are written: pip install 'mask2dit_jax[tensorboard]' for them.")
+            logging.info(
+                "No TensorBoard files are written: pip install 'mask2dit_jax[tensorboard]' for them."
+            )
             return
         import tensorboardX
+
         # TensorBoard forgets what earlier files say of purge_step and later. Its thread writes within flush_secs (its
         # flush does not wait for the thread), so that a kill costs it a record at most.
-        self._board = tensorboardX.SummaryWriter(os.fspath(path.parent / 'tensorboard'), purge_step=start_step + 1,
-                                                 flush_secs=1)
+        self._board = tensorboardX.SummaryWriter(
+            os.fspath(path.parent / 'tensorboard'), purge_step=start_step + 1, flush_secs=1
+        )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one record and logs one line.
@@ -97,15 +106,21 @@ class MetricWriter:
         values = {name: float(value) for name, value in metrics.items()}
         record = {'step': step, **values} | ({} if speed is None else {'steps_per_second': speed})
         # JSON knows no NaN: a bare one would make the line unreadable to everything but Python.
-        record = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
+        record = {
+            name: value if math.isfinite(value) else str(value) for name, value in record.items()
+        }
         try:
             self._file.write(json.dumps(record, allow_nan=False) + '\n')
             self._file.flush()
         except OSError as error:
-            raise OSError(f'{self._file.name} cannot be written ({error.strerror}): make room or mend the disk, and '
-                          'the same command resumes.') from error
+            raise OSError(
+                f'{self._file.name} cannot be written ({error.strerror}): make room or mend the disk, and '
+                'the same command resumes.'
+            ) from error
         if self._board is not None:
-            for name, value in values.items() if speed is None else [*values.items(), ('steps_per_second', speed)]:
+            for name, value in (
+                values.items() if speed is None else [*values.items(), ('steps_per_second', speed)]
+            ):
                 self._board.add_scalar(name, value, step)
         logging.info('%s', self._log_line(step, values, speed))
 
@@ -121,7 +136,9 @@ class MetricWriter:
         if self._file is None or self._board is None:
             return
         for name, path in images.items():
-            self._board.add_image(name, np.asarray(PIL.Image.open(path).convert('RGB')), step, dataformats='HWC')
+            self._board.add_image(
+                name, np.asarray(PIL.Image.open(path).convert('RGB')), step, dataformats='HWC'
+            )
 
     def close(self) -> None:
         """Closes the files; later writes do nothing."""

@@ -3,6 +3,7 @@
 `init_state`, `train_step` and the shardings are built from the config alone, so that the trainer, the compiler's
 check and the benchmark run the same functions.
 """
+
 import chex
 import flax
 import jax
@@ -19,6 +20,7 @@ from mask2dit_jax.training.objectives import denoising
 @flax.struct.dataclass
 class TrainState:
     """Everything that training carries from step to step; randomness is not in it, being a function of `step`."""
+
     step: jax.Array  # int32 [], updates done
     params: chex.ArrayTree  # what is trained: the model's parameters, or LoRA tensors
     ema: chex.ArrayTree
@@ -36,7 +38,10 @@ def init_state(config: config_lib.Config, inputs) -> TrainState:
     latents, text, frames = inputs
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     t = jnp.zeros((1, len(frames)), jnp.int32)
-    params, base = dit.DiT(config.model).init(key, latents[None], text[None], t, frames)['params'], ()
+    params, base = (
+        dit.DiT(config.model).init(key, latents[None], text[None], t, frames)['params'],
+        (),
+    )
     if config.lora.rank:
         params, base = lora.init(key, params, config.lora), params
     opt = optimizer.make_optimizer(config.optimizer, config.train.steps).init(params)
@@ -44,7 +49,9 @@ def init_state(config: config_lib.Config, inputs) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, base)
 
 
-def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config, frames: tuple[int, ...]):
+def train_step(
+    state: TrainState, batch, null_text, *, config: config_lib.Config, frames: tuple[int, ...]
+):
     """One update.
 
     Args:
@@ -69,9 +76,13 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
     model = dit.DiT(config.model)
 
     def loss_fn(params, micro):
-        params = lora.merge(state.frozen_params, params, config.lora) if config.lora.rank else params
+        params = (
+            lora.merge(state.frozen_params, params, config.lora) if config.lora.rank else params
+        )
         x, text, noise, t, given = micro
-        return loss.denoising_loss(model, params, schedule, {'latents': x, 'text': text}, noise, t, given, frames)
+        return loss.denoising_loss(
+            model, params, schedule, {'latents': x, 'text': text}, noise, t, given, frames
+        )
 
     def accumulate(carry, micro):
         (total, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
@@ -79,8 +90,10 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
 
     parts = cfg.grad_accumulation
     # Interleaved split, so that each device's examples stay on it.
-    micros = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(b // parts, parts, *a.shape[1:]), 1, 0),
-                          (x, text, noise, t, given))
+    micros = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(b // parts, parts, *a.shape[1:]), 1, 0),
+        (x, text, noise, t, given),
+    )
     zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
     if parts == 1:
         (total, count, grads), _ = accumulate(zero, jax.tree.map(lambda a: a[0], micros))
@@ -88,7 +101,9 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
         (total, count, grads), _ = jax.lax.scan(accumulate, zero, micros)
     grads = jax.tree.map(lambda g: g / count, grads)
 
-    updates, opt = optimizer.make_optimizer(config.optimizer, cfg.steps).update(grads, state.opt_state, state.params)
+    updates, opt = optimizer.make_optimizer(config.optimizer, cfg.steps).update(
+        grads, state.opt_state, state.params
+    )
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum((1.0 + state.step) / (10.0 + state.step), cfg.ema_decay)
     ema = jax.tree.map(lambda e, p: e - (1 - decay) * (e - p), state.ema, params)
@@ -96,7 +111,9 @@ def train_step(state: TrainState, batch, null_text, *, config: config_lib.Config
     return TrainState(state.step + 1, params, ema, opt, state.frozen_params), metrics
 
 
-def jit_train_step(config: config_lib.Config, frames: tuple[int, ...], state_shardings, batch_sharding):
+def jit_train_step(
+    config: config_lib.Config, frames: tuple[int, ...], state_shardings, batch_sharding
+):
     """The compiled step for stories of these latent frames per scene."""
     mesh = batch_sharding.mesh
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -105,5 +122,9 @@ def jit_train_step(config: config_lib.Config, frames: tuple[int, ...], state_sha
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return train_step(state, batch, null_text, config=config, frames=frames)
 
-    return jax.jit(step, in_shardings=(state_shardings, batch_sharding, replicated),
-                   out_shardings=(state_shardings, replicated), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, batch_sharding, replicated),
+        out_shardings=(state_shardings, replicated),
+        donate_argnums=0,
+    )

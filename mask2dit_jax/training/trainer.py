@@ -1,4 +1,5 @@
 """The training run: data, state, loop, sample sheets, checkpoints, and the scores at the end."""
+
 import contextlib
 import dataclasses
 import math
@@ -32,9 +33,15 @@ def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, m
     shardings = partitioning.shardings(abstract, mesh)
     if config.lora.rank:
         # The base is never made, only read.
-        state = jax.jit(lambda: train_step.init_state(config, inputs).replace(frozen_params=()),
-                        out_shardings=shardings.replace(frozen_params=()))()
-        return state.replace(frozen_params=runs.load_base(config, partitioning.abstract_arrays(abstract.frozen_params, mesh))), shardings
+        state = jax.jit(
+            lambda: train_step.init_state(config, inputs).replace(frozen_params=()),
+            out_shardings=shardings.replace(frozen_params=()),
+        )()
+        return state.replace(
+            frozen_params=runs.load_base(
+                config, partitioning.abstract_arrays(abstract.frozen_params, mesh)
+            )
+        ), shardings
     state = jax.jit(lambda: train_step.init_state(config, inputs), out_shardings=shardings)()
     if config.init_from:
         params = runs.load_base(config, partitioning.abstract_arrays(abstract.params, mesh))
@@ -44,11 +51,16 @@ def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, m
 
 def _run_meta(config: config_lib.Config, batches: batches_lib.Batches) -> dict:
     """What must not change between a run and its continuation."""
-    return {'data': batches.fingerprint, 'seed': config.seed, 'init_from': config.init_from,
-            'optimizer': config.optimizer.name,
-            'model': dataclasses.asdict(config.model) | {'remat': '', 'attention_backend': ''},
-            'lora': dataclasses.asdict(config.lora),
-            'batch_size': config.train.batch_size, 'caption_style': config.data.caption_style}
+    return {
+        'data': batches.fingerprint,
+        'seed': config.seed,
+        'init_from': config.init_from,
+        'optimizer': config.optimizer.name,
+        'model': dataclasses.asdict(config.model) | {'remat': '', 'attention_backend': ''},
+        'lora': dataclasses.asdict(config.lora),
+        'batch_size': config.train.batch_size,
+        'caption_style': config.data.caption_style,
+    }
 
 
 def _checked_mean(values, step: int) -> float:
@@ -59,12 +71,16 @@ def _checked_mean(values, step: int) -> float:
     """
     mean = float(np.mean(jax.device_get(values)))
     if not math.isfinite(mean):
-        raise FloatingPointError(f'Loss or gradient became {mean} before step {step}: nothing was saved since the '
-                                 'last checkpoint; lower optimizer.learning_rate or clip_norm and start again.')
+        raise FloatingPointError(
+            f'Loss or gradient became {mean} before step {step}: nothing was saved since the '
+            'last checkpoint; lower optimizer.learning_rate or clip_norm and start again.'
+        )
     return mean
 
 
-def _peak_share(config: config_lib.Config, mesh, codec: latent_codec.LatentCodec) -> dict[tuple[int, ...], float]:
+def _peak_share(
+    config: config_lib.Config, mesh, codec: latent_codec.LatentCodec
+) -> dict[tuple[int, ...], float]:
     """Model FLOPs of a step on stories of each layout, as a share of what the devices do in a second at their peak.
 
     Times steps per second that is MFU: steps/s x batch_size x flops.training_flops / (devices x peak bf16 FLOP/s of one).
@@ -74,12 +90,21 @@ def _peak_share(config: config_lib.Config, mesh, codec: latent_codec.LatentCodec
     kind = mesh.devices.flat[0].device_kind
     if kind not in peaks:
         return {}
-    layouts = {f: config.model.layout(codec.latent_frames(f), *codec.latent_shape[:2]) for f in config.data.layouts}
-    return {f: config.train.batch_size * sum(flops.training_flops(config.model, layout).values())
-            / (mesh.size * peaks[kind]) for f, layout in layouts.items()}
+    layouts = {
+        f: config.model.layout(codec.latent_frames(f), *codec.latent_shape[:2])
+        for f in config.data.layouts
+    }
+    return {
+        f: config.train.batch_size
+        * sum(flops.training_flops(config.model, layout).values())
+        / (mesh.size * peaks[kind])
+        for f, layout in layouts.items()
+    }
 
 
-def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | None = None) -> list[dict] | None:
+def train_and_evaluate(
+    config: config_lib.Config, workdir, trace_step: int | None = None
+) -> list[dict] | None:
     """Trains to the end, resuming from the newest good checkpoint of the workdir if there is one, and scores.
 
     Args:
@@ -105,44 +130,72 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     mesh = mesh_lib.make_mesh(config.mesh)
     codec = latent_codec.for_run(config, workdir)
     for layout in config.data.layouts:
-        codec.latent_frames(layout)  # a scene that cannot be coded is an error now, not after encoding
+        codec.latent_frames(
+            layout
+        )  # a scene that cannot be coded is an error now, not after encoding
     batches = batches_lib.train_batches(config, workdir, codec)
     state, shardings = _initial_state(config, codec, mesh)
-    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen_params))
-    logging.info('%d trained and %d frozen parameters on mesh %s.', trained, frozen, dict(mesh.shape))
+    trained, frozen = (
+        sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen_params)
+    )
+    logging.info(
+        '%d trained and %d frozen parameters on mesh %s.', trained, frozen, dict(mesh.shape)
+    )
 
     # 2. Resume.
     meta, start, found = _run_meta(config, batches), 0, checkpoint.folders(workdir)
-    multihost.assert_same_on_all_hosts(configuration=config, data=batches.fingerprint, checkpoints=[p.name for p in found])
+    multihost.assert_same_on_all_hosts(
+        configuration=config, data=batches.fingerprint, checkpoints=[p.name for p in found]
+    )
     if found:
         # Only shapes and places stay of what is read, so that it is not held twice.
-        frozen_params, targets = state.frozen_params, {item: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), getattr(state, field))
-            for item, field in checkpoint.ITEMS.items()}
+        frozen_params, targets = (
+            state.frozen_params,
+            {
+                item: jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                    getattr(state, field),
+                )
+                for item, field in checkpoint.ITEMS.items()
+            },
+        )
         del state
         path, items = checkpoint.latest(workdir, targets, meta)
         start = int(path.name)
         logging.info('Resuming %s.', path)
         restored = {checkpoint.ITEMS[item]: tree for item, tree in items.items()}
-        state = train_step.TrainState(step=jax.device_put(np.int32(start), shardings.step),
-                                      frozen_params=frozen_params, **restored)
+        state = train_step.TrainState(
+            step=jax.device_put(np.int32(start), shardings.step),
+            frozen_params=frozen_params,
+            **restored,
+        )
     checkpoints = checkpoint.manager(workdir, cfg.keep_checkpoints, cfg.keep_every_steps, start)
     if jax.process_index() == 0:
         config_lib.save(config, workdir / 'config.json')
     if start >= cfg.steps:
-        logging.info('%s is finished at step %d; raise config.train.steps to train on.', workdir, start)
+        logging.info(
+            '%s is finished at step %d; raise config.train.steps to train on.', workdir, start
+        )
 
     if trace_step is not None and not start <= trace_step <= cfg.steps - TRACED_STEPS:
-        raise ValueError(f'--trace_step={trace_step} cannot be recorded: this run goes from step {start} to '
-                         f'{cfg.steps}, and {TRACED_STEPS} steps are.')
+        raise ValueError(
+            f'--trace_step={trace_step} cannot be recorded: this run goes from step {start} to '
+            f'{cfg.steps}, and {TRACED_STEPS} steps are.'
+        )
 
     # 3. The loop. Metrics stay on the device until they are logged, so that no step waits for them.
     writer = metric_writer.MetricWriter(workdir, cfg.steps, start)
-    steps = {f: train_step.jit_train_step(config, codec.latent_frames(f), shardings, mesh_lib.batch_sharding(mesh))
-             for f in dict.fromkeys(config.data.layouts)}
+    steps = {
+        f: train_step.jit_train_step(
+            config, codec.latent_frames(f), shardings, mesh_lib.batch_sharding(mesh)
+        )
+        for f in dict.fromkeys(config.data.layouts)
+    }
     rows, peak_share = mesh_lib.local_rows(mesh, cfg.batch_size), _peak_share(config, mesh, codec)
-    logging.info('data_wait is the share of time for which the loop waits for data%s.', ', mfu is model FLOPs / (time '
-                 'x devices x peak bf16 FLOP/s)' if peak_share else '')
+    logging.info(
+        'data_wait is the share of time for which the loop waits for data%s.',
+        ', mfu is model FLOPs / (time x devices x peak bf16 FLOP/s)' if peak_share else '',
+    )
 
     def prepare(step):
         layout, batch = batches(step, rows)
@@ -171,13 +224,20 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
                 logging.info('Trace of steps %d to %d: %s.', trace_step, step, workdir / 'trace')
             last, due = done == cfg.steps, lambda every, done=done: done % every == 0
             stopped = terminated()
-            saves, samples = last or stopped or due(cfg.checkpoint_every_steps), due(cfg.sample_every_steps)
+            saves, samples = (
+                last or stopped or due(cfg.checkpoint_every_steps),
+                due(cfg.sample_every_steps),
+            )
             if saves or due(cfg.log_every_steps):
                 means = {k: _checked_mean([m[k] for _, m in pending], done) for k in metrics}
                 now = time.monotonic()
                 if since is not None:  # the first record would tell of compiling
                     means['data_wait'] = waited / (now - since)
-                    means |= {'mfu': sum(peak_share[f] for f, _ in pending) / (now - since)} if peak_share else {}
+                    means |= (
+                        {'mfu': sum(peak_share[f] for f, _ in pending) / (now - since)}
+                        if peak_share
+                        else {}
+                    )
                 writer.write(done, means)
                 waited, since, pending = 0.0, now, []
             checkpoint.check(checkpoints)
@@ -186,13 +246,21 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
             if stopped:
                 break
             if samples and not last:
-                writer.write_images(done, validation.by_task(
-                    validation.write_sample_grids(config, ema_lib.model_ema(config, state), codec, workdir, done)))
+                writer.write_images(
+                    done,
+                    validation.by_task(
+                        validation.write_sample_grids(
+                            config, ema_lib.model_ema(config, state), codec, workdir, done
+                        )
+                    ),
+                )
             steady &= not (saves or samples or traced)
         checkpoint.finish(checkpoints)
     if stopped:
         writer.close()
-        logging.info('Stopped by SIGTERM at step %d of %d; the same command resumes.', done, cfg.steps)
+        logging.info(
+            'Stopped by SIGTERM at step %d of %d; the same command resumes.', done, cfg.steps
+        )
         return None
 
     # 4. Sheets and scores of the EMA parameters.
@@ -201,7 +269,10 @@ def train_and_evaluate(config: config_lib.Config, workdir, trace_step: int | Non
     if start < cfg.steps:  # a finished run's are in TensorBoard already
         writer.write_images(cfg.steps, validation.by_task(sheets))
     writer.close()
-    rows = (validation.held_out_losses(config, ema, codec) if config.data.encoded
-            else validation.score_stories(config, ema, codec, workdir))
+    rows = (
+        validation.held_out_losses(config, ema, codec)
+        if config.data.encoded
+        else validation.score_stories(config, ema, codec, workdir)
+    )
     validation.write_scores(rows, workdir, time.monotonic() - started)
     return rows

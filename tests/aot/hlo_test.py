@@ -1,9 +1,10 @@
 """Counting in a module's text, by hand."""
+
 import pytest
 
 from mask2dit_jax.aot import hlo
 
-TEXT = '''HloModule test
+TEXT = """HloModule test
 
 %body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
   %p = (s32[], bf16[8,16]{1,0}) parameter(0)
@@ -44,7 +45,7 @@ ENTRY %main (x: bf16[8,16]) -> bf16[16,16] {
   %out = bf16[8,16]{1,0} get-tuple-element(%loop), index=1
   ROOT %g = bf16[16,16]{1,0} all-gather(%out), dimensions={0}
 }
-'''
+"""
 
 
 def test_loops_count_in_full():
@@ -52,8 +53,11 @@ def test_loops_count_in_full():
     assert program.flops == 42 * 2 * 8 * 16 * 16
     assert program.cycles == {'dense': 4200, 'rest': 294}
     assert program.kernels == {('k', (2, 8, 4)): 42}
-    assert program.collectives == {'all-reduce': [42, 42 * 256], 'reduce-scatter': [42, 42 * 256],
-                                   'all-gather': [1, 512]}
+    assert program.collectives == {
+        'all-reduce': [42, 42 * 256],
+        'reduce-scatter': [42, 42 * 256],
+        'all-gather': [1, 512],
+    }
     assert program.loop_all_reduces == [(256, 'jit(f)/sum')]
 
 

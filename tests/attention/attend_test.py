@@ -1,4 +1,5 @@
 """Every backend equals the dense mask: forward and gradients of q, k and v, every pattern, unequal scenes."""
+
 import functools
 
 import jax
@@ -24,26 +25,34 @@ def qkv(layout, dtype, seed=0):
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def forward_and_gradients(backend, q, k, v, do, layout, pattern):
-    out, vjp = jax.vjp(lambda q, k, v: attend_lib.attend(q, k, v, layout, pattern, backend), q, k, v)
+    out, vjp = jax.vjp(
+        lambda q, k, v: attend_lib.attend(q, k, v, layout, pattern, backend), q, k, v
+    )
     return (out, *vjp(do))
 
 
 # In float32 every pattern of every layout; in bfloat16 every pattern, and every layout.
-CASES = [*((pattern, frames, 'float32') for pattern in masks.PATTERNS for frames in FRAMES),
-         *((pattern, (3, 1, 2), 'bfloat16') for pattern in masks.PATTERNS),
-         *(('dual', frames, 'bfloat16') for frames in FRAMES)]
+CASES = [
+    *((pattern, frames, 'float32') for pattern in masks.PATTERNS for frames in FRAMES),
+    *((pattern, (3, 1, 2), 'bfloat16') for pattern in masks.PATTERNS),
+    *(('dual', frames, 'bfloat16') for frames in FRAMES),
+]
 
 
 @pytest.mark.parametrize('pattern, frames, dtype', dict.fromkeys(CASES), ids=str)
 def test_blockwise_equals_dense(monkeypatch, pattern, frames, dtype):
-    monkeypatch.setattr(attend_lib, 'QUERY_BLOCK', 13)  # scenes of 3 frames: two blocks, the second partly filled
+    monkeypatch.setattr(
+        attend_lib, 'QUERY_BLOCK', 13
+    )  # scenes of 3 frames: two blocks, the second partly filled
     layout = SceneLayout(frames, 2, 3, 5)
     args = qkv(layout, dtype)
     results = [forward_and_gradients(b, *args, layout, pattern) for b in ('dense', 'blockwise')]
     for name, ref, ours in zip(('out', 'dq', 'dk', 'dv'), *results):
         assert ours.dtype == ref.dtype == dtype
         ref, ours = (np.asarray(x, np.float32) for x in (ref, ours))
-        np.testing.assert_allclose(ours, ref, rtol=0, atol=TOLERANCE[dtype] * max(1, np.abs(ref).max()), err_msg=name)
+        np.testing.assert_allclose(
+            ours, ref, rtol=0, atol=TOLERANCE[dtype] * max(1, np.abs(ref).max()), err_msg=name
+        )
 
 
 @pytest.mark.parametrize('pattern', masks.PATTERNS)
@@ -58,7 +67,9 @@ def test_flash_pieces_equal_dense(pattern):
         out, vjp = jax.vjp(pieces, q, k, v)
         return (out, *vjp(do))
 
-    for ref, ours in zip(forward_and_gradients('dense', q, k, v, do, layout, pattern), run(q, k, v, do)):
+    for ref, ours in zip(
+        forward_and_gradients('dense', q, k, v, do, layout, pattern), run(q, k, v, do)
+    ):
         np.testing.assert_allclose(ours, ref, atol=3e-6)
 
 
@@ -83,7 +94,9 @@ def test_bfloat16_has_float32_scores(backend):
     attend = jax.jit(attend_lib.attend, static_argnums=(3, 4, 5))
     ours = attend(8 * q, k, v, layout, 'dual', backend)
     exact = attend(*(x.astype(jnp.float32) for x in (8 * q, k, v)), layout, 'dual', backend)
-    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2 ** -8, atol=2 ** -7)  # rounds result and weights
+    np.testing.assert_allclose(
+        ours.astype(jnp.float32), exact, rtol=2**-8, atol=2**-7
+    )  # rounds result and weights
 
 
 def test_large_scores_stay_finite():
@@ -97,7 +110,9 @@ def arrays_of(jaxpr):
     for eqn in jaxpr.eqns:
         yield from (v.aval for v in eqn.outvars)
         for param in eqn.params.values():
-            for sub in jax.tree.leaves(param, is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')):
+            for sub in jax.tree.leaves(
+                param, is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
+            ):
                 if hasattr(sub, 'jaxpr'):
                     yield from arrays_of(sub.jaxpr)
                 elif hasattr(sub, 'eqns'):
@@ -108,10 +123,12 @@ def test_blockwise_forms_no_quadratic_array_and_repeats_no_video():
     """No intermediate of forward or backward is L x L, or holds the video's keys once per scene."""
     layout = SceneLayout((30, 30, 30, 30), 8, 8, 16)
     q, k, v, do = qkv(layout, 'float32')
-    jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('blockwise', *a, layout, 'dual'))(q, k, v, do).jaxpr
+    jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('blockwise', *a, layout, 'dual'))(
+        q, k, v, do
+    ).jaxpr
     largest = max(a.size for a in arrays_of(jaxpr))
     block_scores = blockwise_lib.QUERY_BLOCK * layout.num_tokens
-    assert largest <= block_scores < 2 * 2 * layout.num_tokens ** 2 / 4
+    assert largest <= block_scores < 2 * 2 * layout.num_tokens**2 / 4
 
 
 def test_errors_name_the_input():
@@ -119,7 +136,9 @@ def test_errors_name_the_input():
     q, k, v, _ = qkv(layout, 'float32')
     with pytest.raises(ValueError, match="'fast': use one of dense, blockwise"):
         attend_lib.attend(q, k, v, layout, 'dual', 'fast')
-    with pytest.raises(ValueError, match=r"runs on TPU v4, .*, not on 'cpu': set model.attention_backend to"):
+    with pytest.raises(
+        ValueError, match=r"runs on TPU v4, .*, not on 'cpu': set model.attention_backend to"
+    ):
         attend_lib.attend(q, k, v, layout, 'dual', 'splash')
     with pytest.raises(ValueError, match=r'needs q, k, v of shape \[B, 11, N, D\]'):
         attend_lib.attend(q[:, 1:], k[:, 1:], v[:, 1:], layout, 'dual', 'dense')
@@ -128,6 +147,7 @@ def test_errors_name_the_input():
 def test_cudnn_lowers_to_one_fused_call_per_caption_and_scene(monkeypatch):
     """As far as this goes without a GPU: what JAX asks of cuDNN's library and of the chip is answered for them."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
+
     monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)
     monkeypatch.setattr(fused, 'check_compute_capability', lambda capability: capability <= '9.0')
     layout = SceneLayout((2, 3), 4, 4, 6)

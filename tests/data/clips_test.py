@@ -1,4 +1,5 @@
 """Manifests, the frames that make a clip, and what video files really hold."""
+
 import json
 
 import numpy as np
@@ -35,7 +36,9 @@ def test_variable_rates_are_read_at_a_constant_one(tmp_path):
     write_times(tmp_path / 'a.mp4', moving(12), ticks)
     info = video.probe(tmp_path / 'a.mp4')
     assert info.variable_rate and len(info.times) == 12
-    shown = [max(i for i, t in enumerate(ticks) if t <= tick * 20 / 11 + 1e-3) for tick in range(12)]
+    shown = [
+        max(i for i, t in enumerate(ticks) if t <= tick * 20 / 11 + 1e-3) for tick in range(12)
+    ]
     assert info.timeline.tolist() == shown and shown.count(5) > 3
     write_times(tmp_path / 'b.mp4', moving(12), range(12))
     assert not video.probe(tmp_path / 'b.mp4').variable_rate
@@ -66,7 +69,10 @@ def test_frames_of_single_clips(n):
         got = manifest.choose_frames(manifest.SINGLE_SCENE, n, 49, 3, np.random.default_rng(seed))
         np.testing.assert_array_equal(got, reference_single(n, 49, np.random.default_rng(seed)))
         assert got[0] >= int(0.05 * int(0.95 * n)) and got[-1] < int(0.95 * n)
-    starts = {manifest.choose_frames(manifest.SINGLE_SCENE, 164, 49, 3, np.random.default_rng(s))[0] for s in range(300)}
+    starts = {
+        manifest.choose_frames(manifest.SINGLE_SCENE, 164, 49, 3, np.random.default_rng(s))[0]
+        for s in range(300)
+    }
     assert starts == set(range(7, 11))  # int(.05 * 155) ... 155 - 145
     with pytest.raises(ValueError, match='163 frames and 49 were asked for'):
         manifest.choose_frames(manifest.SINGLE_SCENE, 163, 49, 3, np.random.default_rng(0))
@@ -83,14 +89,19 @@ def test_frames_of_story_clips(n, stride):
 
 def test_csv_manifest(tmp_path):
     path = tmp_path / 'clips.csv'
-    path.write_text('\ufefffps,width,height,caption,path,num_frame\n'
-                    '25,640,480,"a cat, asleep",sub/a.mp4,200\n'
-                    '25,640,480,a dog,/b.mp4,\n')
+    path.write_text(
+        '\ufefffps,width,height,caption,path,num_frame\n'
+        '25,640,480,"a cat, asleep",sub/a.mp4,200\n'
+        '25,640,480,a dog,/b.mp4,\n'
+    )
     found = manifest.read(path)
     assert found.kind == manifest.SINGLE_SCENE and not found.problems
     a, b = found.clips
-    assert (a.path, a.caption, a.claims) == (tmp_path / 'sub/a.mp4', 'a cat, asleep', {
-        'frames': 200, 'height_px': 480, 'width_px': 640})
+    assert (a.path, a.caption, a.claims) == (
+        tmp_path / 'sub/a.mp4',
+        'a cat, asleep',
+        {'frames': 200, 'height_px': 480, 'width_px': 640},
+    )
     assert str(b.path) == '/b.mp4' and 'frames' not in b.claims and (a.story, b.story) == (0, 1)
     assert manifest.read(path, root='/videos').clips[0].path.as_posix() == '/videos/sub/a.mp4'
 
@@ -98,11 +109,29 @@ def test_csv_manifest(tmp_path):
 def test_json_manifests(tmp_path):
     """The reference's list, and stories with scenes of their own lengths: together, or one alone."""
     path = tmp_path / 'stories.json'
-    path.write_text(json.dumps([{'prefix': 'x', 'values': [{'vid': 1, 'url': 'a.mp4', 'caption': 'A', 'duration': 2.5},
-                                                           {'url': 'b.mp4', 'caption': 'B', 'width': 64}]}]))
-    assert [(c.story, c.scene, c.path.name, c.caption, c.frames, c.claims) for c in manifest.read(path).clips] == [
-        (0, 0, 'a.mp4', 'A', None, {}), (0, 1, 'b.mp4', 'B', None, {'width_px': 64})]
-    story = {'scenes': [{'video': 'a.mp4', 'caption': 'A', 'frames': 9}, {'video': 'b.mp4', 'caption': 'B'}]}
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    'prefix': 'x',
+                    'values': [
+                        {'vid': 1, 'url': 'a.mp4', 'caption': 'A', 'duration': 2.5},
+                        {'url': 'b.mp4', 'caption': 'B', 'width': 64},
+                    ],
+                }
+            ]
+        )
+    )
+    assert [
+        (c.story, c.scene, c.path.name, c.caption, c.frames, c.claims)
+        for c in manifest.read(path).clips
+    ] == [(0, 0, 'a.mp4', 'A', None, {}), (0, 1, 'b.mp4', 'B', None, {'width_px': 64})]
+    story = {
+        'scenes': [
+            {'video': 'a.mp4', 'caption': 'A', 'frames': 9},
+            {'video': 'b.mp4', 'caption': 'B'},
+        ]
+    }
     for content, stories in ((story, [0, 0]), ({'stories': [story, story]}, [0, 0, 1, 1])):
         path.write_text(json.dumps(content))
         found = manifest.read(path)
@@ -117,7 +146,11 @@ BAD_MANIFESTS = {
     'kind unknown': ('m.tsv', 'caption\tpath\n', 'm.tsv is neither .csv nor .json'),
     'no JSON': ('m.json', '[{"values": ', r'm.json is no JSON \(.*line 1'),
     'JSON of another kind': ('m.json', '7', 'm.json holds neither a list nor an object'),
-    'JSON without clips': ('m.json', '[{"prefix": "a"}]', 'no usable clip; first of 1 problems: no list "values"'),
+    'JSON without clips': (
+        'm.json',
+        '[{"prefix": "a"}]',
+        'no usable clip; first of 1 problems: no list "values"',
+    ),
 }
 
 
@@ -143,22 +176,38 @@ BAD_ROWS = [
     ('m.json', {'values': ['a.mp4']}, 'story 1 scene 0', 'must be an object'),
     ('m.json', {'values': [{'url': 'a.mp4'}]}, 'story 1 scene 0', 'it has no caption'),
     ('m.json', {'values': [{'caption': 'a'}]}, 'story 1 scene 0', 'it names no video'),
-    ('m.json', {'scenes': [{'video': 'a.mp4', 'caption': 'a', 'frames': 4.5}]}, 'story 1 scene 0', 'frames is 4.5'),
+    (
+        'm.json',
+        {'scenes': [{'video': 'a.mp4', 'caption': 'a', 'frames': 4.5}]},
+        'story 1 scene 0',
+        'frames is 4.5',
+    ),
 ]
 
 
 @pytest.mark.parametrize('name, row, where, message', BAD_ROWS, ids=str)
 def test_bad_rows_are_counted_and_the_rest_is_kept(name, row, where, message, tmp_path):
     good = {'values': [{'url': 'good.mp4', 'caption': 'good'}]}
-    (tmp_path / name).write_text(f'caption,path\ngood,good.mp4\n{row}\n' if name == 'm.csv'
-                                 else json.dumps([good, row, good]))
+    (tmp_path / name).write_text(
+        f'caption,path\ngood,good.mp4\n{row}\n'
+        if name == 'm.csv'
+        else json.dumps([good, row, good])
+    )
     found = manifest.read(tmp_path / name)
-    problem, = found.problems
-    assert problem.kind == 'malformed row' and problem.where == f'{name} {where}' and message in problem.message
+    (problem,) = found.problems
+    assert (
+        problem.kind == 'malformed row'
+        and problem.where == f'{name} {where}'
+        and message in problem.message
+    )
     assert {c.path.name for c in found.clips} == {'good.mp4'}
 
 
 def test_strange_numbers_are_noted(tmp_path):
     (tmp_path / 'm.csv').write_text('caption,path,num_frame\na cat,a.mp4,many\n')
     found = manifest.read(tmp_path / 'm.csv')
-    assert len(found.clips) == 1 and found.problems[0].used and "frames is 'many'" in found.problems[0].message
+    assert (
+        len(found.clips) == 1
+        and found.problems[0].used
+        and "frames is 'many'" in found.problems[0].message
+    )

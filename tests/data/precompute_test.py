@@ -1,4 +1,5 @@
 """Videos to data sets to batches, on a tiny random model folder: what is kept, what is refused, and what goes on."""
+
 import collections
 import csv
 import dataclasses
@@ -33,9 +34,17 @@ FRAMES, SIZE = 5, 32
 
 def job(manifest, folder, **kwargs):
     """Moments by the networks of a folder, or frames without one."""
-    own = {'manifest': str(manifest), 'root': None, 'folder': folder and str(folder), 'frames': FRAMES,
-           'store': 'moments' if folder else 'frames', 'height_px': SIZE, 'width_px': SIZE, 'dtype': 'float32',
-           'part_clips': 3}
+    own = {
+        'manifest': str(manifest),
+        'root': None,
+        'folder': folder and str(folder),
+        'frames': FRAMES,
+        'store': 'moments' if folder else 'frames',
+        'height_px': SIZE,
+        'width_px': SIZE,
+        'dtype': 'float32',
+        'part_clips': 3,
+    }
     return precompute.Job(**own | kwargs)
 
 
@@ -52,10 +61,11 @@ def videos(tmp_path_factory):
     root = tmp_path_factory.mktemp('videos')
     film = moving(40 * 7)
     for i in range(7):
-        video.write_mp4(root / f'{i}.mp4', film[40 * i:40 * (i + 1)], 25)
+        video.write_mp4(root / f'{i}.mp4', film[40 * i : 40 * (i + 1)], 25)
     with (root / 'clips.csv').open('w', newline='') as file:
-        csv.writer(file).writerows([('caption', 'path', 'num_frame'), *((f'shot {i}', f'{i}.mp4', 40)
-                                                                        for i in range(7))])
+        csv.writer(file).writerows(
+            [('caption', 'path', 'num_frame'), *((f'shot {i}', f'{i}.mp4', 40) for i in range(7))]
+        )
     shots = [{'url': f'{i}.mp4', 'caption': f'shot {i}'} for i in range(7)]
     shots[5]['frames'] = 9
     (root / 'stories.json').write_text(json.dumps([{'values': shots[:3]}, {'values': shots[3:]}]))
@@ -74,8 +84,11 @@ def encoded(folder, videos, tmp_path_factory):
 def config_of(folder, encoded, **kwargs):
     cfg = load_lib.with_model_from(config_lib.Config(), folder)
     own = {'encoded': str(encoded), 'layouts': ((5, 5),)} | kwargs
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **own),
-                              train=config_lib.TrainConfig(batch_size=4, steps=4))
+    cfg = dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, **own),
+        train=config_lib.TrainConfig(batch_size=4, steps=4),
+    )
     return clips.with_data_from(cfg)
 
 
@@ -85,7 +98,15 @@ def batches_of(cfg):
 
 def test_records_hold_what_the_networks_say(encoded, folder, videos):
     records = records_lib.Records(encoded / 'stories')
-    assert records.rows.tolist() == [[0, 0, 5], [0, 1, 5], [0, 2, 5], [1, 0, 5], [1, 1, 5], [1, 2, 9], [1, 3, 5]]
+    assert records.rows.tolist() == [
+        [0, 0, 5],
+        [0, 1, 5],
+        [0, 2, 5],
+        [1, 0, 5],
+        [1, 1, 5],
+        [1, 2, 9],
+        [1, 3, 5],
+    ]
     record = records[5]
     assert record['caption'] == b'shot 5' and record['moments'].shape == (3, 4, 4, 8)
     rng = np.random.default_rng([0, 1, 2, 0])
@@ -93,11 +114,16 @@ def test_records_hold_what_the_networks_say(encoded, folder, videos):
     pixels = video.read_video(videos / '5.mp4', height_px=SIZE, width_px=SIZE)[0][indices]
     model, params = load_lib.load_vae(folder / 'vae')
     mean, logvar = vae.encode(model.cfg, params, pixels[None] / np.float32(127.5) - 1)
-    np.testing.assert_allclose(record['moments'].astype(np.float32), np.concatenate([mean, logvar], -1)[0], rtol=2e-2,
-                               atol=1e-2)
+    np.testing.assert_allclose(
+        record['moments'].astype(np.float32),
+        np.concatenate([mean, logvar], -1)[0],
+        rtol=2e-2,
+        atol=1e-2,
+    )
     codec = latent_codec.pretrained_codec(folder, random_model.TRANSFORMER, (SIZE, SIZE))
-    np.testing.assert_allclose(record['text'].astype(np.float32), codec.encode_text(['shot 5'])[0], rtol=1e-2,
-                               atol=1e-2)
+    np.testing.assert_allclose(
+        record['text'].astype(np.float32), codec.encode_text(['shot 5'])[0], rtol=1e-2, atol=1e-2
+    )
 
 
 def test_the_data_set_is_one_of_tfds(encoded):
@@ -111,13 +137,18 @@ def test_frames_can_be_stored_instead(videos, tmp_path):
     assert precompute.precompute(cut, tmp_path / 'out')
     records = records_lib.Records(tmp_path / 'out')
     assert len(records) == 14 and records[0]['video'].shape == (FRAMES, SIZE, SIZE, 3)
-    assert len(np.unique(records.rows[:, 0])) == 14 and (records[0]['video'] != records[1]['video']).any()
+    assert (
+        len(np.unique(records.rows[:, 0])) == 14
+        and (records[0]['video'] != records[1]['video']).any()
+    )
 
 
 def test_workers_share_the_parts(encoded, folder, videos, tmp_path):
     work = job(videos / 'stories.json', folder)
     assert [precompute.precompute(work, tmp_path / 'out', w, 2) for w in (1, 0)] == [False, True]
-    np.testing.assert_array_equal(records_lib.Records(tmp_path / 'out').rows, records_lib.Records(encoded / 'stories').rows)
+    np.testing.assert_array_equal(
+        records_lib.Records(tmp_path / 'out').rows, records_lib.Records(encoded / 'stories').rows
+    )
     for i in range(7):
         a, b = records_lib.Records(tmp_path / 'out')[i], records_lib.Records(encoded / 'stories')[i]
         np.testing.assert_array_equal(a['moments'], b['moments'])
@@ -126,10 +157,22 @@ def test_workers_share_the_parts(encoded, folder, videos, tmp_path):
 def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
     """Killed when its first part is there: that part stays as it is, and the whole is what it would have been."""
     out = tmp_path / 'out'
-    command = [sys.executable, '-m', 'mask2dit_jax.encode', f'--manifest={videos}/clips.csv', f'--checkpoint={folder}',
-               f'--out={out}', '--frames=5', '--dtype=float32', '--part_clips=3', f'--height={SIZE}', f'--width={SIZE}']
-    process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        '-m',
+        'mask2dit_jax.encode',
+        f'--manifest={videos}/clips.csv',
+        f'--checkpoint={folder}',
+        f'--out={out}',
+        '--frames=5',
+        '--dtype=float32',
+        '--part_clips=3',
+        f'--height={SIZE}',
+        f'--width={SIZE}',
+    ]
+    process = subprocess.Popen(
+        command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     deadline = time.monotonic() + 300
     while not list(out.glob('*-00000-of-00003')):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
@@ -147,7 +190,9 @@ def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
 
 def test_other_settings_do_not_go_on(encoded, folder, videos):
     with pytest.raises(ValueError, match='begun with another seed, stride: use the same'):
-        precompute.precompute(job(videos / 'clips.csv', folder, stride=2, seed=1), encoded / 'clips')
+        precompute.precompute(
+            job(videos / 'clips.csv', folder, stride=2, seed=1), encoded / 'clips'
+        )
 
 
 def test_several_devices_take_a_clip_each(folder):
@@ -156,7 +201,9 @@ def test_several_devices_take_a_clip_each(folder):
     assert size == jax.local_device_count() > 1
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, SIZE, SIZE, 3), np.uint8)
     alone = np.concatenate([run(p[None]) for p in pixels])
-    np.testing.assert_allclose(run(pixels).astype(np.float32), alone.astype(np.float32), atol=2e-2, rtol=2e-2)
+    np.testing.assert_allclose(
+        run(pixels).astype(np.float32), alone.astype(np.float32), atol=2e-2, rtol=2e-2
+    )
 
 
 def bad_videos(root):
@@ -167,7 +214,7 @@ def bad_videos(root):
     (root / 'folder.mp4').mkdir()
     (root / 'empty.mp4').write_bytes(b'')
     (root / 'text.mp4').write_text('not a video')
-    (root / 'cut.mp4').write_bytes(content[:len(content) // 2])
+    (root / 'cut.mp4').write_bytes(content[: len(content) // 2])
     damage(good, root / 'damaged.mp4', 0.6)
     with wave.open(str(root / 'sound.wav'), 'wb') as file:
         file.setnchannels(1)
@@ -178,7 +225,12 @@ def bad_videos(root):
     video.write_mp4(root / 'short.mp4', panned(4, 64), 25)
     turn(good, root / 'rotated.mp4')
     odd = Image.fromarray(panned(1, 65)[0])
-    odd.save(root / 'odd.gif', save_all=True, append_images=[odd.rotate(i) for i in range(1, 40)], duration=40)
+    odd.save(
+        root / 'odd.gif',
+        save_all=True,
+        append_images=[odd.rotate(i) for i in range(1, 40)],
+        duration=40,
+    )
     write_times(root / 'variable.mp4', panned(40, 64), [*range(20), *range(60, 80)])
     video.write_mp4(root / 'small.mp4', panned(40, 16), 25)
     return {
@@ -203,24 +255,44 @@ def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
     """All at once: the good rest is encoded."""
     expected = bad_videos(tmp_path)
     with (tmp_path / 'clips.csv').open('w', newline='') as file:
-        csv.writer(file).writerows([('caption', 'path', 'num_frame'),
-                                    *((f'about {n}', n, 400 if n == 'good.mp4' else '') for n in expected)])
+        csv.writer(file).writerows(
+            [
+                ('caption', 'path', 'num_frame'),
+                *((f'about {n}', n, 400 if n == 'good.mp4' else '') for n in expected),
+            ]
+        )
     assert precompute.precompute(job(tmp_path / 'clips.csv', None), tmp_path / 'out')
-    records, used = records_lib.Records(tmp_path / 'out'), [n for n, (_, ok, _) in expected.items() if ok]
-    assert [records[i]['path'].decode() for i in range(len(records))] == [str(tmp_path / n) for n in used]
+    records, used = (
+        records_lib.Records(tmp_path / 'out'),
+        [n for n, (_, ok, _) in expected.items() if ok],
+    )
+    assert [records[i]['path'].decode() for i in range(len(records))] == [
+        str(tmp_path / n) for n in used
+    ]
     text = (tmp_path / 'out/report.md').read_text()
-    assert f'{len(used)} of {len(expected)} clips are in the data set; {len(expected) - len(used)} are not' in text
+    assert (
+        f'{len(used)} of {len(expected)} clips are in the data set; {len(expected) - len(used)} are not'
+        in text
+    )
     for name, (kind, ok, message) in expected.items():
-        line, = (x for x in text.splitlines() if f'{tmp_path / name} ' in x and x.startswith(f'| {kind} '))
+        (line,) = (
+            x
+            for x in text.splitlines()
+            if f'{tmp_path / name} ' in x and x.startswith(f'| {kind} ')
+        )
         assert message in line and ('yes' in line.split('|')[2]) == ok, line
     counts = collections.Counter(kind for kind, _, _ in expected.values())
-    cells = [[c.strip() for c in x.split('|')[1:-1]] for x in text.splitlines() if x.startswith('| ')]
+    cells = [
+        [c.strip() for c in x.split('|')[1:-1]] for x in text.splitlines() if x.startswith('| ')
+    ]
     assert {c[0]: int(c[1]) for c in cells if len(c) == 3 and c[1].isdecimal()} == counts
 
 
 def test_a_host_reads_only_its_rows(encoded, folder, monkeypatch):
     cfg, read, real = config_of(folder, encoded / 'stories'), [], records_lib.Records.__getitem__
-    monkeypatch.setattr(records_lib.Records, '__getitem__', lambda self, i: read.append(int(i)) or real(self, i))
+    monkeypatch.setattr(
+        records_lib.Records, '__getitem__', lambda self, i: read.append(int(i)) or real(self, i)
+    )
     batches = batches_of(cfg)
     batches(2, range(4))
     whole, read[:] = list(read), []
@@ -246,13 +318,20 @@ def stories_of(batches, encoded, cfg, steps):
     records = records_lib.Records(encoded)
     text = np.stack([records[i]['text'].astype(np.float32) for i in range(len(records))])
     rows = range(cfg.train.batch_size)
-    return [[[int(np.flatnonzero((text == scene).all((1, 2)))[0]) for scene in story]
-             for story in batches(step, rows)[1]['text']] for step in range(steps)]
+    return [
+        [
+            [int(np.flatnonzero((text == scene).all((1, 2)))[0]) for scene in story]
+            for story in batches(step, rows)[1]['text']
+        ]
+        for step in range(steps)
+    ]
 
 
 def test_consecutive_scenes_are_windows_of_a_story(encoded, folder):
     cfg = config_of(folder, encoded / 'stories')
-    seen = {tuple(s) for step in stories_of(batches_of(cfg), encoded / 'stories', cfg, 30) for s in step}
+    seen = {
+        tuple(s) for step in stories_of(batches_of(cfg), encoded / 'stories', cfg, 30) for s in step
+    }
     assert seen == {(0, 1), (1, 2), (3, 4)}  # not across stories, nor over the scene of 9 frames
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, layouts=((5, 9, 5), (9, 5))))
     batches = batches_of(cfg)
@@ -266,7 +345,9 @@ def test_unrelated_scenes_are_any_other_clips(encoded, folder):
     stories = [s for step in steps for s in step]
     assert all(len(set(s)) == 2 for s in stories)
     firsts = [s[0] for s in stories]
-    assert all(sorted(firsts[i:i + 7]) == list(range(7)) for i in range(0, 56, 7))  # every clip once an epoch
+    assert all(
+        sorted(firsts[i : i + 7]) == list(range(7)) for i in range(0, 56, 7)
+    )  # every clip once an epoch
     assert len({tuple(s) for s in stories}) > 20
 
 
@@ -275,8 +356,14 @@ def test_the_posterior_is_drawn_anew_every_time(encoded, folder):
     cfg = config_of(folder, encoded / 'clips', scenes='unrelated', layouts=((5,),))
     batches, records = batches_of(cfg), records_lib.Records(encoded / 'clips')
     text = records[4]['text'].astype(np.float32)
-    draws = np.stack([x for step in range(350) for x, t in zip(*batches(step, range(4))[1].values())
-                      if (t[0] == text).all()])
+    draws = np.stack(
+        [
+            x
+            for step in range(350)
+            for x, t in zip(*batches(step, range(4))[1].values())
+            if (t[0] == text).all()
+        ]
+    )
     assert len(draws) == 200
     mean, logvar = np.split(records[4]['moments'].astype(np.float32), 2, -1)
     z = (draws / 0.7 - mean) / np.exp(0.5 * logvar)
@@ -306,23 +393,59 @@ def cut(path, length):
 
 BAD_DATA = {
     'not one': (lambda d: shutil.rmtree(d), {}, 'is no data set of clips'),
-    'unfinished': (lambda d: next(d.glob('*-00001-of-*')).unlink(), {}, r'not finished \(1 of 3 parts are missing\)'),
+    'unfinished': (
+        lambda d: next(d.glob('*-00001-of-*')).unlink(),
+        {},
+        r'not finished \(1 of 3 parts are missing\)',
+    ),
     'no description': (lambda d: (d / 'dataset_info.json').unlink(), {}, 'is not finished'),
-    'index lost': (lambda d: (d / 'index-00001.json').unlink(), {}, r'is damaged \(.*index-00001.json'),
+    'index lost': (
+        lambda d: (d / 'index-00001.json').unlink(),
+        {},
+        r'is damaged \(.*index-00001.json',
+    ),
     'index damaged': (lambda d: (d / 'index-00002.json').write_text('{'), {}, 'is damaged'),
-    'record damaged': (lambda d: flip(next(d.glob('*-00001-of-*')), 700), {},
-                       '-00001-of-00003 is damaged .*hash mismatch'),
-    'records cut off': (lambda d: cut(next(d.glob('*-00000-of-*')), 900), {}, '-00000-of-00003 is damaged'),
-    'records of another': (lambda d: (d / 'index-00002.json').write_text('{"rows": [], "problems": []}'), {},
-                           'holds 7 records where its index has 6'),
-    'no such layout': (None, {'layouts': ((5, 5), (9, 9))}, r'no consecutive scenes of \(9, 9\) frames; its clips are '
-                       r'6 of 5 frames, 1 of 9 frames in 2 stories'),
-    'too few to combine': (None, {'layouts': ((9, 9),), 'scenes': 'unrelated'}, 'no unrelated scenes of'),
+    'record damaged': (
+        lambda d: flip(next(d.glob('*-00001-of-*')), 700),
+        {},
+        '-00001-of-00003 is damaged .*hash mismatch',
+    ),
+    'records cut off': (
+        lambda d: cut(next(d.glob('*-00000-of-*')), 900),
+        {},
+        '-00000-of-00003 is damaged',
+    ),
+    'records of another': (
+        lambda d: (d / 'index-00002.json').write_text('{"rows": [], "problems": []}'),
+        {},
+        'holds 7 records where its index has 6',
+    ),
+    'no such layout': (
+        None,
+        {'layouts': ((5, 5), (9, 9))},
+        r'no consecutive scenes of \(9, 9\) frames; its clips are '
+        r'6 of 5 frames, 1 of 9 frames in 2 stories',
+    ),
+    'too few to combine': (
+        None,
+        {'layouts': ((9, 9),), 'scenes': 'unrelated'},
+        'no unrelated scenes of',
+    ),
     'another size': (None, {'height_px': 64}, r'has moments \[4, 4, 8\].* asks for \[8, 4, 8\]'),
-    'another VAE': (lambda d: (d / 'encode.json').write_text((d / 'encode.json').read_text().replace(
-        '"vae": "', '"vae": "0')), {}, 'was encoded with another VAE'),
-    'frames': (lambda d: (d / 'encode.json').write_text((d / 'encode.json').read_text().replace(
-        '"store": "moments"', '"store": "frames"')), {}, 'holds frames: encode the videos again'),
+    'another VAE': (
+        lambda d: (d / 'encode.json').write_text(
+            (d / 'encode.json').read_text().replace('"vae": "', '"vae": "0')
+        ),
+        {},
+        'was encoded with another VAE',
+    ),
+    'frames': (
+        lambda d: (d / 'encode.json').write_text(
+            (d / 'encode.json').read_text().replace('"store": "moments"', '"store": "frames"')
+        ),
+        {},
+        'holds frames: encode the videos again',
+    ),
 }
 
 
@@ -342,12 +465,19 @@ def test_bad_data_sets_are_named(case, encoded, folder, tmp_path):
 def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):
     cfg = config_of(folder, encoded / 'stories')
     cfg = dataclasses.replace(
-        cfg, optimizer=config_lib.OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
-        train=config_lib.TrainConfig(batch_size=8, steps=3, conditional_probability=0.5, given='any', log_every_steps=1),
-        sample=config_lib.SampleConfig(steps=2, sheet_stories=4), eval=config_lib.EvalConfig(stories=8, batch_size=8),
-        mesh=mesh_lib.MeshConfig(data=8, cpu_devices=8))
+        cfg,
+        optimizer=config_lib.OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
+        train=config_lib.TrainConfig(
+            batch_size=8, steps=3, conditional_probability=0.5, given='any', log_every_steps=1
+        ),
+        sample=config_lib.SampleConfig(steps=2, sheet_stories=4),
+        eval=config_lib.EvalConfig(stories=8, batch_size=8),
+        mesh=mesh_lib.MeshConfig(data=8, cpu_devices=8),
+    )
     rows = trainer.train_and_evaluate(cfg, tmp_path / 'run')
     assert [(r['task'], r['frames']) for r in rows] == [('generated', '5+5'), ('extended', '5+5')]
     assert all(np.isfinite(r['loss']) for r in rows) and rows[0]['loss'] != rows[1]['loss']
     assert len(list((tmp_path / 'run/sheets').glob('*.png'))) == 2
-    assert trainer.train_and_evaluate(cfg, tmp_path / 'run') == rows  # finished: scored again, at the same noise
+    assert (
+        trainer.train_and_evaluate(cfg, tmp_path / 'run') == rows
+    )  # finished: scored again, at the same noise

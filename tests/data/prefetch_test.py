@@ -1,4 +1,5 @@
 """Batches made ahead come in order, errors where their turn is, and nothing goes on after the end."""
+
 import threading
 import time
 
@@ -39,7 +40,7 @@ def test_errors_surface_in_order_and_end_it():
             raise ValueError('story 3 is broken')
         return i
 
-    with batches.prefetched(make, range(10 ** 6)) as results:
+    with batches.prefetched(make, range(10**6)) as results:
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(ValueError, match='story 3 is broken'):
             next(results)
@@ -48,7 +49,7 @@ def test_errors_surface_in_order_and_end_it():
 
 def test_leaving_stops_the_thread():
     before = threading.active_count()
-    with pytest.raises(KeyError), batches.prefetched(lambda i: i, range(10 ** 9)) as results:
+    with pytest.raises(KeyError), batches.prefetched(lambda i: i, range(10**9)) as results:
         next(results)
         raise KeyError
     assert threading.active_count() == before

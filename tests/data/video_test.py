@@ -1,4 +1,5 @@
 """Video files keep frames, sizes and colours; sheets show every scene with its caption; errors name the file."""
+
 import av
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,9 @@ from mask2dit_jax.data import video
 def _frames(count=6, height=24, width=32):
     """Smooth colours that move, so that no two frames are equal and chroma subsampling costs little."""
     y, x = np.mgrid[:height, :width]
-    frames = [np.stack([x / width, y / height, np.full(x.shape, i / count)], -1) for i in range(count)]
+    frames = [
+        np.stack([x / width, y / height, np.full(x.shape, i / count)], -1) for i in range(count)
+    ]
     return np.stack(frames).astype(np.float32)  # [F, H, W, 3]
 
 
@@ -43,7 +46,9 @@ def test_round_trip(tmp_path, write, suffix, scale):
     assert np.abs(read - wanted).mean() < 4  # of 255: lossy
 
 
-@pytest.mark.parametrize('codec, options', [('libx264', {'crf': '16'}), ('mpeg4', {'qmin': '1', 'qmax': '4'})])
+@pytest.mark.parametrize(
+    'codec, options', [('libx264', {'crf': '16'}), ('mpeg4', {'qmin': '1', 'qmax': '4'})]
+)
 def test_both_mp4_codecs_keep_colours_and_rate(tmp_path, codec, options):
     if codec not in av.codecs_available:
         pytest.fail(f'PyAV is built without {codec}.')
@@ -71,7 +76,9 @@ def test_mp4_is_yuv420p_h264(tmp_path):
 
 
 def test_gif_loops_forever_at_the_mean_rate(tmp_path):
-    video.write_gif(tmp_path / 'clip.gif', _frames(16), 16)  # 62.5 ms is no multiple of the gif's 10 ms
+    video.write_gif(
+        tmp_path / 'clip.gif', _frames(16), 16
+    )  # 62.5 ms is no multiple of the gif's 10 ms
     with Image.open(tmp_path / 'clip.gif') as image:
         assert image.info['loop'] == 0
         durations_ms = []
@@ -99,7 +106,9 @@ def test_read_covers_the_size_and_crops_the_centre(tmp_path, height_px, width_px
 
 def test_read_antialiases(tmp_path):
     board = np.indices((64, 64)).sum(0) % 2 * 255
-    video.write_gif(tmp_path / 'clip.gif', np.repeat(board[None, :, :, None], 3, -1).astype(np.uint8), 8)
+    video.write_gif(
+        tmp_path / 'clip.gif', np.repeat(board[None, :, :, None], 3, -1).astype(np.uint8), 8
+    )
     read, _ = video.read_video(tmp_path / 'clip.gif', height_px=16, width_px=16)
     assert np.abs(read.astype(float) - 127.5).max() < 30
 
@@ -107,7 +116,9 @@ def test_read_antialiases(tmp_path):
 def _write_audio(path):
     with av.open(str(path), 'w', format='wav') as container:
         stream = container.add_stream('pcm_s16le', rate=8000, layout='mono')
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format='s16', layout='mono')
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 800), np.int16), format='s16', layout='mono'
+        )
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -130,7 +141,9 @@ def test_a_cut_off_file_is_an_error(tmp_path):
     (tmp_path / 'cut.mp4').write_bytes(content[:-20])
     with pytest.raises(ValueError, match=r'cut\.mp4 cannot be decoded'):
         video.read_video(tmp_path / 'cut.mp4')
-    (tmp_path / 'empty.mp4').write_bytes(content[:content.index(b'mdat') + 4])  # the header comes first
+    (tmp_path / 'empty.mp4').write_bytes(
+        content[: content.index(b'mdat') + 4]
+    )  # the header comes first
     with pytest.raises(ValueError, match=r'empty\.mp4 is cut off: it has 0 of the 6 frames'):
         video.read_video(tmp_path / 'empty.mp4')
 
@@ -171,7 +184,9 @@ def _pixels_of(image, colour):
 
 
 def test_contact_sheet_shows_at_most_eight_frames_per_scene():
-    image = video.contact_sheet([_plain(0, 3), _plain(1, 20), _plain(2, 1)], ['one', 'two', 'three'])
+    image = video.contact_sheet(
+        [_plain(0, 3), _plain(1, 20), _plain(2, 1)], ['one', 'two', 'three']
+    )
     assert image.dtype == np.uint8
     tile_px = 128 * 128  # 16 px enlarged eight times
     assert [_pixels_of(image, c) // tile_px for c in range(3)] == [3, 8, 1]
@@ -228,13 +243,16 @@ def test_given_scenes_are_marked():
     plain = video.contact_sheet(scenes, captions)
     image = video.contact_sheet(scenes, captions, given=(True, False))
     red = np.flatnonzero((image == _COLOURS[0]).all(-1).any(1))
-    assert _ink(image)[:red.min()].sum() > 2 * _ink(plain)[:red.min()].sum()
-    np.testing.assert_array_equal(image[red.max():], plain[red.max():])
+    assert _ink(image)[: red.min()].sum() > 2 * _ink(plain)[: red.min()].sum()
+    np.testing.assert_array_equal(image[red.max() :], plain[red.max() :])
 
 
 def test_story_grid_puts_scenes_side_by_side():
-    image = video.story_grid([[_plain(0, 9), _plain(1, 2)], [_plain(2, 9)]], [['one', 'two'], ['three']],
-                             given=[(True, False), (False,)])
+    image = video.story_grid(
+        [[_plain(0, 9), _plain(1, 2)], [_plain(2, 9)]],
+        [['one', 'two'], ['three']],
+        given=[(True, False), (False,)],
+    )
     tiles = [_pixels_of(image, c) / 128**2 for c in range(3)]
     assert tiles == [4, 2, 4]
     red, green, blue = (np.argwhere((image == _COLOURS[c]).all(-1)) for c in range(3))

@@ -1,4 +1,5 @@
 """Samplers against an analytic model, given scenes, guidance."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ STD = 2.0
 
 def gaussian_velocity(x, t, mean=0.7):
     """Exact v for data ~ N(mean, STD²): the posterior mean of a·noise - s·x0 given x."""
-    bar = jnp.asarray(SCHEDULE.alphas_bar(), jnp.float32)[t][:, frame_scenes(LAYOUT)][..., None, None, None]
+    bar = jnp.asarray(SCHEDULE.alphas_bar(), jnp.float32)[t][:, frame_scenes(LAYOUT)][
+        ..., None, None, None
+    ]
     a, s = jnp.sqrt(bar), jnp.sqrt(1 - bar)
-    x0 = mean + a * STD ** 2 / (bar * STD ** 2 + 1 - bar) * (x - a * mean)
+    x0 = mean + a * STD**2 / (bar * STD**2 + 1 - bar) * (x - a * mean)
     # From x = a·x0 + s·noise: v = (a·x - x0)/s, which is -x0 at pure noise.
     return (a * x - x0) / s
 
@@ -59,10 +62,22 @@ def test_given_scenes_stay_and_run_at_timestep_zero(sampler):
     def velocity(x, t):
         seen.append(t.shape)
         # What the model sees of the given scene, and its timestep, leak into the other scene if they are wrong.
-        return gaussian_velocity(x, t) + jnp.sum(t[:, 0]) + jnp.abs(x[:, :1] - np.concatenate([given] * 2)[:, :1]).sum()
+        return (
+            gaussian_velocity(x, t)
+            + jnp.sum(t[:, 0])
+            + jnp.abs(x[:, :1] - np.concatenate([given] * 2)[:, :1]).sum()
+        )
 
-    out = samplers.sample(velocity, noise(), LAYOUT, times, table, 1.0, given=given,
-                          given_scenes=np.array([True, False]))
+    out = samplers.sample(
+        velocity,
+        noise(),
+        LAYOUT,
+        times,
+        table,
+        1.0,
+        given=given,
+        given_scenes=np.array([True, False]),
+    )
     np.testing.assert_array_equal(out[:, :1], given[:, :1])
     np.testing.assert_allclose(out[:, 1:], run(sampler, 6)[:, 1:], atol=1e-5)
     assert seen == [(8, 2)]
@@ -70,15 +85,24 @@ def test_given_scenes_stay_and_run_at_timestep_zero(sampler):
 
 def test_default_steps_follow_the_list_and_the_reference_rule_only_where_asked():
     table = samplers.sampler_table('ddim', SCHEDULE, 7)[1]
-    np.testing.assert_array_equal(table, samplers.sampler_table('ddim', SCHEDULE, 7, reference_prev=False)[1])
-    assert np.abs(table - samplers.sampler_table('ddim', SCHEDULE, 7, reference_prev=True)[1]).max() > 1e-3
-    fifty = [samplers.sampler_table('ddim', SCHEDULE, 50, reference_prev=r)[1] for r in (False, True)]
+    np.testing.assert_array_equal(
+        table, samplers.sampler_table('ddim', SCHEDULE, 7, reference_prev=False)[1]
+    )
+    assert (
+        np.abs(table - samplers.sampler_table('ddim', SCHEDULE, 7, reference_prev=True)[1]).max()
+        > 1e-3
+    )
+    fifty = [
+        samplers.sampler_table('ddim', SCHEDULE, 50, reference_prev=r)[1] for r in (False, True)
+    ]
     np.testing.assert_array_equal(*fifty)
 
 
 def test_guidance_per_scene():
     def velocity(x, t):
-        return jnp.where(jnp.arange(len(x))[:, None, None, None, None] < len(x) // 2, 1.0, 3.0) * jnp.ones_like(x)
+        return jnp.where(
+            jnp.arange(len(x))[:, None, None, None, None] < len(x) // 2, 1.0, 3.0
+        ) * jnp.ones_like(x)
 
     times, table = samplers.sampler_table('euler', SCHEDULE, 1)
     out = samplers.sample(velocity, noise(), LAYOUT, times, table, np.array([0.0, 2.0]))

@@ -1,4 +1,5 @@
 """Attention over meshes of eight devices equals one device's: every backend inside, every pattern, unequal scenes."""
+
 import functools
 
 import jax
@@ -14,10 +15,17 @@ from mask2dit_jax.distributed import context_parallel
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.layout import SceneLayout
 
-MESHES = {(1, 1, 2, 4): '1x1x2x4', (4, 1, 2, 1): '4x1x2x1', (1, 2, 4, 1): '1x2x4x1', (2, 2, 2, 1): '2x2x2x1',
-          (1, 1, 8, 1): '1x1x8x1', (1, 1, 1, 8): '1x1x1x8'}
+MESHES = {
+    (1, 1, 2, 4): '1x1x2x4',
+    (4, 1, 2, 1): '4x1x2x1',
+    (1, 2, 4, 1): '1x2x4x1',
+    (2, 2, 2, 1): '2x2x2x1',
+    (1, 1, 8, 1): '1x1x8x1',
+    (1, 1, 1, 8): '1x1x1x8',
+}
 INSIDE = {
-    'dense': dense_lib.dense, 'blockwise': blockwise_lib.blockwise,
+    'dense': dense_lib.dense,
+    'blockwise': blockwise_lib.blockwise,
     'cudnn': functools.partial(flash.flash, implementation='xla'),
     'splash': functools.partial(splash.attend, block=128, interpret=True),
     'jax_splash': functools.partial(splash.attend, block=128, kernel='jax', interpret=True),
@@ -29,7 +37,9 @@ def mesh_of(*axes):
 
 
 def layout_of(frames):
-    return SceneLayout(frames, 4, 4, 8)  # 8 captions' and 16 frames' tokens: every number of scenes divides
+    return SceneLayout(
+        frames, 4, 4, 8
+    )  # 8 captions' and 16 frames' tokens: every number of scenes divides
 
 
 def qkv(layout, batch=4, heads=8, dim=16):
@@ -39,7 +49,9 @@ def qkv(layout, batch=4, heads=8, dim=16):
 
 @functools.cache
 def dense(layout, pattern):
-    return jax.jit(functools.partial(forward_and_gradients, dense_lib.dense, layout, pattern))(*qkv(layout))
+    return jax.jit(functools.partial(forward_and_gradients, dense_lib.dense, layout, pattern))(
+        *qkv(layout)
+    )
 
 
 def forward_and_gradients(attend, layout, pattern, q, k, v, do):
@@ -57,13 +69,17 @@ def on_mesh(axes, inside, layout, pattern):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             attend = functools.partial(context_parallel.attend, backend=INSIDE[inside])
             return forward_and_gradients(attend, layout, pattern, *args)
+
     return run
 
 
 def assert_equal(axes, inside, frames, pattern):
     layout = layout_of(frames)
-    for name, ref, ours in zip(('out', 'dq', 'dk', 'dv'), dense(layout, pattern),
-                               on_mesh(axes, inside, layout, pattern)(*qkv(layout))):
+    for name, ref, ours in zip(
+        ('out', 'dq', 'dk', 'dv'),
+        dense(layout, pattern),
+        on_mesh(axes, inside, layout, pattern)(*qkv(layout)),
+    ):
         np.testing.assert_allclose(ours, ref, atol=3e-6, err_msg=name)
 
 
@@ -72,9 +88,14 @@ def test_every_mesh(axes):
     assert_equal(axes, 'blockwise', (2, 1, 3), 'dual')
 
 
-@pytest.mark.parametrize('frames, pattern', [
-    *(((3, 1, 2), pattern) for pattern in masks.PATTERNS),
-    *((frames, 'dual') for frames in ((3,), (2, 4), (1, 3, 2, 1, 2)))], ids=str)
+@pytest.mark.parametrize(
+    'frames, pattern',
+    [
+        *(((3, 1, 2), pattern) for pattern in masks.PATTERNS),
+        *((frames, 'dual') for frames in ((3,), (2, 4), (1, 3, 2, 1, 2))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('inside', ['dense', 'blockwise', 'cudnn'])
 def test_every_pattern_and_number_of_scenes(inside, frames, pattern):
     assert_equal((2, 1, 4, 1), inside, frames, pattern)
@@ -101,11 +122,20 @@ def test_captions_get_no_gradient_from_other_scenes_on_any_mesh(axes):
                 assert bool(jnp.any(grad[:, a:b])) == (other == scene)
 
 
-@pytest.mark.parametrize('axes, size, message', [
-    ((2, 1, 4, 1), (2, 64, 6), r'6 attention heads .* context 4 x tensor 1: .* context may be 1, 2, 3, 6\.$'),
-    ((8, 1, 1, 1), (4, 64, 8), r'batch of 4 .* data 8 x fsdp 1: make it a multiple of 8'),
-    ((1, 1, 1, 8), (1, 64, 4), r'context may be nothing\.$'),
-    ((1, 2, 4, 1), (2, 43, 8), r'43 tokens do not divide over context 4: .* may be 1\.$')], ids=str)
+@pytest.mark.parametrize(
+    'axes, size, message',
+    [
+        (
+            (2, 1, 4, 1),
+            (2, 64, 6),
+            r'6 attention heads .* context 4 x tensor 1: .* context may be 1, 2, 3, 6\.$',
+        ),
+        ((8, 1, 1, 1), (4, 64, 8), r'batch of 4 .* data 8 x fsdp 1: make it a multiple of 8'),
+        ((1, 1, 1, 8), (1, 64, 4), r'context may be nothing\.$'),
+        ((1, 2, 4, 1), (2, 43, 8), r'43 tokens do not divide over context 4: .* may be 1\.$'),
+    ],
+    ids=str,
+)
 def test_errors_say_what_would_fit(axes, size, message):
     with pytest.raises(ValueError, match=message):
         context_parallel.check(dict(zip(mesh_lib.AXES, axes)), *size)

@@ -1,4 +1,5 @@
 """Two processes on this machine train to the numbers of one, whichever axis lies between them; they agree and stop."""
+
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from conftest import ROOT, child_environment, free_port, mesh_of, tiny_config, t
 
 from mask2dit_jax.distributed import multihost
 
-CODE = '''
+CODE = """
     import json, os, signal, sys, time
     import jax
     jax.config.update('jax_num_cpu_devices', 4)
@@ -40,22 +41,32 @@ CODE = '''
             time.sleep(0.1)
     print('RESULT', json.dumps({'curve': curve.tolist(), 'rows': mesh_lib.local_rows(mesh, 16), 'agreed': agreed,
                                 'different': different, 'asked': asked}))
-'''
+"""
 
 
 def run_two(axes, tmp_path):
     (tmp_path / 'run.py').write_text(textwrap.dedent(CODE))
     address = f'localhost:{free_port()}'
-    processes = [subprocess.Popen([sys.executable, tmp_path / 'run.py', address, str(i), json.dumps(axes)],
-                                  env=child_environment(), stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, text=True) for i in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / 'run.py', address, str(i), json.dumps(axes)],
+            env=child_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
     outputs = [p.communicate(timeout=600) for p in processes]
     assert not any(p.returncode for p in processes), outputs
     return [json.loads(out.split('RESULT')[1]) for out, _ in outputs]
 
 
-@pytest.mark.parametrize('axes, shared', [((1, 1, 8), True), pytest.param((2, 2, 2), False, marks=pytest.mark.slow)],
-                         ids=str)
+@pytest.mark.parametrize(
+    'axes, shared',
+    [((1, 1, 8), True), pytest.param((2, 2, 2), False, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_two_processes_train_as_one(axes, shared, tmp_path):
     results = run_two(axes, tmp_path)
     expected, _ = train_on(tiny_config(), mesh_of(1))
@@ -70,7 +81,7 @@ def test_two_processes_train_as_one(axes, shared, tmp_path):
         assert result['asked'] == results[0]['asked'] < 100
 
 
-WRONG = '''
+WRONG = """
 import sys
 from absl import app, flags
 from mask2dit_jax import main
@@ -84,13 +95,19 @@ for given in (['--coordinator=localhost:1'], ['--num_processes=2', '--process_id
         main.main(['main'])
     except app.UsageError as error:
         print(error)
-'''
+"""
 
 
 def test_wrong_flags_are_usage_errors():
     root = ROOT
-    out = subprocess.run([sys.executable, '-c', WRONG], cwd=root, env=os.environ | {'PYTHONPATH': str(root)},
-                         stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    out = subprocess.run(
+        [sys.executable, '-c', WRONG],
+        cwd=root,
+        env=os.environ | {'PYTHONPATH': str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     assert len(out) == 3 and all('belong together' in line for line in out[:2])
     assert '--process_id=2 must be less than --num_processes=2' in out[2]
 
@@ -98,4 +115,8 @@ def test_wrong_flags_are_usage_errors():
 def test_a_host_without_tpu_is_alone():
     assert jax.config.jax_platforms == 'cpu' or multihost.tpu_chips() == 0
     multihost.initialize(None, None, None, devices=256)
-    assert not jax.distributed.is_initialized() and multihost.all_agree(True) and not multihost.all_agree(False)
+    assert (
+        not jax.distributed.is_initialized()
+        and multihost.all_agree(True)
+        and not multihost.all_agree(False)
+    )

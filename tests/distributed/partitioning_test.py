@@ -1,4 +1,5 @@
 """Rules, meshes, and the same numbers on one device and on eight."""
+
 import dataclasses
 import math
 import pathlib
@@ -25,18 +26,33 @@ def reference():
     return train_on(tiny_config(), mesh_of(1))
 
 
-@pytest.mark.parametrize('axes, grad_accumulation', [
-    ((8,), 2), ((2, 2, 2), 1), ((1, 2, 2, 2), 2),
-    *(pytest.param(axes, 1, marks=pytest.mark.slow) for axes in ((1, 8), (2, 4), (1, 1, 8), (1, 1, 2, 4)))], ids=str)
-def test_eight_devices_and_micro_batches_give_the_numbers_of_one(axes, grad_accumulation, reference):
+@pytest.mark.parametrize(
+    'axes, grad_accumulation',
+    [
+        ((8,), 2),
+        ((2, 2, 2), 1),
+        ((1, 2, 2, 2), 2),
+        *(
+            pytest.param(axes, 1, marks=pytest.mark.slow)
+            for axes in ((1, 8), (2, 4), (1, 1, 8), (1, 1, 2, 4))
+        ),
+    ],
+    ids=str,
+)
+def test_eight_devices_and_micro_batches_give_the_numbers_of_one(
+    axes, grad_accumulation, reference
+):
     curve, state = train_on(tiny_config(grad_accumulation=grad_accumulation), mesh_of(*axes))
     np.testing.assert_allclose(curve, reference[0], rtol=2e-5)
     for ours, ref in zip(jax.tree.leaves(state.ema), jax.tree.leaves(reference[1].ema)):
         np.testing.assert_allclose(ours, ref, atol=2e-4)
     kernel = state.params['blocks']['attn']['to_q']['kernel']
     assert kernel.addressable_shards[0].data.size == kernel.size // math.prod(axes[1:])
-    moments = [x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
-               if partitioning.path_name(path).endswith('attn/to_q/kernel')]
+    moments = [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if partitioning.path_name(path).endswith('attn/to_q/kernel')
+    ]
     assert moments and all(m.sharding == kernel.sharding for m in moments)
 
 
@@ -50,8 +66,13 @@ def golden_table():
     """Markdown: how every parameter and LoRA tensor of 5B lies on every slice, and what is whole on every chip."""
     configs = {name: config_lib.parse(presets.pod(name)) for name in presets.SLICES}
     params = names.abstract_params(config_lib.Config().model)
-    params = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(lora_of(params))
-    lines = [f'| parameter | shape | spec | {" | ".join(configs)} |', '|---' * (3 + len(configs)) + '|']
+    params = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(
+        lora_of(params)
+    )
+    lines = [
+        f'| parameter | shape | spec | {" | ".join(configs)} |',
+        '|---' * (3 + len(configs)) + '|',
+    ]
     whole = []
     for path, x in params:
         name = partitioning.path_name(path)
@@ -60,9 +81,14 @@ def golden_table():
             axes = tuple(getattr(cfg.mesh, a) for a in mesh_lib.AXES)
             mesh = jax.sharding.AbstractMesh(axes, mesh_lib.AXES)
             spec = partitioning.partition_spec(name, x.shape, mesh)
-            sizes.append(math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)) * 4 / 1e6)
-        lines.append(f'| {name} | {"x".join(map(str, x.shape))} | {tuple(spec)} | '
-                     + ' | '.join(f'{size:.3f}' for size in sizes) + ' |')
+            sizes.append(
+                math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)) * 4 / 1e6
+            )
+        lines.append(
+            f'| {name} | {"x".join(map(str, x.shape))} | {tuple(spec)} | '
+            + ' | '.join(f'{size:.3f}' for size in sizes)
+            + ' |'
+        )
         if not any(spec) and sizes[0] > 1:
             whole.append(f'{name} {sizes[0]:.1f}')
     end = f'Over 1 MB and whole on every chip: {", ".join(whole)}.'
@@ -80,14 +106,20 @@ def test_every_array_of_a_5b_state_matches_one_rule():
     assert sum(p.size for p in jax.tree.leaves(params)) == 5_570_283_072
     opt = jax.eval_shape(optimizer.make_optimizer(cfg.optimizer, 10).init, params)
     low_rank = lora_of(params)
-    low_rank = {'params': low_rank, 'opt': jax.eval_shape(optimizer.make_optimizer(cfg.optimizer, 10).init, low_rank)}
+    low_rank = {
+        'params': low_rank,
+        'opt': jax.eval_shape(optimizer.make_optimizer(cfg.optimizer, 10).init, low_rank),
+    }
     for path, _ in jax.tree_util.tree_leaves_with_path([{'params': params, 'opt': opt}, low_rank]):
         name = partitioning.path_name(path)
-        assert sum(bool(re.search(pattern, f'/{name}')) for pattern, _ in partitioning.RULES) == 1, name
+        assert (
+            sum(bool(re.search(pattern, f'/{name}')) for pattern, _ in partitioning.RULES) == 1
+        ), name
 
 
 def test_slices_are_on_the_data_axis():
     """Devices of two slices: only data runs between them."""
+
     @dataclasses.dataclass(frozen=True)
     class Device:
         id: int

@@ -1,4 +1,5 @@
 """Videos and stories to scores, end to end, on tiny random encoders and on features with known answers."""
+
 import json
 import subprocess
 import sys
@@ -29,7 +30,9 @@ RED, GREEN, BLUE = (200, 0, 0), (0, 180, 0), (0, 0, 220)
 def write_videos(folder, frames=(4, 7, 3)):
     """Two stories of scenes of unequal length: one with cuts, one without."""
     folder.mkdir(exist_ok=True)
-    scenes = [{'caption': c, 'frames': f} for c, f in zip(('a red ball', 'it moves', 'it moves'), frames)]
+    scenes = [
+        {'caption': c, 'frames': f} for c, f in zip(('a red ball', 'it moves', 'it moves'), frames)
+    ]
     (folder / 'story.json').write_text(json.dumps({'scenes': scenes, 'seed': 0, 'sampler': 'ddim'}))
     scenes = [scene(color, count) for color, count in zip((RED, GREEN, BLUE), frames)]
     video.write_mp4(folder / 'video_2.mp4', np.concatenate(scenes), 8)
@@ -41,25 +44,39 @@ def test_end_to_end_with_all_encoders(folders, tmp_path):
     """Cuts and their absence are seen, the still video is consistent, and rescoring its features changes nothing."""
     videos = write_videos(tmp_path / 'samples')
     result = evaluator.evaluate(
-        videos, tmp_path / 'out', encoder=folders['clip'], frame_encoder=folders['dinov2'],
-        video_encoder=folders['videomae'], reference=videos, frames=3)
+        videos,
+        tmp_path / 'out',
+        encoder=folders['clip'],
+        frame_encoder=folders['dinov2'],
+        video_encoder=folders['videomae'],
+        reference=videos,
+        frames=3,
+    )
     cut, still = result['videos']
     assert [cut['name'], still['name']] == ['video_2', 'video_10']
-    assert cut['sharpness'] > .9 and cut['placed'] == 1
+    assert cut['sharpness'] > 0.9 and cut['placed'] == 1
     assert still['sharpness'] == still['placed'] == 0
     for name in 'visual', 'visual_adjacent', 'subject_within', 'subject_between':
         assert still[name] == pytest.approx(1, abs=1e-4)
     assert cut['subject_within'] == pytest.approx(1, abs=1e-3)
-    assert cut['visual'] < .999 and cut['subject_between'] < .999
+    assert cut['visual'] < 0.999 and cut['subject_between'] < 0.999
     assert still['sequence'] == pytest.approx((still['visual'] + still['semantic']) / 2)
     matrix = np.array(cut['confusion'])  # captions 2 and 3 are the same
     np.testing.assert_allclose(matrix[:, 1], matrix[:, 2])
-    assert result['frechet']['distance'] == pytest.approx(0, abs=1e-4)  # the videos are their own reference
-    assert result['summary']['visual']['mean'] == pytest.approx((cut['visual'] + still['visual']) / 2)
+    assert result['frechet']['distance'] == pytest.approx(
+        0, abs=1e-4
+    )  # the videos are their own reference
+    assert result['summary']['visual']['mean'] == pytest.approx(
+        (cut['visual'] + still['visual']) / 2
+    )
     low, high = result['summary']['visual']['interval']
     assert low == pytest.approx(cut['visual']) and high == pytest.approx(still['visual'])
-    assert json.loads((tmp_path / 'out/evaluation.json').read_text()) == json.loads(json.dumps(result))
-    again = evaluator.evaluate(videos, tmp_path / 'again', features=tmp_path / 'out/features.safetensors')
+    assert json.loads((tmp_path / 'out/evaluation.json').read_text()) == json.loads(
+        json.dumps(result)
+    )
+    again = evaluator.evaluate(
+        videos, tmp_path / 'again', features=tmp_path / 'out/features.safetensors'
+    )
     for key in 'summary', 'videos', 'confusion', 'frechet':
         assert again[key] == result[key]
     table = (tmp_path / 'out/evaluation.md').read_text()
@@ -77,7 +94,9 @@ def test_scene_features_are_means_over_frames(folders, tmp_path):
     features = safetensors.numpy.load_file(tmp_path / 'out/features.safetensors')
     pixels = video.read_video(videos / 'video_2.mp4')[0]
     encoder = feature_encoders.load(folders['clip'])
-    frames = metrics.unit(feature_encoders.encode_clips(encoder, pixels[[4, 10]][:, None]))  # of scene 2
+    frames = metrics.unit(
+        feature_encoders.encode_clips(encoder, pixels[[4, 10]][:, None])
+    )  # of scene 2
     np.testing.assert_allclose(features['video_2/frames/1'], frames, atol=1e-5)
     np.testing.assert_allclose(features['video_2/scenes'][1], frames.mean(0), atol=1e-5)
     assert 'video_2/video' not in features
@@ -93,8 +112,12 @@ def test_encoders_without_captions_score_what_they_can(folders, tmp_path):
 def known_features(names=('video_2', 'video_10')):
     """Scenes along axes; of the first video captions agree, of the second they are turned by one."""
     axes = np.eye(3, 5, dtype=np.float32)
-    return {f'{names[0]}/scenes': axes, f'{names[0]}/captions': 2 * axes,
-            f'{names[1]}/scenes': axes, f'{names[1]}/captions': np.roll(axes, 1, axis=0)}
+    return {
+        f'{names[0]}/scenes': axes,
+        f'{names[0]}/captions': 2 * axes,
+        f'{names[1]}/scenes': axes,
+        f'{names[1]}/captions': np.roll(axes, 1, axis=0),
+    }
 
 
 def test_known_features_from_a_file_and_folders_of_stories(tmp_path):
@@ -107,15 +130,30 @@ def test_known_features_from_a_file_and_folders_of_stories(tmp_path):
         features[key] = np.zeros((1, 2), np.float32)
     features['reference'] = np.array([[3, 4], [3, 4], [3, 4]], np.float32)
     safetensors.numpy.save_file(features, tmp_path / 'features.safetensors')
-    done = subprocess.run([sys.executable, '-m', 'mask2dit_jax.evaluate', f'--videos={tmp_path}',
-                           f'--features={tmp_path / "features.safetensors"}', f'--out={tmp_path / "out"}'],
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'mask2dit_jax.evaluate',
+            f'--videos={tmp_path}',
+            f'--features={tmp_path / "features.safetensors"}',
+            f'--out={tmp_path / "out"}',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / 'out/evaluation.json').read_text())
-    assert {n: result['summary'][n]['mean'] for n in ('visual', 'semantic', 'sequence', 'matches', 'margin')} == {
-        'visual': 0, 'semantic': .5, 'sequence': .25, 'matches': .5, 'margin': .25}
+    assert {
+        n: result['summary'][n]['mean']
+        for n in ('visual', 'semantic', 'sequence', 'matches', 'margin')
+    } == {'visual': 0, 'semantic': 0.5, 'sequence': 0.25, 'matches': 0.5, 'margin': 0.25}
     assert result['frechet'] == {'distance': 25, 'videos': 2, 'references': 3, 'size': 2}
-    assert '| all pairs | 0.00 [0.00, 0.00] | 50.00 [0.00, 100.00] | 25.00 [0.00, 50.00] | 25 | ' in done.stdout
+    assert (
+        '| all pairs | 0.00 [0.00, 0.00] | 50.00 [0.00, 100.00] | 25.00 [0.00, 50.00] | 25 | '
+        in done.stdout
+    )
     assert (tmp_path / 'out/evaluation.md').read_text() == done.stdout
 
 
@@ -123,18 +161,26 @@ def call(folder, **kwargs):
     return evaluator.evaluate(folder / 'samples', folder / 'out', **kwargs)
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'video_2/scenes': None}, r'video_2\.mp4: video_2/scenes is missing'),
-    ({'video_2/scenes': np.ones((2, 5))}, r'video_2\.mp4: video_2/scenes has shape \(2, 5\).* 3\.'),
-    ({'video_2/captions': np.ones((3, 4))}, r'video_2\.mp4: .*same space'),
-    ({'video_2/captions': np.zeros((3, 5))}, r'video_2\.mp4: .*zero or not finite'),
-    ({'video_2/captions': None}, 'video_10 and video_2 differ in confusion, margin'),
-    ({'video_10/frames/0': np.ones((2, 5))}, 'video_10/frames/1, video_10/frames/2 is missing'),
-    ({'reference': np.ones((3, 5))}, 'video_2/video is missing'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'video_2/scenes': None}, r'video_2\.mp4: video_2/scenes is missing'),
+        (
+            {'video_2/scenes': np.ones((2, 5))},
+            r'video_2\.mp4: video_2/scenes has shape \(2, 5\).* 3\.',
+        ),
+        ({'video_2/captions': np.ones((3, 4))}, r'video_2\.mp4: .*same space'),
+        ({'video_2/captions': np.zeros((3, 5))}, r'video_2\.mp4: .*zero or not finite'),
+        ({'video_2/captions': None}, 'video_10 and video_2 differ in confusion, margin'),
+        ({'video_10/frames/0': np.ones((2, 5))}, 'video_10/frames/1, video_10/frames/2 is missing'),
+        ({'reference': np.ones((3, 5))}, 'video_2/video is missing'),
+    ],
+)
 def test_features_that_do_not_fit_are_named(tmp_path, change, message):
     write_videos(tmp_path / 'samples')
-    features = {k: v.astype(np.float32) for k, v in (known_features() | change).items() if v is not None}
+    features = {
+        k: v.astype(np.float32) for k, v in (known_features() | change).items() if v is not None
+    }
     safetensors.numpy.save_file(features, tmp_path / 'features.safetensors')
     with pytest.raises(ValueError, match=message) as error:
         call(tmp_path, features=tmp_path / 'features.safetensors')
@@ -145,16 +191,40 @@ def story_of(folder, scenes):
     (folder / 'samples/story.json').write_text(json.dumps({'scenes': scenes}))
 
 
-@pytest.mark.parametrize('damage, message', [
-    (lambda d: (d / 'samples/story.json').unlink(), r'samples holds no story\.json: give --story'),
-    (lambda d: story_of(d, [{'caption': 'a', 'frames': 3}, {'caption': 'b'}]), r'story\.json must have two scenes'),
-    (lambda d: story_of(d, [{'caption': 'a', 'frames': 14}]), r'story\.json must have two scenes'),
-    (lambda d: story_of(d, [{'caption': c, 'frames': 8} for c in 'ab']), r'video_2\.mp4 has 14 frames, its story 16'),
-    (lambda d: [p.unlink() for p in d.glob('samples/*.mp4')], 'samples holds no mp4 file'),
-    (lambda d: (d / 'samples/video_10.mp4').write_bytes(b'no'), r'video_10\.mp4 cannot be decoded'),
-    (lambda d: (d / 'features.safetensors').unlink(), r'features\.safetensors is no file: check --features'),
-    (lambda d: (d / 'features.safetensors').write_bytes(b'no'), r'features\.safetensors is damaged'),
-])
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (
+            lambda d: (d / 'samples/story.json').unlink(),
+            r'samples holds no story\.json: give --story',
+        ),
+        (
+            lambda d: story_of(d, [{'caption': 'a', 'frames': 3}, {'caption': 'b'}]),
+            r'story\.json must have two scenes',
+        ),
+        (
+            lambda d: story_of(d, [{'caption': 'a', 'frames': 14}]),
+            r'story\.json must have two scenes',
+        ),
+        (
+            lambda d: story_of(d, [{'caption': c, 'frames': 8} for c in 'ab']),
+            r'video_2\.mp4 has 14 frames, its story 16',
+        ),
+        (lambda d: [p.unlink() for p in d.glob('samples/*.mp4')], 'samples holds no mp4 file'),
+        (
+            lambda d: (d / 'samples/video_10.mp4').write_bytes(b'no'),
+            r'video_10\.mp4 cannot be decoded',
+        ),
+        (
+            lambda d: (d / 'features.safetensors').unlink(),
+            r'features\.safetensors is no file: check --features',
+        ),
+        (
+            lambda d: (d / 'features.safetensors').write_bytes(b'no'),
+            r'features\.safetensors is damaged',
+        ),
+    ],
+)
 def test_files_that_do_not_fit_are_named(tmp_path, damage, message):
     write_videos(tmp_path / 'samples')
     safetensors.numpy.save_file(known_features(), tmp_path / 'features.safetensors')
@@ -164,13 +234,17 @@ def test_files_that_do_not_fit_are_named(tmp_path, damage, message):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    ({}, 'either --encoder or --features'), ({'encoder': 'a', 'features': 'b'}, 'either --encoder or --features'),
-    ({'features': 'a', 'reference': 'b'}, 'leave these out'),
-    ({'encoder': 'a', 'video_encoder': 'b'}, 'give --reference'),
-    ({'encoder': 'a', 'reference': 'missing'}, 'missing holds no mp4 file'),
-    ({'encoder': 'missing'}, r'missing/config\.json cannot be read'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        ({}, 'either --encoder or --features'),
+        ({'encoder': 'a', 'features': 'b'}, 'either --encoder or --features'),
+        ({'features': 'a', 'reference': 'b'}, 'leave these out'),
+        ({'encoder': 'a', 'video_encoder': 'b'}, 'give --reference'),
+        ({'encoder': 'a', 'reference': 'missing'}, 'missing holds no mp4 file'),
+        ({'encoder': 'missing'}, r'missing/config\.json cannot be read'),
+    ],
+)
 def test_options_that_do_not_fit_are_named(tmp_path, kwargs, message):
     write_videos(tmp_path / 'samples')
     with pytest.raises((FileNotFoundError, ValueError), match=message):

@@ -2,6 +2,7 @@
 
 Most need the `oracle` extra, and are skipped without it.
 """
+
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from mask2dit_jax.tools import random_model
 def saved(folder, model):
     """The folder of a model whose parameters are all random, so that no zero or one hides an error."""
     import torch
+
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -45,10 +47,16 @@ def clip(folder, dtype=None, **changes):
     """A tiny CLIP and its processor, in a folder."""
     transformers = pytest.importorskip('transformers')
     size = random_model.write_vocabulary(folder)
-    config = {'text_config': random_model.BLOCK | {'vocab_size': size, 'max_position_embeddings': 12, 'eos_token_id': size - 1},
-              'vision_config': random_model.BLOCK | {'image_size': 20, 'patch_size': 5}, 'projection_dim': 16} | changes
+    config = {
+        'text_config': random_model.BLOCK
+        | {'vocab_size': size, 'max_position_embeddings': 12, 'eos_token_id': size - 1},
+        'vision_config': random_model.BLOCK | {'image_size': 20, 'patch_size': 5},
+        'projection_dim': 16,
+    } | changes
     model = saved(folder, transformers.CLIPModel(transformers.CLIPConfig(**config)))
-    return model, processor_of(folder, 'CLIPImageProcessor', size={'shortest_edge': 20}, crop_size=20)
+    return model, processor_of(
+        folder, 'CLIPImageProcessor', size={'shortest_edge': 20}, crop_size=20
+    )
 
 
 @pytest.mark.parametrize('fast', [False, True])
@@ -57,7 +65,9 @@ def test_clip_is_that_of_transformers(tmp_path, fast):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     model, processor = clip(tmp_path)
-    tokenizer = transformers.CLIPTokenizerFast(str(tmp_path / 'vocab.json'), str(tmp_path / 'merges.txt'))
+    tokenizer = transformers.CLIPTokenizerFast(
+        str(tmp_path / 'vocab.json'), str(tmp_path / 'merges.txt')
+    )
     if fast:
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / 'vocab.json').unlink()
@@ -66,8 +76,16 @@ def test_clip_is_that_of_transformers(tmp_path, fast):
     with torch.no_grad():
         theirs = model.get_image_features(**processor(list(pixels), return_tensors='pt'))
         close(feature_encoders.encode_clips(encoder, pixels[:, None]), theirs)
-        captions = ["A red ball's", 'moves\n 12 \t times!', 'é RED cafe\u0301', '', 'a' * 30 + ' red ball']
-        inputs = tokenizer(captions, padding='max_length', truncation=True, max_length=12, return_tensors='pt')
+        captions = [
+            "A red ball's",
+            'moves\n 12 \t times!',
+            'é RED cafe\u0301',
+            '',
+            'a' * 30 + ' red ball',
+        ]
+        inputs = tokenizer(
+            captions, padding='max_length', truncation=True, max_length=12, return_tensors='pt'
+        )
         features, cut = feature_encoders.encode_captions(encoder, captions)
         close(features, model.get_text_features(**inputs))
     assert cut == [False, True, False, False, True]
@@ -80,16 +98,26 @@ def test_dino_is_that_of_transformers(tmp_path, registers, changes):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     name = 'Dinov2WithRegisters' if registers else 'Dinov2'
-    config = {k: v for k, v in random_model.BLOCK.items() if k != 'intermediate_size'} | {
-        'image_size': 35, 'patch_size': 5, 'mlp_ratio': 2} | changes
+    config = (
+        {k: v for k, v in random_model.BLOCK.items() if k != 'intermediate_size'}
+        | {'image_size': 35, 'patch_size': 5, 'mlp_ratio': 2}
+        | changes
+    )
     model = getattr(transformers, f'{name}Model')(getattr(transformers, f'{name}Config')(**config))
     saved(tmp_path, model)
     for size, crop in (35, (35, 35)), (20, (20, 25)), (60, (45, 60)):
-        processor = processor_of(tmp_path, 'BitImageProcessor', size={'shortest_edge': size},
-                                 crop_size={'height': crop[0], 'width': crop[1]})
+        processor = processor_of(
+            tmp_path,
+            'BitImageProcessor',
+            size={'shortest_edge': size},
+            crop_size={'height': crop[0], 'width': crop[1]},
+        )
         with torch.no_grad():
             theirs = model(**processor(list(frames(3)), return_tensors='pt')).pooler_output
-        close(feature_encoders.encode_clips(feature_encoders.load(tmp_path), frames(3)[:, None]), theirs)
+        close(
+            feature_encoders.encode_clips(feature_encoders.load(tmp_path), frames(3)[:, None]),
+            theirs,
+        )
 
 
 @pytest.mark.parametrize('kind', ['Model', 'ForPreTraining', 'ForVideoClassification'])
@@ -97,12 +125,24 @@ def test_videomae_is_that_of_transformers(tmp_path, kind):
     """Encoders alone, before and after fine-tuning: means of tokens, under the norm that there is."""
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
-    config = transformers.VideoMAEConfig(**random_model.BLOCK, image_size=20, patch_size=10, num_frames=6, tubelet_size=2,
-                                         decoder_hidden_size=12, decoder_num_hidden_layers=1,
-                                         decoder_num_attention_heads=2, use_mean_pooling=kind != 'ForPreTraining')
+    config = transformers.VideoMAEConfig(
+        **random_model.BLOCK,
+        image_size=20,
+        patch_size=10,
+        num_frames=6,
+        tubelet_size=2,
+        decoder_hidden_size=12,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        use_mean_pooling=kind != 'ForPreTraining',
+    )
     model = saved(tmp_path, getattr(transformers, f'VideoMAE{kind}')(config))
-    processor = processor_of(tmp_path, 'VideoMAEImageProcessor', size={'shortest_edge': 20},
-                             crop_size={'height': 20, 'width': 20})
+    processor = processor_of(
+        tmp_path,
+        'VideoMAEImageProcessor',
+        size={'shortest_edge': 20},
+        crop_size={'height': 20, 'width': 20},
+    )
     clips = frames(18).reshape(3, 6, 30, 44, 3)
     with torch.no_grad():
         pixels = processor([list(c) for c in clips], return_tensors='pt')['pixel_values']
@@ -114,18 +154,31 @@ def test_videomae_is_that_of_transformers(tmp_path, kind):
         feature_encoders.encode_clips(feature_encoders.load(tmp_path), clips[:, :5])
 
 
-@pytest.mark.parametrize('how', [
-    {'size': {'height': 17, 'width': 40}, 'do_center_crop': False}, {'size': 21, 'crop_size': 20, 'resample': 2},
-    {'do_resize': False, 'crop_size': 23, 'do_normalize': False},
-    {'size': {'shortest_edge': 33}, 'crop_size': {'height': 20, 'width': 31}, 'do_rescale': False},
-])
+@pytest.mark.parametrize(
+    'how',
+    [
+        {'size': {'height': 17, 'width': 40}, 'do_center_crop': False},
+        {'size': 21, 'crop_size': 20, 'resample': 2},
+        {'do_resize': False, 'crop_size': 23, 'do_normalize': False},
+        {
+            'size': {'shortest_edge': 33},
+            'crop_size': {'height': 20, 'width': 31},
+            'do_rescale': False,
+        },
+    ],
+)
 @pytest.mark.parametrize('shape', [(30, 44), (51, 30)])
 def test_pictures_are_prepared_as_by_transformers(tmp_path, how, shape):
     processor = processor_of(tmp_path, 'CLIPImageProcessor', **how)
     pictures = frames(2, *shape)
     theirs = processor(list(pictures), return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
     config = json.loads((tmp_path / 'preprocessor_config.json').read_text())
-    np.testing.assert_allclose(feature_encoders.prepare(feature_encoders._preprocess(config), pictures), theirs, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(
+        feature_encoders.prepare(feature_encoders._preprocess(config), pictures),
+        theirs,
+        rtol=1e-6,
+        atol=1e-5,
+    )
 
 
 def test_reading_is_strict_and_leaves_integers_of_no_use(tmp_path):
@@ -135,13 +188,19 @@ def test_reading_is_strict_and_leaves_integers_of_no_use(tmp_path):
     tensors = {n: t.astype(np.float16) for n, t in safetensors.numpy.load_file(file).items()}
     ids = {f'{k}_model.embeddings.position_ids': np.arange(12)[None] for k in ('text', 'vision')}
     safetensors.numpy.save_file(tensors | ids, file)
-    assert np.isfinite(feature_encoders.encode_clips(feature_encoders.load(folder), frames(1)[:, None])).all()
+    assert np.isfinite(
+        feature_encoders.encode_clips(feature_encoders.load(folder), frames(1)[:, None])
+    ).all()
     lost = tensors.pop('text_projection.weight')
     wrong = 'vision_model.encoder.layers.1.mlp.fc1.bias'
     safetensors.numpy.save_file(tensors | {'new': lost, wrong: np.zeros(3, np.float16)}, file)
     with pytest.raises(ValueError, match='does not fit its config') as error:
         feature_encoders.load(folder)
-    for problem in 'missing text_projection.weight', f'{wrong} has shape (3,), expected (40,)', 'unexpected new':
+    for problem in (
+        'missing text_projection.weight',
+        f'{wrong} has shape (3,), expected (40,)',
+        'unexpected new',
+    ):
         assert problem in str(error.value)
 
 
@@ -152,17 +211,31 @@ def broken(folder, name, text=None):
         (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize('name, text, message', [
-    ('config.json', None, r'config\.json cannot be read'), ('config.json', '[', r'config\.json is no JSON'),
-    ('config.json', '{"model_type": "llama"}', "'llama' model: only clip, dinov2"),
-    ('config.json', '{"model_type": "clip", "vision_config": {"hidden_act": "relu"}}', "config.json: .*'relu'"),
-    ('preprocessor_config.json', None, r'preprocessor_config\.json cannot be read'),
-    ('preprocessor_config.json', '{"size": {"longest_edge": 3}}', r'preprocessor_config\.json.*longest_edge'),
-    ('preprocessor_config.json', '{"size": 20}', r'preprocessor_config\.json.*image_mean'),
-    ('vocab.json', None, 'neither tokenizer.json nor vocab.json'), ('vocab.json', '{', r'vocab\.json .*damaged'),
-    ('vocab.json', '{"a": 0}', r'vocab\.json .*damaged|lacks <.startoftext'),
-    ('tokenizer.json', '{', r'tokenizer\.json .*damaged'), ('model.safetensors', None, 'lacks a .safetensors file'),
-])
+@pytest.mark.parametrize(
+    'name, text, message',
+    [
+        ('config.json', None, r'config\.json cannot be read'),
+        ('config.json', '[', r'config\.json is no JSON'),
+        ('config.json', '{"model_type": "llama"}', "'llama' model: only clip, dinov2"),
+        (
+            'config.json',
+            '{"model_type": "clip", "vision_config": {"hidden_act": "relu"}}',
+            "config.json: .*'relu'",
+        ),
+        ('preprocessor_config.json', None, r'preprocessor_config\.json cannot be read'),
+        (
+            'preprocessor_config.json',
+            '{"size": {"longest_edge": 3}}',
+            r'preprocessor_config\.json.*longest_edge',
+        ),
+        ('preprocessor_config.json', '{"size": 20}', r'preprocessor_config\.json.*image_mean'),
+        ('vocab.json', None, 'neither tokenizer.json nor vocab.json'),
+        ('vocab.json', '{', r'vocab\.json .*damaged'),
+        ('vocab.json', '{"a": 0}', r'vocab\.json .*damaged|lacks <.startoftext'),
+        ('tokenizer.json', '{', r'tokenizer\.json .*damaged'),
+        ('model.safetensors', None, 'lacks a .safetensors file'),
+    ],
+)
 def test_damaged_folders_are_errors_that_name_the_file(tmp_path, name, text, message):
     folder = random_model.write_encoder(tmp_path / 'clip', 'clip')
     broken(folder, name, text)
@@ -192,7 +265,9 @@ def test_bicubic_weights_keep_constants_and_mirror(antialias):
 
 
 def test_tensors_without_use_may_hold_anything(tmp_path):
-    safetensors.numpy.save_file({'a': np.ones(2, np.float32), 'ids': np.arange(3)}, tmp_path / 'model.safetensors')
+    safetensors.numpy.save_file(
+        {'a': np.ones(2, np.float32), 'ids': np.arange(3)}, tmp_path / 'model.safetensors'
+    )
     assert set(tensor_io.open_safetensors(tmp_path, 'ids|b.*')) == {'a'}
     with pytest.raises(ValueError, match='ids as I64'):
         tensor_io.open_safetensors(tmp_path)

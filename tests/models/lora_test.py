@@ -1,4 +1,5 @@
 """LoRA: what is trained and what is not, merging, resuming, files, meshes."""
+
 import dataclasses
 import functools
 import json
@@ -29,23 +30,51 @@ from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.training import ema, train_step, trainer
 from mask2dit_jax.training import optimizer as optimizer_lib
 
-MODEL = dit.DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=48, out_channels=48,
-                      text_embed_dim=16, time_embed_dim=16, max_text_seq_length=6, patch_size=1, sample_height=4,
-                      sample_width=4, sample_frames=4, dtype='float32', learned_positions=True,
-                      position_rule='reference', attention_backend='dense')
+MODEL = dit.DiTConfig(
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=48,
+    out_channels=48,
+    text_embed_dim=16,
+    time_embed_dim=16,
+    max_text_seq_length=6,
+    patch_size=1,
+    sample_height=4,
+    sample_width=4,
+    sample_frames=4,
+    dtype='float32',
+    learned_positions=True,
+    position_rule='reference',
+    attention_backend='dense',
+)
 LORA = lora.LoraConfig(8, alpha=12.0)
-PAIRS = {('blocks', 'attn', name, f'lora_{kind}') for name in ('to_q', 'to_k', 'to_v', 'to_out') for kind in 'AB'}
+PAIRS = {
+    ('blocks', 'attn', name, f'lora_{kind}')
+    for name in ('to_q', 'to_k', 'to_v', 'to_out')
+    for kind in 'AB'
+}
 ENTRIES = names.parameter_entries('transformer', MODEL)
 
 
 def run_config(steps=6, **kwargs):
     cfg = config_lib.Config(
-        model=MODEL, optimizer=config_lib.OptimizerConfig('adamw', 1e-2, warmup_steps=1),
+        model=MODEL,
+        optimizer=config_lib.OptimizerConfig('adamw', 1e-2, warmup_steps=1),
         data=config_lib.DataConfig(layouts=((4, 4),), num_train=32, num_test=16),
-        train=config_lib.TrainConfig(steps=steps, batch_size=8, conditional_probability=0.5, ema_decay=0.5,
-                                 log_every_steps=1, checkpoint_every_steps=3, sample_every_steps=100),
+        train=config_lib.TrainConfig(
+            steps=steps,
+            batch_size=8,
+            conditional_probability=0.5,
+            ema_decay=0.5,
+            log_every_steps=1,
+            checkpoint_every_steps=3,
+            sample_every_steps=100,
+        ),
         sample=config_lib.SampleConfig(steps=1, guidance=1.5, sheet_stories=4),
-        eval=config_lib.EvalConfig(stories=8, batch_size=8), mesh=mesh_lib.MeshConfig(data=8))
+        eval=config_lib.EvalConfig(stories=8, batch_size=8),
+        mesh=mesh_lib.MeshConfig(data=8),
+    )
     return dataclasses.replace(cfg, **kwargs)
 
 
@@ -55,11 +84,16 @@ def random_tree(tree, seed=0):
 
 
 def random_lora(cfg=LORA, seed=1):
-    return random_tree(jax.eval_shape(lambda: lora.init(jax.random.key(0), names.abstract_params(MODEL), cfg)), seed)
+    return random_tree(
+        jax.eval_shape(lambda: lora.init(jax.random.key(0), names.abstract_params(MODEL), cfg)),
+        seed,
+    )
 
 
 def target(cfg):
-    return partitioning.abstract_arrays(names.abstract_params(cfg.model), mesh_lib.make_mesh(cfg.mesh))
+    return partitioning.abstract_arrays(
+        names.abstract_params(cfg.model), mesh_lib.make_mesh(cfg.mesh)
+    )
 
 
 def assert_equal(a, b):
@@ -71,7 +105,12 @@ def write_run(workdir, cfg, params):
     workdir.mkdir()
     config_lib.save(cfg, workdir / 'config.json')
     checkpoints = checkpoint.manager(workdir, 1, 0, 0)
-    checkpoint.save(checkpoints, 3, train_step.TrainState(np.int32(3), params, params, {'unused': np.ones(1)}), {})
+    checkpoint.save(
+        checkpoints,
+        3,
+        train_step.TrainState(np.int32(3), params, params, {'unused': np.ones(1)}),
+        {},
+    )
     checkpoint.finish(checkpoints)
     return workdir
 
@@ -104,8 +143,16 @@ def test_only_lora_is_trained_and_the_loss_falls(base):
 
     @jax.jit
     def loss(params):
-        total, count = loss_lib.denoising_loss(dit.DiT(MODEL), params, cfg.schedule, batch, noise,
-                                                 np.arange(0, 1000, 125), np.zeros((8, 2), bool), frames)
+        total, count = loss_lib.denoising_loss(
+            dit.DiT(MODEL),
+            params,
+            cfg.schedule,
+            batch,
+            noise,
+            np.arange(0, 1000, 125),
+            np.zeros((8, 2), bool),
+            frames,
+        )
         return total / count
 
     before = loss(whole)
@@ -124,20 +171,26 @@ def test_only_lora_is_trained_and_the_loss_falls(base):
 
 
 def test_initialisation_is_pefts():
-    tree = lora.init(jax.random.key(0), names.abstract_params(MODEL), dataclasses.replace(LORA, layers='kernel$'))
+    tree = lora.init(
+        jax.random.key(0), names.abstract_params(MODEL), dataclasses.replace(LORA, layers='kernel$')
+    )
     flat = traverse_util.flatten_dict(tree)
     assert {p[:-1] for p in flat} == {e.path[:-1] for e in ENTRIES if e.path[-1] == 'kernel'}
     a = np.asarray(flat['blocks', 'ff_out', 'lora_A'])
     assert a.shape == (2, 128, 8) and (a[0] != a[1]).all()
-    assert (flat['blocks', 'attn', 'to_q', 'lora_A'] != flat['blocks', 'attn', 'to_k', 'lora_A']).all()
-    assert 0.95 * 128 ** -0.5 < np.abs(a).max() <= 128 ** -0.5 and abs(a.mean()) < 0.01
+    assert (
+        flat['blocks', 'attn', 'to_q', 'lora_A'] != flat['blocks', 'attn', 'to_k', 'lora_A']
+    ).all()
+    assert 0.95 * 128**-0.5 < np.abs(a).max() <= 128**-0.5 and abs(a.mean()) < 0.01
     assert not any(np.any(x) for p, x in flat.items() if p[-1] == 'lora_B')
     assert flat['proj_out', 'lora_B'].shape == (8, 48)
 
 
 def test_muon_leaves_lora_to_its_adamw():
     tree = random_lora()
-    optimizer = optimizer_lib.make_optimizer(config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=0, clip_norm=1e9), 10)
+    optimizer = optimizer_lib.make_optimizer(
+        config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=0, clip_norm=1e9), 10
+    )
     adamw = optax.adamw(1e-2, nesterov=True, weight_decay=0.0)
     ours, theirs = (tx.update(tree, tx.init(tree), tree)[0] for tx in (optimizer, adamw))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
@@ -150,35 +203,50 @@ def test_merging_adds_the_scaled_product_of_each_layer(dtype):
     merged = traverse_util.flatten_dict(lora.merge(params, tree, LORA))
     for path, value in traverse_util.flatten_dict(params).items():
         if (*path[:-1], 'lora_A') in PAIRS and path[-1] == 'kernel':
-            a, b = (tree['blocks']['attn'][path[2]][f'lora_{kind}'].astype(np.float64) for kind in 'AB')
+            a, b = (
+                tree['blocks']['attn'][path[2]][f'lora_{kind}'].astype(np.float64) for kind in 'AB'
+            )
             want = value.astype(np.float64) + 12 / 8 * np.stack([a[0] @ b[0], a[1] @ b[1]])
-            rounding = 0 if dtype == np.float32 else 2 ** -8
-            np.testing.assert_allclose(np.asarray(merged[path], np.float64), want, atol=2e-6, rtol=rounding)
+            rounding = 0 if dtype == np.float32 else 2**-8
+            np.testing.assert_allclose(
+                np.asarray(merged[path], np.float64), want, atol=2e-6, rtol=rounding
+            )
         else:
             np.testing.assert_array_equal(merged[path], value)
         assert merged[path].dtype == dtype
     assert lora.scale(lora.LoraConfig(4)) == 1
 
 
-@pytest.mark.parametrize('layers, message', [
-    ('to_p/kernel$', "config.lora.layers 'to_p/kernel$' matches no parameter"),
-    ('attn/to_q', 'matches blocks/attn/to_q/bias, which is no matrix: let it match kernels only'),
-    ('positions', 'matches positions, which is no matrix'),
-    ('(', "'(' is no regular expression"),
-])
+@pytest.mark.parametrize(
+    'layers, message',
+    [
+        ('to_p/kernel$', "config.lora.layers 'to_p/kernel$' matches no parameter"),
+        (
+            'attn/to_q',
+            'matches blocks/attn/to_q/bias, which is no matrix: let it match kernels only',
+        ),
+        ('positions', 'matches positions, which is no matrix'),
+        ('(', "'(' is no regular expression"),
+    ],
+)
 def test_layers_that_cannot_be(layers, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         lora.matched(names.abstract_params(MODEL), lora.LoraConfig(8, layers=layers))
 
 
-MESH_CONFIG = dataclasses.replace(tiny_config(), lora=lora.LoraConfig(4, layers='kernel$'),
-                                  optimizer=config_lib.OptimizerConfig('adamw', 1e-2, warmup_steps=1, eps=1e-3))
+MESH_CONFIG = dataclasses.replace(
+    tiny_config(),
+    lora=lora.LoraConfig(4, layers='kernel$'),
+    optimizer=config_lib.OptimizerConfig('adamw', 1e-2, warmup_steps=1, eps=1e-3),
+)
 
 
 def mesh_run(axes, grad_accumulation=1):
     """Three steps of LoRA on a random base: at its initialisation nothing but proj_out has a gradient."""
-    cfg = dataclasses.replace(MESH_CONFIG, train=dataclasses.replace(
-        MESH_CONFIG.train, grad_accumulation=grad_accumulation))
+    cfg = dataclasses.replace(
+        MESH_CONFIG,
+        train=dataclasses.replace(MESH_CONFIG.train, grad_accumulation=grad_accumulation),
+    )
     inputs, mesh = batch_of(0), mesh_of(*axes)
     inputs = inputs['latents'][0], inputs['text'][0], FRAMES
     make = lambda: train_step.init_state(cfg, inputs)  # noqa: E731
@@ -188,8 +256,9 @@ def mesh_run(axes, grad_accumulation=1):
     state = state.replace(frozen_params=jax.device_put(random_tree(start), shardings.frozen_params))
     step = train_step.jit_train_step(cfg, FRAMES, shardings, mesh_lib.batch_sharding(mesh))
     for i in range(3):
-        state, metrics = jax.block_until_ready(step(
-            state, mesh_lib.global_batch(batch_of(i), mesh, 16), np.zeros((2, 8), np.float32)))
+        state, metrics = jax.block_until_ready(
+            step(state, mesh_lib.global_batch(batch_of(i), mesh, 16), np.zeros((2, 8), np.float32))
+        )
     return metrics, state
 
 
@@ -202,7 +271,9 @@ def test_eight_devices_and_micro_batches_give_the_numbers_of_one():
         np.testing.assert_allclose(ours, ref, atol=1e-4)
     assert_equal(state.frozen_params, one_device[1].frozen_params)
     merged = ema.model_ema(MESH_CONFIG, state)
-    assert jax.tree.map(lambda x: x.sharding, merged) == jax.tree.map(lambda x: x.sharding, state.frozen_params)
+    assert jax.tree.map(lambda x: x.sharding, merged) == jax.tree.map(
+        lambda x: x.sharding, state.frozen_params
+    )
 
 
 def read_items(workdir):
@@ -214,9 +285,15 @@ def read_items(workdir):
 
 def test_checkpoints_hold_lora_alone(finished, base):
     items = read_items(finished[0])
-    assert set(traverse_util.flatten_dict(items['params'])) == set(traverse_util.flatten_dict(items['ema'])) == PAIRS
+    assert (
+        set(traverse_util.flatten_dict(items['params']))
+        == set(traverse_util.flatten_dict(items['ema']))
+        == PAIRS
+    )
     assert {x.shape for x in jax.tree.leaves(items)} == {(), (2, 32, 8), (2, 8, 32)}
-    assert config_lib.load(finished[0] / 'config.json').init_from == str(checkpoint.folders(base)[-1])
+    assert config_lib.load(finished[0] / 'config.json').init_from == str(
+        checkpoint.folders(base)[-1]
+    )
 
 
 def test_resume_is_bit_equal(finished, tmp_path):
@@ -239,7 +316,9 @@ def ema_of(workdir):
 def test_lora_on_lora(finished, base, tmp_path):
     """The base of a run may be a run of LoRA, merged into its own base."""
     cfg = run_config(init_from=str(finished[0]), lora=lora.LoraConfig(2, layers='ff_in/kernel$'))
-    workdir = write_run(tmp_path / 'second', runs.resolve_base_checkpoint(cfg), random_lora(cfg.lora))
+    workdir = write_run(
+        tmp_path / 'second', runs.resolve_base_checkpoint(cfg), random_lora(cfg.lora)
+    )
     path = checkpoint.folders(workdir)[-1]
     whole = runs.restore(path, config_lib.load_run(path), target(cfg))
     first = lora.merge(runs.newest(base, run_config(), target(cfg))[1], ema_of(finished[0]), LORA)
@@ -253,7 +332,9 @@ def test_lora_on_lora(finished, base, tmp_path):
 @pytest.mark.parametrize('converted', [False, True])
 def test_lora_on_a_model_folder(converted, tmp_path):
     """The base as released, in bfloat16, and as Orbax."""
-    params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), random_tree(names.abstract_params(MODEL)))
+    params = jax.tree.map(
+        lambda x: x.astype(ml_dtypes.bfloat16), random_tree(names.abstract_params(MODEL))
+    )
     folder = tmp_path / 'released/transformer'
     tensor_io.write_safetensors(folder, 'model', export.export_params('transformer', MODEL, params))
     (folder / 'config.json').write_text(json.dumps(names.transformer_json(MODEL)))
@@ -274,13 +355,22 @@ def test_lora_on_a_model_folder(converted, tmp_path):
 def test_export_is_merged_and_alone(finished, base, tmp_path):
     counts = export.convert_folder(finished[0], tmp_path / 'out')
     model, params = load_lib.load_transformer(tmp_path / 'out/transformer')
-    assert counts == {'transformer': sum(x.size for x in jax.tree.leaves(params)), 'LoRA': 2 * 2 * 4 * 32 * 8}
-    merged = runs.restore(checkpoint.folders(finished[0])[-1], config_lib.load(finished[0] / 'config.json'),
-                                    target(run_config()))
+    assert counts == {
+        'transformer': sum(x.size for x in jax.tree.leaves(params)),
+        'LoRA': 2 * 2 * 4 * 32 * 8,
+    }
+    merged = runs.restore(
+        checkpoint.folders(finished[0])[-1],
+        config_lib.load(finished[0] / 'config.json'),
+        target(run_config()),
+    )
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), params, merged)
     rng = np.random.default_rng(0)
-    inputs = (rng.standard_normal((1, 2, 4, 4, 48), np.float32), rng.standard_normal((1, 2, 6, 16), np.float32),
-              np.array([[300, 0]]))
+    inputs = (
+        rng.standard_normal((1, 2, 4, 4, 48), np.float32),
+        rng.standard_normal((1, 2, 6, 16), np.float32),
+        np.array([[300, 0]]),
+    )
     apply = jax.jit(model.apply, static_argnums=4)
     _, whole = runs.newest(base, run_config(), load_lib.on_one_device(names.abstract_params(MODEL)))
     trained = apply({'params': lora.merge(whole, ema_of(finished[0]), LORA)}, *inputs, (1, 1))
@@ -292,7 +382,9 @@ def test_export_is_merged_and_alone(finished, base, tmp_path):
 
 
 def run_sample(out, **chosen):
-    with flagsaver.flagsaver(**({'out': str(out), 'prompt': ['red ring on gray moves left', 'it grows']} | chosen)):
+    with flagsaver.flagsaver(
+        **({'out': str(out), 'prompt': ['red ring on gray moves left', 'it grows']} | chosen)
+    ):
         sample.main(['sample'])
     return video.read_video(out / 'video_0.mp4')[0]
 
@@ -302,10 +394,16 @@ def test_sampling_merges(finished, base, tmp_path):
     lora_files.write_lora(tmp_path, MODEL, ema_of(finished[0]), LORA)
     run = run_sample(tmp_path / 'run', workdir=str(finished[0]))
     alone = run_sample(tmp_path / 'alone', workdir=str(base))
-    named = run_sample(tmp_path / 'file', workdir=str(base), lora=str(tmp_path / 'pytorch_lora_weights.safetensors'))
+    named = run_sample(
+        tmp_path / 'file',
+        workdir=str(base),
+        lora=str(tmp_path / 'pytorch_lora_weights.safetensors'),
+    )
     np.testing.assert_array_equal(named, run)
     assert np.abs(alone.astype(int) - run).max() > 10
-    assert json.loads((tmp_path / 'file/story.json').read_text())['lora'].endswith('weights.safetensors')
+    assert json.loads((tmp_path / 'file/story.json').read_text())['lora'].endswith(
+        'weights.safetensors'
+    )
 
 
 @pytest.mark.parametrize('cfg', [LORA, lora.LoraConfig(3, layers='kernel$')])
@@ -334,31 +432,48 @@ def edited(tmp_path, change, metadata=None):
     return file
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda t: t.pop(f'{Q1}.lora_B.weight'), f'missing {Q1[12:]}.lora_B.weight'),
-    (lambda t: t.update({f'{Q1}.lora_B.bias': np.ones(2)}), f'unexpected {Q1[12:]}.lora_B.bias'),
-    (lambda t: t.update({f'{Q1}.alpha': np.float32([2])}), f'unexpected {Q1[12:]}.alpha'),
-    (lambda t: t.update({'transformer.transformer_blocks.2.attn1.to_q.lora_A.weight': np.ones((8, 32))}),
-     'unexpected transformer_blocks.2.attn1.to_q.lora_A.weight'),
-    (lambda t: t.update({f'{Q1}.lora_A.weight': np.ones((4, 32))}),
-     f'{Q1[12:]}.lora_A.weight has shape (4, 32), expected (8, 32)'),
-    (lambda t: t.clear(), 'holds no LoRA tensors of this transformer'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda t: t.pop(f'{Q1}.lora_B.weight'), f'missing {Q1[12:]}.lora_B.weight'),
+        (
+            lambda t: t.update({f'{Q1}.lora_B.bias': np.ones(2)}),
+            f'unexpected {Q1[12:]}.lora_B.bias',
+        ),
+        (lambda t: t.update({f'{Q1}.alpha': np.float32([2])}), f'unexpected {Q1[12:]}.alpha'),
+        (
+            lambda t: t.update(
+                {'transformer.transformer_blocks.2.attn1.to_q.lora_A.weight': np.ones((8, 32))}
+            ),
+            'unexpected transformer_blocks.2.attn1.to_q.lora_A.weight',
+        ),
+        (
+            lambda t: t.update({f'{Q1}.lora_A.weight': np.ones((4, 32))}),
+            f'{Q1[12:]}.lora_A.weight has shape (4, 32), expected (8, 32)',
+        ),
+        (lambda t: t.clear(), 'holds no LoRA tensors of this transformer'),
+    ],
+)
 def test_wrong_tensors_are_named(change, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         lora_files.read_lora(edited(tmp_path, change), MODEL)
     assert 'pytorch_lora_weights.safetensors' in str(error.value) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('peft, message', [
-    ('{', 'has damaged lora_adapter_metadata'), ('[]', 'has damaged'), ('{"lora_alpha": "x"}', 'has damaged'),
-    ('{"lora_alpha": 0}', 'lora_alpha 0.0: it must be positive'),
-    ('{"lora_alpha": 1e999}', 'lora_alpha inf: it must be positive and finite'),
-    ('{"transformer.r": 4}', 'was made with r 4: only 8 is implemented'),
-    ('{"use_rslora": true}', 'was made with use_rslora True: only False is implemented'),
-    ('{"transformer.alpha_pattern": {"to_q": 2}}', "was made with alpha_pattern {'to_q': 2}"),
-    ('{"init_lora_weights": "pissa"}', "was made with init_lora_weights 'pissa'"),
-])
+@pytest.mark.parametrize(
+    'peft, message',
+    [
+        ('{', 'has damaged lora_adapter_metadata'),
+        ('[]', 'has damaged'),
+        ('{"lora_alpha": "x"}', 'has damaged'),
+        ('{"lora_alpha": 0}', 'lora_alpha 0.0: it must be positive'),
+        ('{"lora_alpha": 1e999}', 'lora_alpha inf: it must be positive and finite'),
+        ('{"transformer.r": 4}', 'was made with r 4: only 8 is implemented'),
+        ('{"use_rslora": true}', 'was made with use_rslora True: only False is implemented'),
+        ('{"transformer.alpha_pattern": {"to_q": 2}}', "was made with alpha_pattern {'to_q': 2}"),
+        ('{"init_lora_weights": "pissa"}', "was made with init_lora_weights 'pissa'"),
+    ],
+)
 def test_settings_of_peft_that_are_not_implemented_are_named(peft, message, tmp_path):
     file = edited(tmp_path, lambda t: None, {'lora_adapter_metadata': peft})
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -376,15 +491,23 @@ def test_without_metadata_the_scale_is_one(tmp_path):
 
 def test_bases_that_cannot_be_are_named(finished, base, tmp_path):
     def start(workdir=tmp_path / 'run', **kwargs):
-        trainer.train_and_evaluate(run_config(**({'lora': LORA, 'init_from': str(base)} | kwargs)), workdir)
+        trainer.train_and_evaluate(
+            run_config(**({'lora': LORA, 'init_from': str(base)} | kwargs)), workdir
+        )
 
-    with pytest.raises(ValueError, match=r'config\.lora\.rank is 8, but there is no base: give a workdir by'):
+    with pytest.raises(
+        ValueError, match=r'config\.lora\.rank is 8, but there is no base: give a workdir by'
+    ):
         start(init_from='')
     with pytest.raises(FileNotFoundError, match='nowhere, the base of LoRA, holds no checkpoint'):
         start(init_from='nowhere')
-    with pytest.raises(FileNotFoundError, match=r'checkpoints/77, the base of LoRA, does not exist'):
+    with pytest.raises(
+        FileNotFoundError, match=r'checkpoints/77, the base of LoRA, does not exist'
+    ):
         start(init_from=str(base / 'checkpoints/77'))
-    with pytest.raises(ValueError, match=r'blocks/ff_in/kernel has shape \(2, 32, 128\), expected \(3, 32, 128\)'):
+    with pytest.raises(
+        ValueError, match=r'blocks/ff_in/kernel has shape \(2, 32, 128\), expected \(3, 32, 128\)'
+    ):
         start(model=dataclasses.replace(MODEL, num_layers=3))
     with pytest.raises(ValueError, match='trained with another lora'):
         start(finished[0], lora=lora.LoraConfig(4))

@@ -1,4 +1,5 @@
 """Sizes of the released models: memory and time of conversion and of the VAE: pytest -m slow -s tests/large_test.py"""
+
 import itertools
 import json
 import subprocess
@@ -15,14 +16,20 @@ from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import export, names
 
 pytestmark = pytest.mark.slow
-PEAK = 'import resource; print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)'
+PEAK = (
+    'import resource; print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)'
+)
 
 
 def python(code):
     """Runs code in a fresh interpreter; returns seconds, its peak resident memory in GiB and its output."""
     started = time.monotonic()
-    out = subprocess.run([sys.executable, '-c', textwrap.dedent(code) + '\n' + PEAK], check=True, capture_output=True,
-                         text=True).stdout
+    out = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code) + '\n' + PEAK],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     return time.monotonic() - started, float(out.split('PEAK')[1]), out
 
 
@@ -34,8 +41,10 @@ def write_synthetic(folder):
     (folder / 'config.json').write_text(json.dumps(names.transformer_json(cfg)))
     rng, sums, shard, filled, files = np.random.default_rng(0), {}, {}, 0, []
     for i, (name, tensor) in enumerate(tensors.items()):
-        bits = rng.integers(2 ** 16, size=tensor.shape, dtype=np.uint16)  # any sign and fraction, 2^-3 to 2^1
-        value = (bits & 0x81ff | 0x3e00).view(ml_dtypes.bfloat16)
+        bits = rng.integers(
+            2**16, size=tensor.shape, dtype=np.uint16
+        )  # any sign and fraction, 2^-3 to 2^1
+        value = (bits & 0x81FF | 0x3E00).view(ml_dtypes.bfloat16)
         sums[name], shard[name] = int(value.view(np.uint16).astype(np.int64).sum()), value
         filled += value.nbytes
         if filled > 2e9 or i + 1 == len(tensors):
@@ -47,8 +56,11 @@ def write_synthetic(folder):
 
 def sums_of(folder):
     from mask2dit_jax import tensor_io
-    return {n: int(np.asarray(t).view(np.uint16).astype(np.int64).sum())
-            for n, t in tensor_io.open_safetensors(folder).items()}
+
+    return {
+        n: int(np.asarray(t).view(np.uint16).astype(np.int64).sum())
+        for n, t in tensor_io.open_safetensors(folder).items()
+    }
 
 
 def test_5b_transformer_to_orbax_and_back(tmp_path):
@@ -56,26 +68,30 @@ def test_5b_transformer_to_orbax_and_back(tmp_path):
     assert count == 5_570_283_072
     paths = [tmp_path / n for n in ('released', 'orbax', 'back')]
     for source, target in itertools.pairwise(paths):
-        seconds, peak, _ = python(f'''
+        seconds, peak, _ = python(f"""
             from mask2dit_jax.pretrained import export
-            export.convert_folder({str(source)!r}, {str(target)!r})''')
-        size = sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 2 ** 30
-        print(f'\n5B {source.name} -> {target.name}: {seconds:.0f} s, peak {peak:.2f} GiB of memory, '
-              f'{size:.1f} GiB on disk')
+            export.convert_folder({str(source)!r}, {str(target)!r})""")
+        size = sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 2**30
+        print(
+            f'\n5B {source.name} -> {target.name}: {seconds:.0f} s, peak {peak:.2f} GiB of memory, '
+            f'{size:.1f} GiB on disk'
+        )
         assert peak < 4
     assert sums_of(tmp_path / 'back/transformer') == sums
     for source in paths[:2]:
-        seconds, peak, _ = python(f'''
+        seconds, peak, _ = python(f"""
             from mask2dit_jax.pretrained import load
-            load.load_transformer({str(source / 'transformer')!r}, param_dtype='bfloat16')''')
-        print(f'\n5B loading {source.name}: {seconds:.0f} s, peak {peak:.2f} GiB (10.4 GiB of them parameters)')
+            load.load_transformer({str(source / 'transformer')!r}, param_dtype='bfloat16')""")
+        print(
+            f'\n5B loading {source.name}: {seconds:.0f} s, peak {peak:.2f} GiB (10.4 GiB of them parameters)'
+        )
 
 
 @pytest.mark.parametrize('tiling', [False, True], ids=['whole', 'tiles'])
 @pytest.mark.parametrize('task', ['decode', 'encode'])
 def test_released_vae_at_480x720(task, tiling):
     """49 frames of random video through random weights of the real channel sizes; half an hour to an hour each."""
-    seconds, peak, out = python(f'''
+    seconds, peak, out = python(f"""
         import jax, numpy as np
         from mask2dit_jax.pretrained import names
         from mask2dit_jax.models import vae
@@ -88,7 +104,7 @@ def test_released_vae_at_480x720(task, tiling):
         else:
             out, _ = vae.encode(cfg, params, rng.uniform(-1, 1, (1, 49, 480, 720, 3)).astype('f'), tiling={tiling})
         assert np.isfinite(out).all()
-        print('SHAPE', out.shape)''')
+        print('SHAPE', out.shape)""")
     how = 'in tiles' if tiling else 'whole'
     print(f'\nVAE {task}, 49 frames of 480x720, {how}: {seconds:.0f} s, peak {peak:.2f} GiB')
     expected = '(1, 49, 480, 720, 3)' if task == 'decode' else '(1, 13, 60, 90, 16)'

@@ -1,4 +1,5 @@
 """A model folder in the released layout, tiny and random: sampled, extended, converted, fine-tuned, handed back."""
+
 import dataclasses
 import json
 import shutil
@@ -41,7 +42,13 @@ def converted(folder):
 
 
 def run_sample(out, source, **chosen):
-    usual = {'checkpoint': str(source), 'out': str(out), 'prompt': list(CAPTIONS), 'dtype': 'float32', 'steps': 2}
+    usual = {
+        'checkpoint': str(source),
+        'out': str(out),
+        'prompt': list(CAPTIONS),
+        'dtype': 'float32',
+        'steps': 2,
+    }
     with flagsaver.flagsaver(**(usual | chosen)):
         sample.main(['sample'])
     return video.read_video(out / 'video_0.mp4')[0]
@@ -79,15 +86,20 @@ def test_given_clips_are_extended(folder, tmp_path):
 def test_size_frames_tiling_and_negative_prompt(folder, sampled, tmp_path):
     made = run_sample(tmp_path / 'a', folder, height=32, width=48, frames=9, tiling=True)
     assert made.shape[0] == 18 and made.shape[1] * 3 == made.shape[2] * 2
-    assert (run_sample(tmp_path / 'b', folder, negative_prompt='blue ball on white stays') != sampled).any()
+    assert (
+        run_sample(tmp_path / 'b', folder, negative_prompt='blue ball on white stays') != sampled
+    ).any()
     record = json.loads((tmp_path / 'a/story.json').read_text())
     assert (record['width'], record['tiling'], record['dtype']) == (48, True, 'float32')
 
 
-@pytest.mark.parametrize('chosen, message', [
-    ({'height': 30}, '30x32 pixels do not divide into tokens: use multiples of 16'),
-    ({'frames': 6}, r'one more than a multiple of 4, e\.g\. 5'),
-])
+@pytest.mark.parametrize(
+    'chosen, message',
+    [
+        ({'height': 30}, '30x32 pixels do not divide into tokens: use multiples of 16'),
+        ({'frames': 6}, r'one more than a multiple of 4, e\.g\. 5'),
+    ],
+)
 def test_sampling_errors_name_the_input(folder, tmp_path, chosen, message):
     with pytest.raises(ValueError, match=message):
         run_sample(tmp_path, folder, **chosen)
@@ -96,10 +108,14 @@ def test_sampling_errors_name_the_input(folder, tmp_path, chosen, message):
 def test_a_lora_file_gives_the_frames_of_the_merged_folder(folder, sampled, tmp_path):
     model, params = load_lib.load_transformer(folder / 'transformer')
     cfg = lora.LoraConfig(2, alpha=3.0)
-    tree = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32),
-                        lora.init(jax.random.key(0), params, cfg))
+    tree = jax.tree.map(
+        lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32),
+        lora.init(jax.random.key(0), params, cfg),
+    )
     lora_files.write_lora(tmp_path, model.cfg, tree, cfg)
-    made = run_sample(tmp_path / 'a', folder, lora=str(tmp_path / 'pytorch_lora_weights.safetensors'))
+    made = run_sample(
+        tmp_path / 'a', folder, lora=str(tmp_path / 'pytorch_lora_weights.safetensors')
+    )
     shutil.copytree(folder, tmp_path / 'merged', ignore=shutil.ignore_patterns('transformer'))
     tensors = export.export_params('transformer', model.cfg, lora.merge(params, tree, cfg))
     tensor_io.write_safetensors(tmp_path / 'merged/transformer', 'model', tensors)
@@ -122,8 +138,12 @@ def test_round_trip_of_the_folder_is_bit_equal(folder, converted, tmp_path):
             assert have[name].dtype == want[name].dtype
             np.testing.assert_array_equal(have[name], want[name], err_msg=name)
         assert counts[kind] == sum(v.size for v in want.values())
-        assert (back / kind / 'config.json').read_text() == (folder / kind / 'config.json').read_text()
-    assert (back / 'tokenizer/spiece.model').exists() and (back / 'scheduler/scheduler_config.json').exists()
+        assert (back / kind / 'config.json').read_text() == (
+            folder / kind / 'config.json'
+        ).read_text()
+    assert (back / 'tokenizer/spiece.model').exists() and (
+        back / 'scheduler/scheduler_config.json'
+    ).exists()
     with pytest.raises(ValueError, match='is not empty'):
         export.convert_folder(converted, back)
 
@@ -133,8 +153,10 @@ def test_loading_follows_the_sharding(folder):
     cfg = load_lib.read_config('transformer', folder / 'transformer')
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'fsdp'))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=spread if x.ndim == 3 else whole), names.abstract_params(cfg))
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread if x.ndim == 3 else whole),
+        names.abstract_params(cfg),
+    )
     params = load_lib.read_params('transformer', folder / 'transformer', cfg, target)
     one = load_lib.load_transformer(folder / 'transformer')[1]
     jax.tree.map(np.testing.assert_array_equal, params, one)
@@ -144,52 +166,75 @@ def test_loading_follows_the_sharding(folder):
 def test_fine_tuning_and_handing_back(folder, tmp_path):
     """main on a model folder: trained on stories through its VAE and T5, sampled, exported, loaded again."""
     cfg = config_lib.Config(
-        data=config_lib.DataConfig(layouts=((5, 5),), height_px=32, width_px=32, num_train=8, num_test=4),
+        data=config_lib.DataConfig(
+            layouts=((5, 5),), height_px=32, width_px=32, num_train=8, num_test=4
+        ),
         model=dataclasses.replace(TRANSFORMER, remat='full'),
         optimizer=config_lib.OptimizerConfig('adamw', 1e-3, warmup_steps=1),
-        train=config_lib.TrainConfig(steps=2, batch_size=8, conditional_probability=0.5, log_every_steps=1),
-        sample=config_lib.SampleConfig(steps=1, sheet_stories=4), eval=config_lib.EvalConfig(4, 4),
-        mesh=mesh_lib.MeshConfig(data=4, fsdp=2, cpu_devices=8))
+        train=config_lib.TrainConfig(
+            steps=2, batch_size=8, conditional_probability=0.5, log_every_steps=1
+        ),
+        sample=config_lib.SampleConfig(steps=1, sheet_stories=4),
+        eval=config_lib.EvalConfig(4, 4),
+        mesh=mesh_lib.MeshConfig(data=4, fsdp=2, cpu_devices=8),
+    )
     cfg = load_lib.with_model_from(cfg, folder)
     assert cfg.model.remat == 'full' and cfg.schedule.snr_shift_scale == 3.0
     workdir = tmp_path / 'runs/tuned'
     trainer.train_and_evaluate(cfg, workdir)
-    with flagsaver.flagsaver(workdir=str(workdir), out=str(tmp_path / 'out'), prompt=list(CAPTIONS)):
+    with flagsaver.flagsaver(
+        workdir=str(workdir), out=str(tmp_path / 'out'), prompt=list(CAPTIONS)
+    ):
         sample.main(['sample'])
     assert len(video.read_video(tmp_path / 'out/video_0.mp4')[0]) == 10
     export.convert_folder(workdir, tmp_path / 'exported')
     model, params = load_lib.load_transformer(tmp_path / 'exported/transformer')
-    assert model.cfg == dataclasses.replace(TRANSFORMER, attention_backend=model.cfg.attention_backend)
+    assert model.cfg == dataclasses.replace(
+        TRANSFORMER, attention_backend=model.cfg.attention_backend
+    )
     target = load_lib.on_one_device(names.abstract_params(model.cfg))
     ema = checkpoint.latest(workdir, {'ema': target})[1]['ema']
     jax.tree.map(np.testing.assert_array_equal, params, ema)
-    assert load_lib.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json') == cfg.schedule
+    assert (
+        load_lib.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json')
+        == cfg.schedule
+    )
 
 
 def test_models_without_a_counterpart_are_not_exported():
     tiny = dataclasses.replace(TRANSFORMER, position_rule='continuous', learned_positions=True)
-    for cfg, message in ((dataclasses.replace(TRANSFORMER, pattern='causal'), "no 'causal' mask"),
-                         (tiny, "position_rule 'continuous'")):
+    for cfg, message in (
+        (dataclasses.replace(TRANSFORMER, pattern='causal'), "no 'causal' mask"),
+        (tiny, "position_rule 'continuous'"),
+    ):
         with pytest.raises(ValueError, match=message):
             names.transformer_json(cfg)
 
 
 def test_tokenizer(folder, tmp_path):
     import tokenizers
+
     tokenize = t5.load_tokenizer(folder / 'tokenizer')
     ids = tokenize(['it grows', '', 'red ring on gray moves left ' * 4], 12)
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / 'tokenizer/spiece.model'))
+    processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(folder / 'tokenizer/spiece.model')
+    )
     words = processor.encode('it grows')
     assert list(ids[0]) == [*words, t5.EOS] + [t5.PAD] * (11 - len(words))
     assert list(ids[1]) == [t5.EOS] + [t5.PAD] * 11
     assert ids[2, -1] == t5.EOS and t5.PAD not in ids[2]
     # The same vocabulary as tokenizer.json, as newer folders have it.
-    vocab = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
+    vocab = [
+        (processor.id_to_piece(i), processor.get_score(i))
+        for i in range(processor.get_piece_size())
+    ]
     fast = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=2))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     fast.save(str(tmp_path / 'tokenizer.json'))
-    np.testing.assert_array_equal(t5.load_tokenizer(tmp_path)(['it grows', 'red ring on gray'], 12),
-                                  tokenize(['it grows', 'red ring on gray'], 12))
+    np.testing.assert_array_equal(
+        t5.load_tokenizer(tmp_path)(['it grows', 'red ring on gray'], 12),
+        tokenize(['it grows', 'red ring on gray'], 12),
+    )
     (tmp_path / 'tokenizer.json').write_text('{}')
     with pytest.raises(ValueError, match=r'tokenizer\.json is damaged'):
         t5.load_tokenizer(tmp_path)
@@ -198,8 +243,12 @@ def test_tokenizer(folder, tmp_path):
 
 
 def test_padding_can_be_hidden_from_the_text_encoder(folder):
-    seen, hidden = (latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(['it grows'])
-                    for m in (False, True))
+    seen, hidden = (
+        latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(
+            ['it grows']
+        )
+        for m in (False, True)
+    )
     assert seen.shape == (1, 12, 24) and np.abs(seen - hidden)[0, 0].max() > 1e-3
 
 
@@ -211,11 +260,17 @@ def test_tiles_must_fit():
 
 def test_networks_that_do_not_fit_together(folder):
     with pytest.raises(ValueError, match='do not fit a transformer of 4 and 25'):
-        latent_codec.pretrained_codec(folder, dataclasses.replace(TRANSFORMER, text_embed_dim=25), (32, 32))
+        latent_codec.pretrained_codec(
+            folder, dataclasses.replace(TRANSFORMER, text_embed_dim=25), (32, 32)
+        )
 
 
 def test_command_lines_are_checked(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match='holds neither transformer/, vae/, text_encoder/ nor checkpoints'):
+    with pytest.raises(
+        FileNotFoundError, match='holds neither transformer/, vae/, text_encoder/ nor checkpoints'
+    ):
         export.convert_folder(tmp_path, tmp_path / 'out')
-    with pytest.raises(FileNotFoundError, match=r'neither a checkpoint of a workdir .* nor a model folder'):
+    with pytest.raises(
+        FileNotFoundError, match=r'neither a checkpoint of a workdir .* nor a model folder'
+    ):
         run_sample(tmp_path, tmp_path / 'nothing')

@@ -1,4 +1,5 @@
 """The world of stories: exact scores, the codec, and the TFDS builder."""
+
 import dataclasses
 
 import numpy as np
@@ -8,8 +9,14 @@ from mask2dit_jax.stories import builder, scores, world
 from mask2dit_jax.stories import codec as codec_lib
 
 RIGHT = ('action', 'color', 'shape', 'background', 'identity', 'story', 'consistency')
-RED_RING = world.Story('ring', 'red', 'gray', ('moves left', 'grows', 'stays'), (4, 4, 4),
-                         ((8.0, 10.5), (8.0, 8.0), (7.0, 9.0)))
+RED_RING = world.Story(
+    'ring',
+    'red',
+    'gray',
+    ('moves left', 'grows', 'stays'),
+    (4, 4, 4),
+    ((8.0, 10.5), (8.0, 8.0), (7.0, 9.0)),
+)
 
 
 def sample(count, frames, seed=0, split='test', **kwargs):
@@ -41,7 +48,10 @@ def test_codec_keeps_what_is_scored(patch_frames):
     told = sample(256, (4, 8, 4))
     codec = codec_lib.default_codec(16, patch_frames)
     latents = codec_lib.encode(codec, np.stack([world.render(story) for story in told]))
-    assert latents.shape == (256, 16 // patch_frames, 4, 4, 12 * patch_frames) and latents.dtype == np.float32
+    assert (
+        latents.shape == (256, 16 // patch_frames, 4, 4, 12 * patch_frames)
+        and latents.dtype == np.float32
+    )
     assert abs(latents.mean()) < 0.05 and abs(latents.var() - 1) < 0.1
     out = means(codec_lib.decode(codec, latents), told)
     assert {out[name] for name in RIGHT} == {1.0} and out['leak'] == 0
@@ -56,17 +66,32 @@ def test_score_at_other_sizes():
 
 def test_swapped_action_is_wrong_and_leaks_only_if_another_scene_has_it():
     for shown, leak in (('moves left', True), ('shrinks', False)):
-        video = video_of(dataclasses.replace(RED_RING, actions=('moves left', 'grows', shown),
-                                             starts=((8.0, 10.5), (8.0, 8.0), (7.0, 10.5))))
+        video = video_of(
+            dataclasses.replace(
+                RED_RING,
+                actions=('moves left', 'grows', shown),
+                starts=((8.0, 10.5), (8.0, 8.0), (7.0, 10.5)),
+            )
+        )
         out = scores.score(video[None], [RED_RING])
         assert out['action'].tolist() == [[True, True, False]]
         assert out['leak'].tolist() == [[False, False, leak]]
-        assert not out['story'][0] and out['consistency'][0] and out['identity'].all() and out['background'].all()
+        assert (
+            not out['story'][0]
+            and out['consistency'][0]
+            and out['identity'].all()
+            and out['background'].all()
+        )
 
 
-@pytest.mark.parametrize('field, value, columns', [
-    ('color', 'blue', {'color', 'identity'}), ('shape', 'ball', {'shape', 'identity'}),
-    ('background', 'brown', {'background'})])
+@pytest.mark.parametrize(
+    'field, value, columns',
+    [
+        ('color', 'blue', {'color', 'identity'}),
+        ('shape', 'ball', {'shape', 'identity'}),
+        ('background', 'brown', {'background'}),
+    ],
+)
 def test_one_scene_changed_is_wrong_in_its_column(field, value, columns):
     video = video_of(RED_RING)
     video[4:8] = video_of(dataclasses.replace(RED_RING, **{field: value}))[4:8]
@@ -80,14 +105,18 @@ def test_other_identity_in_all_scenes_is_consistent():
     other = dataclasses.replace(RED_RING, shape='tower', color='cyan', background='white')
     out = scores.score(video_of(other)[None], [RED_RING])
     assert out['consistency'][0] and out['action'].all()
-    assert not (out['color'].any() or out['shape'].any() or out['background'].any() or out['story'][0])
+    assert not (
+        out['color'].any() or out['shape'].any() or out['background'].any() or out['story'][0]
+    )
 
 
 def test_nothing_shown_scores_nothing():
     empty = np.full((1, 12, 16, 16, 3), 0.5, np.float32)
     out = scores.score(empty, [RED_RING])
     assert out['background'].all() and (out['residual'] == 1).all()
-    assert not any(out[name].any() for name in ('action', 'color', 'shape', 'leak', 'story', 'consistency'))
+    assert not any(
+        out[name].any() for name in ('action', 'color', 'shape', 'leak', 'story', 'consistency')
+    )
 
 
 def test_scenes_select_columns_but_consistency_sees_all():
@@ -111,11 +140,18 @@ def test_mottled_characters_keep_their_shape():
     ground = clean[:, :, :1, :1]
     mottle = np.random.default_rng(0).uniform(0.3, 1, (*clean.shape[:-1], 1))
     out = means(ground + (clean - ground) * mottle, told)
-    assert out['identity'] == out['background'] == 1 and out['action'] > 0.97 and out['residual'] > 0.3
+    assert (
+        out['identity'] == out['background'] == 1 and out['action'] > 0.97 and out['residual'] > 0.3
+    )
 
 
-@pytest.mark.parametrize('videos, told, message', [
-    (np.zeros((1, 11, 16, 16, 3)), [RED_RING], '11 frames'), (np.zeros((2, 12, 16, 16, 3)), [RED_RING], '2 videos')])
+@pytest.mark.parametrize(
+    'videos, told, message',
+    [
+        (np.zeros((1, 11, 16, 16, 3)), [RED_RING], '11 frames'),
+        (np.zeros((2, 12, 16, 16, 3)), [RED_RING], '2 videos'),
+    ],
+)
 def test_score_refuses_what_does_not_match(videos, told, message):
     with pytest.raises(ValueError, match=message):
         scores.score(videos, told)
@@ -123,11 +159,16 @@ def test_score_refuses_what_does_not_match(videos, told, message):
 
 def test_train_and_test_share_no_combination():
     def combinations(split):
-        return {(s.shape, s.color, s.background, s.actions) for s in sample(2000, (4,), split=split)}
+        return {
+            (s.shape, s.color, s.background, s.actions) for s in sample(2000, (4,), split=split)
+        }
+
     train, test = combinations('train'), combinations('test')
     assert not train & test
     assert 0.08 < len(test) / (len(train) + len(test)) < 0.18
-    assert world.is_test('ring', 'red', 'gray', ('stays', 'blinks', 'grows')) is False  # the same on every machine
+    assert (
+        world.is_test('ring', 'red', 'gray', ('stays', 'blinks', 'grows')) is False
+    )  # the same on every machine
 
 
 def test_every_action_spans_its_scene_inside_the_frame():
@@ -135,14 +176,17 @@ def test_every_action_spans_its_scene_inside_the_frame():
         video = world.render(story).astype(int)
         border = np.ones((16, 16), bool)
         border[1:-1, 1:-1] = False
-        assert np.abs(video[:, border] - video[0, 0, 0]).max() <= 128  # at most the outer half of a soft edge
+        assert (
+            np.abs(video[:, border] - video[0, 0, 0]).max() <= 128
+        )  # at most the outer half of a soft edge
         first, last = video[6], video[17]
         if story.actions[2] == 'moves left':
             assert np.abs(np.roll(first, -5, axis=1) - last).max() <= 1
 
 
-@pytest.mark.parametrize('frames, shown', [
-    (2, [1, 0]), (3, [1, 0, 1]), (4, [1, 1, 0, 0]), (8, [1, 1, 0, 0, 1, 1, 0, 0])])
+@pytest.mark.parametrize(
+    'frames, shown', [(2, [1, 0]), (3, [1, 0, 1]), (4, [1, 1, 0, 0]), (8, [1, 1, 0, 0, 1, 1, 0, 0])]
+)
 def test_blink_is_seen_in_every_scene_length(frames, shown):
     assert world.visible_frames('blinks', frames).tolist() == shown
     assert world.visible_frames('stays', frames).all()
@@ -154,9 +198,15 @@ def test_sampling_is_deterministic_and_survives_json():
         assert world.story_from_json(world.story_to_json(story)) == story
 
 
-@pytest.mark.parametrize('fields, message', [
-    ({'shape': 'cube'}, 'cube'), ({'actions': ('flies', 'grows', 'stays')}, 'flies'),
-    ({'frames': (4, 4)}, 'frame counts'), ({'frames': (4, 1, 4)}, 'at least 2')])
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'shape': 'cube'}, 'cube'),
+        ({'actions': ('flies', 'grows', 'stays')}, 'flies'),
+        ({'frames': (4, 4)}, 'frame counts'),
+        ({'frames': (4, 1, 4)}, 'at least 2'),
+    ],
+)
 def test_story_refuses_what_is_not_in_the_world(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(RED_RING, **fields)
@@ -173,10 +223,17 @@ def test_captions():
         world.captions(RED_RING, 'last')
 
 
-@pytest.mark.parametrize('texts, message', [
-    (['red cube on gray stays'], "unknown word 'cube'"), (['red ring on gray'], 'follow the grammar'),
-    (['ring red on gray stays'], 'follow the grammar'), (['it grows'], '0 identities'), ([''], 'follow the grammar'),
-    (['red ring on gray stays', 'blue ring on gray stays'], '2 identities')])
+@pytest.mark.parametrize(
+    'texts, message',
+    [
+        (['red cube on gray stays'], "unknown word 'cube'"),
+        (['red ring on gray'], 'follow the grammar'),
+        (['ring red on gray stays'], 'follow the grammar'),
+        (['it grows'], '0 identities'),
+        ([''], 'follow the grammar'),
+        (['red ring on gray stays', 'blue ring on gray stays'], '2 identities'),
+    ],
+)
 def test_parse_captions_names_what_is_wrong(texts, message):
     with pytest.raises(ValueError, match=message):
         world.parse_captions(texts)
@@ -190,7 +247,9 @@ def test_embed_captions():
     assert abs(words.var() - 1) < 0.05
     similar = words @ words.T / 64 - np.eye(len(words))
     assert np.abs(similar).max() < 0.6  # no two words alike
-    np.testing.assert_allclose(out[0, 0, :3], [-0.4029734, -1.5617714, 0.5530654], atol=1e-6)  # on every platform
+    np.testing.assert_allclose(
+        out[0, 0, :3], [-0.4029734, -1.5617714, 0.5530654], atol=1e-6
+    )  # on every platform
     with pytest.raises(ValueError, match=r"'cube'.*tower"):
         world.embed_captions(['red cube on gray stays'])
     with pytest.raises(ValueError, match='more than 6'):
@@ -200,8 +259,12 @@ def test_embed_captions():
 def test_codec_is_exact_with_all_components_and_deterministic(tmp_path):
     videos = np.stack([world.render(story) for story in sample(64, (4, 4))])
     full = codec_lib.fit_codec(videos, components=96, patch_frames=2)
-    noise = np.random.default_rng(0).random((2, 3, 4, 8, 12, 3), np.float32)  # any leading axes, any size
-    np.testing.assert_allclose(codec_lib.decode(full, codec_lib.encode(full, noise)), noise, atol=1e-3)
+    noise = np.random.default_rng(0).random(
+        (2, 3, 4, 8, 12, 3), np.float32
+    )  # any leading axes, any size
+    np.testing.assert_allclose(
+        codec_lib.decode(full, codec_lib.encode(full, noise)), noise, atol=1e-3
+    )
     codec, again = codec_lib.default_codec(), codec_lib.default_codec.__wrapped__()
     np.testing.assert_array_equal(codec.basis, again.basis)
     codec_lib.save_codec(tmp_path / 'codec.safetensors', codec)
@@ -216,7 +279,9 @@ def test_codec_scales_by_the_root_of_the_deviation():
     np.testing.assert_allclose(latents.reshape(-1, 20).mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(latents.var(), 1, atol=1e-3)
     variance = latents.reshape(-1, 20).var(0)
-    np.testing.assert_allclose(variance * codec.scale**2 / codec.scale[0]**2, variance[0], rtol=1e-2)
+    np.testing.assert_allclose(
+        variance * codec.scale**2 / codec.scale[0] ** 2, variance[0], rtol=1e-2
+    )
 
 
 def test_codec_refuses_what_does_not_divide():
@@ -235,7 +300,9 @@ def test_load_builds_once_and_gives_the_stories(tmp_path):
         example = train[index]
         assert example['story'] == builder.make_story(train.config, 'train', index)
         np.testing.assert_array_equal(example['video'], world.render(example['story']))
-    assert not {train[i]['story'].starts for i in range(24)} & {test[i]['story'].starts for i in range(5)}
+    assert not {train[i]['story'].starts for i in range(24)} & {
+        test[i]['story'].starts for i in range(5)
+    }
     folder = tmp_path / 'stories' / train.config.name
     written = [path.stat().st_mtime_ns for path in sorted(folder.rglob('*'))]
     assert builder.load(tmp_path, (4, 8), 'train', **sizes).fingerprint == train.fingerprint

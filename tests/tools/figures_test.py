@@ -1,4 +1,5 @@
 """The picture of the masks shows what the masks are."""
+
 import itertools
 
 import numpy as np
@@ -17,9 +18,17 @@ def test_kinds_by_definition(pattern):
     for i, j in itertools.product(range(layout.num_tokens), repeat=2):
         same, text = scene[i] == scene[j], is_text[i] or is_text[j]
         seen = pattern == 'full' or same or (pattern == 'dual' and not text)
-        right = ('masked' if not seen else 'caption of another scene' if text and not same
-                 else 'caption and its own scene' if text
-                 else 'video and video of one scene' if same else 'video of different scenes')
+        right = (
+            'masked'
+            if not seen
+            else 'caption of another scene'
+            if text and not same
+            else 'caption and its own scene'
+            if text
+            else 'video and video of one scene'
+            if same
+            else 'video of different scenes'
+        )
         assert names[kinds[i, j]] == right
 
 

@@ -1,4 +1,5 @@
 """The page of a run is well-formed, whole and readable, and says what is missing; a browser plays its videos."""
+
 import collections
 import html.parser
 import json
@@ -30,19 +31,36 @@ def write_run(folder, steps=60, scores=True):
     """A workdir as train writes it, without checkpoints; sheets of two steps."""
     folder.mkdir()
     base = f'{NASTY}/{"long" * 40}'
-    config_lib.save(config_lib.parse({'train': {'steps': steps}, 'init_from': base}), folder / 'config.json')
+    config_lib.save(
+        config_lib.parse({'train': {'steps': steps}, 'init_from': base}), folder / 'config.json'
+    )
     writer = metric_writer.MetricWriter(folder, steps)
     for step in range(10, 61, 10):
-        writer.write(step, {'loss': float('nan') if step == 30 else 1 / step, 'grad_norm': .5, 'data_wait': .01})
+        writer.write(
+            step,
+            {'loss': float('nan') if step == 30 else 1 / step, 'grad_norm': 0.5, 'data_wait': 0.01},
+        )
     writer.close()
     story = np.split(pixels((4, 4)), 2)
     for name in '00000030_generated', '00000060_extended', '00000060_generated':
         captions = [['a ball', NASTY]]
         video.write_png(folder / f'sheets/{name}.png', video.story_grid([story], captions))
-        (folder / f'sheets/{name}.json').write_text(json.dumps({'stories': captions, 'given_scenes': 0}))
+        (folder / f'sheets/{name}.json').write_text(
+            json.dumps({'stories': captions, 'given_scenes': 0})
+        )
     if scores:
-        rows = [{'task': task, 'frames': '4+4', 'action': 1.0, 'leak': .25, 'residual': .3, 'action/2': 1.0,
-                 'leak/2': .25} for task in ('generate', 'extend 1 given')]
+        rows = [
+            {
+                'task': task,
+                'frames': '4+4',
+                'action': 1.0,
+                'leak': 0.25,
+                'residual': 0.3,
+                'action/2': 1.0,
+                'leak/2': 0.25,
+            }
+            for task in ('generate', 'extend 1 given')
+        ]
         (folder / 'scores.json').write_text(json.dumps(rows))
     return folder
 
@@ -53,17 +71,31 @@ def write_samples(folder, frames=(4, 8, 3)):
     for i in range(2):
         video.write_mp4(folder / f'video_{i}.mp4', pixels(frames), 8)
         parts = np.split(pixels(frames), np.cumsum(frames)[:-1])
-        video.write_png(folder / f'sheet_{i}.png', video.contact_sheet(parts, [s['caption'] for s in scenes]))
-    (folder / 'story.json').write_text(json.dumps({'scenes': scenes, 'given': [{'file': NASTY}], 'seed': 3}))
+        video.write_png(
+            folder / f'sheet_{i}.png', video.contact_sheet(parts, [s['caption'] for s in scenes])
+        )
+    (folder / 'story.json').write_text(
+        json.dumps({'scenes': scenes, 'given': [{'file': NASTY}], 'seed': 3})
+    )
     return folder
 
 
 def write_evaluation(folder):
     folder.mkdir()
-    means = {'visual': {'mean': .9, 'interval': [.8, .95]}, 'matches': {'mean': .5, 'interval': None}}
-    result = {'settings': {'encoder': NASTY}, 'seed': 0, 'summary': means, 'confusion': {'2': [[.3, .1], [.2, .25]]},
-              'frechet': {'distance': 12.5, 'videos': 1, 'references': 9, 'size': 16},
-              'videos': [{'name': NASTY, 'visual': .9, 'matches': .5, 'confusion': [[.3, .1], [.2, .25]]}]}
+    means = {
+        'visual': {'mean': 0.9, 'interval': [0.8, 0.95]},
+        'matches': {'mean': 0.5, 'interval': None},
+    }
+    result = {
+        'settings': {'encoder': NASTY},
+        'seed': 0,
+        'summary': means,
+        'confusion': {'2': [[0.3, 0.1], [0.2, 0.25]]},
+        'frechet': {'distance': 12.5, 'videos': 1, 'references': 9, 'size': 16},
+        'videos': [
+            {'name': NASTY, 'visual': 0.9, 'matches': 0.5, 'confusion': [[0.3, 0.1], [0.2, 0.25]]}
+        ],
+    }
     (folder / 'evaluation.json').write_text(json.dumps(result))
     return folder
 
@@ -71,8 +103,12 @@ def write_evaluation(folder):
 @pytest.fixture(scope='module')
 def page(tmp_path_factory):
     root = tmp_path_factory.mktemp('report')
-    made = report.write(root / 'out', write_run(root / 'run'), write_samples(root / 'samples & more/<a>').parent,
-                        write_evaluation(root / 'scores'))
+    made = report.write(
+        root / 'out',
+        write_run(root / 'run'),
+        write_samples(root / 'samples & more/<a>').parent,
+        write_evaluation(root / 'scores'),
+    )
     return shutil.move(root / 'out', root / 'moved') / made.name  # links are relative
 
 
@@ -120,13 +156,19 @@ def test_well_formed_and_every_link_leads_somewhere(page):
     for _, attrs, _ in reader.elements:
         for url in filter(None, map(attrs.get, ('src', 'href', 'poster', 'xlink:href'))):
             assert not urllib.parse.urlsplit(url).scheme and not url.startswith('/')
-            found = url[1:] in ids if url.startswith('#') else (page.parent / urllib.parse.unquote(url)).is_file()
+            found = (
+                url[1:] in ids
+                if url.startswith('#')
+                else (page.parent / urllib.parse.unquote(url)).is_file()
+            )
             assert found, url
             seen.add(urllib.parse.unquote(url))
         for local in re.findall(r'url\(#([^)]+)\)', ' '.join(filter(None, attrs.values()))):
             assert local in ids
         assert attrs.get('aria-labelledby', 'content') in ids
-    media = {p.relative_to(page.parent).as_posix() for p in page.parent.rglob('*.*')} - {'index.html'}
+    media = {p.relative_to(page.parent).as_posix() for p in page.parent.rglob('*.*')} - {
+        'index.html'
+    }
     assert media == {url for url in seen if not url.startswith('#')} and len(media) == 3 + 2 * 3
     assert not reader.all('script') and not reader.all('link')
 
@@ -154,7 +196,10 @@ def test_captions_are_text_and_given_scenes_marked(page):
     sheets = [attrs['alt'] for attrs, _ in reader.all('img') if 'held-out' in attrs['alt']]
     assert sheets and all(f'1: a ball; {NASTY}.' in alt for alt in sheets)
     boards = [attrs['alt'] for attrs, _ in reader.all('img') if 'Storyboard' in attrs['alt']]
-    assert boards == [f'Storyboard: scene 1 (given): {NASTY}; scene 2: it grows; scene 3: it grows'] * 2
+    assert (
+        boards
+        == [f'Storyboard: scene 1 (given): {NASTY}; scene 2: it grows; scene 3: it grows'] * 2
+    )
     assert '0.50 to 1.50 s, 8 frames' in text  # the second scene, at 8 frames per second
 
 
@@ -162,11 +207,20 @@ def test_curves_of_every_metric(page):
     reader = read(page)
     said = [attrs['aria-label'] for attrs, _ in reader.all('svg')]
     assert [s.split(':')[0] for s in said] == [
-        'Loss', 'Gradient norm', 'Steps per second', 'Share of time waiting for data']
-    assert said[0] == 'Loss: from 0.1 at step 10 to 0.01667 at step 60; lowest 0.01667 at step 60. Not finite: 1.'
+        'Loss',
+        'Gradient norm',
+        'Steps per second',
+        'Share of time waiting for data',
+    ]
+    assert (
+        said[0]
+        == 'Loss: from 0.1 at step 10 to 0.01667 at step 60; lowest 0.01667 at step 60. Not finite: 1.'
+    )
     styles = [attrs.get('style', '') for _, attrs, _ in reader.elements]
     assert sum('var(--accent)' in s and 'fill: none' in s for s in styles) == 4
-    drawn = [attrs['d'] for attrs, _ in reader.all('path') if 'var(--accent)' in attrs.get('style', '')]
+    drawn = [
+        attrs['d'] for attrs, _ in reader.all('path') if 'var(--accent)' in attrs.get('style', '')
+    ]
     assert any(path.count('M') == 2 for path in drawn)  # the loss has a gap
     assert not re.search(r'#[0-9a-f]{6}', ' '.join(styles))  # all is in the colours of the page
 
@@ -192,19 +246,35 @@ def test_unfinished_run(tmp_path):
     assert '0 of 100 steps' in text and '<svg' not in text
 
 
-@pytest.mark.parametrize('name, content, message', [
-    ('run/config.json', None, '--run must be'), ('run/config.json', '{}', 'damaged'),
-    ('run/config.json', '{', 'damaged'), ('run/metrics.jsonl', '{"loss": 1}\n', 'damaged'),
-    ('run/metrics.jsonl', 'x\n', 'damaged'),
-    ('run/scores.json', '{"task": 1}', 'damaged'), ('run/sheets/00000060_generated.png', 'x', 'no whole picture'),
-    ('run/sheets/00000060_generated.json', '[]', 'damaged'), ('run/sheets/00000060_generated.json', None, 'main wrote'),
-    ('samples/story.json', None, 'holds no story.json'), ('samples/story.json', '{}', 'no story file'),
-    ('samples/story.json', '{"scenes": [{"caption": "a"}]}', 'damaged'),
-    ('samples/story.json', '{"scenes": [{"caption": "a", "frames": 14}]}', 'has 15 frames, its story 14'),
-    ('samples/video_1.mp4', 'x', 'cannot be decoded'), ('samples/video_1.mp4', 1200, 'is cut off'),
-    ('samples/sheet_0.png', 'x', 'no whole picture'), ('samples/sheet_0.png', 1200, 'no whole picture'),
-    ('scores/evaluation.json', None, '--evaluation must be'), ('scores/evaluation.json', '[]', 'damaged'),
-    ('scores/evaluation.json', '{"videos": []}', 'damaged')])
+@pytest.mark.parametrize(
+    'name, content, message',
+    [
+        ('run/config.json', None, '--run must be'),
+        ('run/config.json', '{}', 'damaged'),
+        ('run/config.json', '{', 'damaged'),
+        ('run/metrics.jsonl', '{"loss": 1}\n', 'damaged'),
+        ('run/metrics.jsonl', 'x\n', 'damaged'),
+        ('run/scores.json', '{"task": 1}', 'damaged'),
+        ('run/sheets/00000060_generated.png', 'x', 'no whole picture'),
+        ('run/sheets/00000060_generated.json', '[]', 'damaged'),
+        ('run/sheets/00000060_generated.json', None, 'main wrote'),
+        ('samples/story.json', None, 'holds no story.json'),
+        ('samples/story.json', '{}', 'no story file'),
+        ('samples/story.json', '{"scenes": [{"caption": "a"}]}', 'damaged'),
+        (
+            'samples/story.json',
+            '{"scenes": [{"caption": "a", "frames": 14}]}',
+            'has 15 frames, its story 14',
+        ),
+        ('samples/video_1.mp4', 'x', 'cannot be decoded'),
+        ('samples/video_1.mp4', 1200, 'is cut off'),
+        ('samples/sheet_0.png', 'x', 'no whole picture'),
+        ('samples/sheet_0.png', 1200, 'no whole picture'),
+        ('scores/evaluation.json', None, '--evaluation must be'),
+        ('scores/evaluation.json', '[]', 'damaged'),
+        ('scores/evaluation.json', '{"videos": []}', 'damaged'),
+    ],
+)
 def test_errors_name_the_file(tmp_path, name, content, message):
     make = {'run': write_run, 'samples': write_samples, 'scores': write_evaluation}
     kind = name.split('/')[0]
@@ -234,32 +304,52 @@ def test_command(tmp_path):
 def test_in_a_browser(page, tmp_path):
     """Chromium decodes all videos and pictures, which its load event waits for, follows dark and light, and has
     nothing to complain about."""
-    probe = '''<script>addEventListener('load', () => {
+    probe = """<script>addEventListener('load', () => {
       const paint = (element, name) => getComputedStyle(document.querySelector(element))[name];
       document.body.textContent = 'SEEN' + JSON.stringify({
         videos: [...document.querySelectorAll('video')].map(v => [v.error, v.readyState, v.videoWidth, v.duration]),
         pictures: [...document.images].map(i => i.complete && i.naturalWidth == i.getAttribute('width')),
         colors: [paint('svg text', 'fill'), paint('path[style*=accent]', 'stroke'),
                  paint('body', 'color'), paint('body', 'backgroundColor')],
-        width: document.documentElement.scrollWidth}) + 'END'; });</script>'''
+        width: document.documentElement.scrollWidth}) + 'END'; });</script>"""
     text = page.read_text(encoding='utf-8')
-    for old, new in (('</body>', probe + '</body>'), ('preload="metadata"', 'preload="auto"'), ('loading="lazy"', ''),
-                     ('<details>', '<details open>')):
+    for old, new in (
+        ('</body>', probe + '</body>'),
+        ('preload="metadata"', 'preload="auto"'),
+        ('loading="lazy"', ''),
+        ('<details>', '<details open>'),
+    ):
         text = text.replace(old, new)
     probed = page.with_name('probed.html')
     probed.write_text(text, encoding='utf-8')
     seen = {}
     for name, scheme in ('dark', 0), ('light', 1):
         done = subprocess.run(
-            [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking',
-             f'--blink-settings=preferredColorScheme={scheme}', f'--user-data-dir={tmp_path}', '--window-size=500,900',
-             '--enable-logging=stderr', '--v=0', '--dump-dom', probed.as_uri()],
-            capture_output=True, text=True, timeout=120)
+            [
+                CHROMIUM,
+                '--headless',
+                '--no-sandbox',
+                '--disable-gpu',
+                '--disable-background-networking',
+                f'--blink-settings=preferredColorScheme={scheme}',
+                f'--user-data-dir={tmp_path}',
+                '--window-size=500,900',
+                '--enable-logging=stderr',
+                '--v=0',
+                '--dump-dom',
+                probed.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert not [line for line in done.stderr.splitlines() if ':CONSOLE' in line]
         seen[name] = json.loads(re.search('SEEN(.*)END', done.stdout)[1])
     probed.unlink()
     for state in seen.values():
-        assert [(error, width, seconds) for error, _, width, seconds in state['videos']] == [(None, 32, 15 / 8)] * 2
+        assert [(error, width, seconds) for error, _, width, seconds in state['videos']] == [
+            (None, 32, 15 / 8)
+        ] * 2
         assert min(ready for _, ready, *_ in state['videos']) >= 2  # the first frame is decoded
         assert state['pictures'] == [True] * 5
         assert state['width'] <= 500  # nothing but tables scrolls sideways

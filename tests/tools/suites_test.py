@@ -2,6 +2,7 @@
 
 Every caption ends in the gray level of its scene, so that a clip tells which caption it belongs to.
 """
+
 import json
 import os
 import pathlib
@@ -36,7 +37,10 @@ def meets(path, caption, frames=None):
     return abs(pixels.mean() - float(caption.split()[-1])) < 4
 
 
-STORIES = {'a': ((20, 3), (60, 5)), 'b/c': ((100, 4), (140, 2), (180, 3))}  # levels and frames of scenes
+STORIES = {
+    'a': ((20, 3), (60, 5)),
+    'b/c': ((100, 4), (140, 2), (180, 3)),
+}  # levels and frames of scenes
 
 
 @pytest.fixture
@@ -47,10 +51,21 @@ def samples(tmp_path):
 
 def write_samples(folder, stories):
     for name, told in stories.items():
-        write_json(folder / name / 'story.json', {'seed': 3, 'scenes': [
-            {'caption': f'level/ {level}', 'frames': frames} for level, frames in told]})
+        write_json(
+            folder / name / 'story.json',
+            {
+                'seed': 3,
+                'scenes': [
+                    {'caption': f'level/ {level}', 'frames': frames} for level, frames in told
+                ],
+            },
+        )
         for i in range(2 if name == 'a' else 1):
-            video.write_mp4(folder / name / f'video_{i}.mp4', np.concatenate([clip(*scene) for scene in told]), FPS)
+            video.write_mp4(
+                folder / name / f'video_{i}.mp4',
+                np.concatenate([clip(*scene) for scene in told]),
+                FPS,
+            )
             (folder / name / f'video_{i}.gif').touch()
     return folder
 
@@ -72,8 +87,15 @@ def vbench_standard(folder, info, dimensions):
 
 def vbench_custom(folder, prompts):
     """All videos of a folder with their prompts: names are keys relative to it."""
-    found = [name for name in os.listdir(folder) if pathlib.Path(name).suffix in ('.mp4', '.gif', '.jpg', '.png')]
-    given = {os.path.abspath(os.path.join(folder, k)): v for k, v in json.loads(prompts.read_text()).items()}
+    found = [
+        name
+        for name in os.listdir(folder)
+        if pathlib.Path(name).suffix in ('.mp4', '.gif', '.jpg', '.png')
+    ]
+    given = {
+        os.path.abspath(os.path.join(folder, k)): v
+        for k, v in json.loads(prompts.read_text()).items()
+    }
     assert len(given) >= len(found)
     return [(folder / name, given[os.path.abspath(folder / name)]) for name in found]
 
@@ -85,15 +107,23 @@ def vbench_long_custom(folder):
     out = {}
     for name in os.listdir(folder / 'split_clip'):
         clips = sorted(os.listdir(folder / 'split_clip' / name))
-        out.setdefault(name.split('-Scene')[0], []).extend(folder / 'split_clip' / name / c for c in clips)
+        out.setdefault(name.split('-Scene')[0], []).extend(
+            folder / 'split_clip' / name / c for c in clips
+        )
     return out
 
 
 def evalcrafter(videos, checkout):
     """All that lies in the folder with prompts by name, and attributes by its first four characters."""
     metadata = json.loads((checkout / 'metadata.json').read_text())
-    return [(videos / name, (checkout / 'prompts' / f'{os.path.splitext(name)[0]}.txt').read_text().strip(),
-             metadata[name[:4]]['attributes']) for name in os.listdir(videos)]
+    return [
+        (
+            videos / name,
+            (checkout / 'prompts' / f'{os.path.splitext(name)[0]}.txt').read_text().strip(),
+            metadata[name[:4]]['attributes'],
+        )
+        for name in os.listdir(videos)
+    ]
 
 
 def compbench(folder, metadata):
@@ -108,7 +138,10 @@ def check_commands(text, out):
     commands = text.split('\n\n', 1)[1]
     assert subprocess.run(['bash', '-n', '-c', commands], check=False).returncode == 0
     assert '{' not in commands
-    read = re.findall(r'--(?:videos_path|prompt_file|full_json_dir|dir_videos|read-prompt-file) (/[^;)\s]+)', commands)
+    read = re.findall(
+        r'--(?:videos_path|prompt_file|full_json_dir|dir_videos|read-prompt-file) (/[^;)\s]+)',
+        commands,
+    )
     assert all(pathlib.Path(path).exists() for path in read)
     return commands
 
@@ -119,15 +152,19 @@ def test_scenes_for_vbench(samples, tmp_path):
     pairs = vbench_custom(out / 'videos', out / 'prompts.json')
     assert len(pairs) == len(SCENES) and all(meets(*pair) for pair in pairs)
     assert f'--videos_path {out}/videos' in commands and '--mode=custom_input' in commands
-    frames = {row['file']: len(video.read_video(out / row['file'])[0]) for row in json.loads(
-        (out / 'clips.json').read_text())}
+    frames = {
+        row['file']: len(video.read_video(out / row['file'])[0])
+        for row in json.loads((out / 'clips.json').read_text())
+    }
     assert list(frames.values()) == [count for _, count in SCENES]
 
 
 def test_whole_videos_and_scenes_for_vbench_long(samples, tmp_path):
     """Clips are scenes in the order of the story, and whole videos are copies."""
     out = tmp_path / 'out'
-    assert '--mode=long_custom_input' in check_commands(suites.lay_out('vbench_long', samples, out), out)
+    assert '--mode=long_custom_input' in check_commands(
+        suites.lay_out('vbench_long', samples, out), out
+    )
     groups = vbench_long_custom(out / 'videos')
     rows = {row['file']: row for row in json.loads((out / 'clips.json').read_text())}
     assert len(groups) == 3
@@ -144,15 +181,30 @@ def test_scenes_for_evalcrafter(samples, tmp_path):
     out = tmp_path / 'out'
     commands = check_commands(suites.lay_out('evalcrafter', samples, out), out)
     found = evalcrafter(out / 'videos', out)
-    assert len(found) == len(SCENES) and all(meets(path, text) and not known for path, text, known in found)
-    checkout = tmp_path / 'EvalCrafter'  # its own list and what it keeps by number must not meet these videos
+    assert len(found) == len(SCENES) and all(
+        meets(path, text) and not known for path, text, known in found
+    )
+    checkout = (
+        tmp_path / 'EvalCrafter'
+    )  # its own list and what it keeps by number must not meet these videos
     for name in 'prompts/0000.txt', 'prompts/0699.txt', 'SDXL_Imgs/0000_0.png', 'metadata.json':
         write_json(checkout / name, {})
     for _ in range(2):
         subprocess.run(['bash', '-euc', commands.split('\n(')[0]], cwd=checkout, check=True)
-        assert len(evalcrafter(out / 'videos', checkout)) == len(os.listdir(checkout / 'prompts')) == len(SCENES)
+        assert (
+            len(evalcrafter(out / 'videos', checkout))
+            == len(os.listdir(checkout / 'prompts'))
+            == len(SCENES)
+        )
     assert not (checkout / 'SDXL_Imgs').exists() and len(list(checkout.rglob('0699.txt'))) == 1
-    for metric in 'action_score', 'color_score', 'count_score', 'motion_ac_score', 'ocr_score', 'eval_from_metrics':
+    for metric in (
+        'action_score',
+        'color_score',
+        'count_score',
+        'motion_ac_score',
+        'ocr_score',
+        'eval_from_metrics',
+    ):
         assert metric not in commands  # they divide by the number of videos that have the attribute
 
 
@@ -164,23 +216,40 @@ def test_scenes_for_compbench(tmp_path):
     pairs = compbench(out / 'video/object_interactions', out / 'meta_data/object_interactions.json')
     assert len(pairs) == 6 and all(meets(path, entry['prompt']) for path, entry in pairs)
     stories['a'] = (20, 16), (60, 15)
-    with pytest.raises(ValueError, match=r'a/video_0\.mp4 has 15 frames in a clip, compbench needs 16'):
+    with pytest.raises(
+        ValueError, match=r'a/video_0\.mp4 has 15 frames in a clip, compbench needs 16'
+    ):
         suites.lay_out('compbench', write_samples(tmp_path / 'short', stories), tmp_path / 'again')
 
 
 def write_source(folder, suite):
     """A small list of prompts in a suite's form; prompts of one text where the suite has such."""
     if suite.startswith('vbench'):
-        return write_json(folder / 'VBench_full_info.json', [
-            {'prompt_en': 'a still 20', 'dimension': ['color', 'scene']},
-            {'prompt_en': 'another, with dots. 60', 'dimension': ['scene'], 'auxiliary_info': {'scene': {}}},
-            {'prompt_en': 'a still 20', 'dimension': ['human_action']}])
+        return write_json(
+            folder / 'VBench_full_info.json',
+            [
+                {'prompt_en': 'a still 20', 'dimension': ['color', 'scene']},
+                {
+                    'prompt_en': 'another, with dots. 60',
+                    'dimension': ['scene'],
+                    'auxiliary_info': {'scene': {}},
+                },
+                {'prompt_en': 'a still 20', 'dimension': ['human_action']},
+            ],
+        )
     if suite == 'evalcrafter':
-        return write_json(folder / 'metadata.json', {f'{i:04d}': {'prompt': f'a / thing {level}', 'attributes': {
-            'count': '2'}} for i, level in enumerate((20, 60, 20))})
+        return write_json(
+            folder / 'metadata.json',
+            {
+                f'{i:04d}': {'prompt': f'a / thing {level}', 'attributes': {'count': '2'}}
+                for i, level in enumerate((20, 60, 20))
+            },
+        )
     for n, name in enumerate(suites._COMPBENCH):
-        write_json(folder / 'meta_data' / f'{name}.json', [{'prompt': f'{name} {level + n}', 'extra': n}
-                                                           for level in (20, 120)])
+        write_json(
+            folder / 'meta_data' / f'{name}.json',
+            [{'prompt': f'{name} {level + n}', 'extra': n} for level in (20, 120)],
+        )
     return folder / 'meta_data'
 
 
@@ -190,8 +259,12 @@ def sample(stories, samples, suite, frames=17):
         (caption,), _ = story_file.read_story(path)
         folder = samples / path.parent.relative_to(stories)
         for i in range(suites.SUITES[suite].videos):
-            video.write_mp4(folder / f'video_{i}.mp4', clip(int(caption.split()[-1]) + i / 2, frames), FPS)
-        write_json(folder / 'story.json', {'scenes': [{'caption': caption, 'frames': frames}], 'seed': 1})
+            video.write_mp4(
+                folder / f'video_{i}.mp4', clip(int(caption.split()[-1]) + i / 2, frames), FPS
+            )
+        write_json(
+            folder / 'story.json', {'scenes': [{'caption': caption, 'frames': frames}], 'seed': 1}
+        )
     return samples
 
 
@@ -200,7 +273,11 @@ def round_trip(tmp_path, suite, **kwargs):
     source, out = write_source(tmp_path / 'checkout', suite), tmp_path / 'out'
     suites.write_prompts(suite, source, tmp_path / 'stories', frames=17, **kwargs)
     samples = sample(tmp_path / 'stories', tmp_path / 'samples', suite)
-    return out, source, check_commands(suites.lay_out(suite, samples, out, source=source, **kwargs), out)
+    return (
+        out,
+        source,
+        check_commands(suites.lay_out(suite, samples, out, source=source, **kwargs), out),
+    )
 
 
 @pytest.mark.parametrize('suite', ['vbench', 'vbench_long'])
@@ -253,8 +330,12 @@ def test_stories_are_those_that_sample_takes(tmp_path):
 
 def test_sample_script_goes_on_where_it_stopped(tmp_path):
     """Every story once, with its own seed and folder and the caller's flags; a failure stops it."""
-    suites.write_prompts('compbench', write_source(tmp_path, 'compbench'), tmp_path / 'stories',
-                         categories=['action_binding', 'object_interactions'])
+    suites.write_prompts(
+        'compbench',
+        write_source(tmp_path, 'compbench'),
+        tmp_path / 'stories',
+        categories=['action_binding', 'object_interactions'],
+    )
     write_json(tmp_path / 'samples/action_binding/0002/story.json', {})
     (tmp_path / 'bin').mkdir()
     fake = tmp_path / 'bin/python'
@@ -262,14 +343,20 @@ def test_sample_script_goes_on_where_it_stopped(tmp_path):
     fake.chmod(0o755)
 
     def run():
-        done = subprocess.run(['sh', 'stories/sample.sh', 'samples', '--workdir=my run'], cwd=tmp_path,
-                              env=os.environ | {'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'}, check=False)
+        done = subprocess.run(
+            ['sh', 'stories/sample.sh', 'samples', '--workdir=my run'],
+            cwd=tmp_path,
+            env=os.environ | {'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'},
+            check=False,
+        )
         return done.returncode, (tmp_path / 'calls').read_text().splitlines()
 
     code, calls = run()
     assert code == 0 and len(calls) == 3
-    assert calls[0] == (f'-m mask2dit_jax.sample --story={tmp_path}/stories/action_binding/0001/story.json '
-                        '--num_videos=1 --seed=1 --out=samples/action_binding/0001 --workdir=my run')
+    assert calls[0] == (
+        f'-m mask2dit_jax.sample --story={tmp_path}/stories/action_binding/0001/story.json '
+        '--num_videos=1 --seed=1 --out=samples/action_binding/0001 --workdir=my run'
+    )
     assert [re.search(r'seed=(\d)', c).group(1) for c in calls] == ['1', '3', '4']
     (tmp_path / 'broken').touch()
     (tmp_path / 'calls').unlink()
@@ -280,28 +367,47 @@ def test_sample_script_goes_on_where_it_stopped(tmp_path):
 @pytest.mark.slow
 def test_end_to_end_on_a_random_model(tmp_path):
     """Through the commands: prompts, samples, folder."""
-    source = write_json(tmp_path / 'VBench_full_info.json', [{'prompt_en': 'a red ring', 'dimension': ['color']}])
+    source = write_json(
+        tmp_path / 'VBench_full_info.json', [{'prompt_en': 'a red ring', 'dimension': ['color']}]
+    )
     random_model.write(tmp_path / 'model')
     python = f'python() {{ {sys.executable} "$@"; }}; export -f python'
-    commands = f'''{python}
+    commands = f"""{python}
       python -m mask2dit_jax.tools.suites prompts --suite=vbench --source={source} --out=stories
       bash stories/sample.sh samples --checkpoint=model --height=64 --width=64 --steps=1 --dtype=float32
-      python -m mask2dit_jax.tools.suites layout --suite=vbench --source={source} --videos=samples --out=out'''
-    done = subprocess.run(['bash', '-euc', commands], cwd=tmp_path, capture_output=True, text=True, check=False)
+      python -m mask2dit_jax.tools.suites layout --suite=vbench --source={source} --videos=samples --out=out"""
+    done = subprocess.run(
+        ['bash', '-euc', commands], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(vbench_standard(tmp_path / 'out/videos', source, ['color'])['color']) == 5
     assert 'vbench evaluate' in done.stdout
 
 
-@pytest.mark.parametrize('suite, content, message', [
-    ('vbench', [{'prompt_en': 'a/b', 'dimension': ['color']}], r"info\.json: 'a/b' has a / or is .* take it out"),
-    ('vbench', [{'prompt_en': 'ä' * 125, 'dimension': ['color']}], 'too long for the name of a file'),
-    ('vbench', [{'prompt_en': ' ', 'dimension': ['color']}], 'holds Prompt'),
-    ('vbench', [{'prompt': 'a'}], r"holds no prompts of vbench \(KeyError\('prompt_en'\)\): give VBench_full_info"),
-    ('vbench', [], 'holds no prompts: give VBench_full_info'),
-    ('evalcrafter', {'../1': {'prompt': 'a'}}, r"holds Prompt\(key='\.\./1'.* four digits"),
-    ('evalcrafter', ['a'], 'holds no prompts of evalcrafter'),
-])
+@pytest.mark.parametrize(
+    'suite, content, message',
+    [
+        (
+            'vbench',
+            [{'prompt_en': 'a/b', 'dimension': ['color']}],
+            r"info\.json: 'a/b' has a / or is .* take it out",
+        ),
+        (
+            'vbench',
+            [{'prompt_en': 'ä' * 125, 'dimension': ['color']}],
+            'too long for the name of a file',
+        ),
+        ('vbench', [{'prompt_en': ' ', 'dimension': ['color']}], 'holds Prompt'),
+        (
+            'vbench',
+            [{'prompt': 'a'}],
+            r"holds no prompts of vbench \(KeyError\('prompt_en'\)\): give VBench_full_info",
+        ),
+        ('vbench', [], 'holds no prompts: give VBench_full_info'),
+        ('evalcrafter', {'../1': {'prompt': 'a'}}, r"holds Prompt\(key='\.\./1'.* four digits"),
+        ('evalcrafter', ['a'], 'holds no prompts of evalcrafter'),
+    ],
+)
 def test_prompts_that_do_not_fit_are_named(tmp_path, suite, content, message):
     source = write_json(tmp_path / 'info.json', content)
     with pytest.raises(ValueError, match=message) as error:
@@ -320,22 +426,49 @@ def test_missing_categories_are_named(tmp_path):
     with pytest.raises(ValueError, match=r'no category colour, but consistent_attribute_binding, '):
         suites.read_prompts('compbench', source, ['action_binding', 'colour'])
     (source / 'motion_binding.json').unlink()
-    with pytest.raises(FileNotFoundError, match=r'motion_binding\.json cannot be read .*the folder meta_data'):
+    with pytest.raises(
+        FileNotFoundError, match=r'motion_binding\.json cannot be read .*the folder meta_data'
+    ):
         suites.read_prompts('compbench', source)
     with pytest.raises(ValueError, match='no category a, but none at all'):
         suites.read_prompts('evalcrafter', write_source(tmp_path, 'evalcrafter'), ['a'])
 
 
-@pytest.mark.parametrize('damage, message', [
-    (lambda d: (d / 'samples/0001/story.json').unlink(), r'1 of 3 prompts have no samples, such as .*0001/story\.json'),
-    (lambda d: (d / 'samples/0001/video_0.mp4').rename(d / 'samples/0000/video_1.mp4'), '0000 has 2 mp4 .* takes 1'),
-    (lambda d: (d / 'samples/0001/video_0.mp4').unlink(), '0001 has 0 mp4 files, evalcrafter takes 1 .*--num_videos=1'),
-    (lambda d: (d / 'samples/0001/video_0.mp4').write_bytes(b'no'), r'0001/video_0\.mp4 cannot be decoded'),
-    (lambda d: write_json(d / 'samples/0001/story.json', {'scenes': [{'caption': 'b', 'frames': 17}]}),
-     r"0001/story\.json has captions \['b'\], --source 'a / thing 60'"),
-    (lambda d: video.write_mp4(d / 'samples/0001/video_0.mp4', clip(60, 16), FPS), 'have different frames and'),
-    (lambda d: write_json(d / 'out/videos/left.json', {}), 'out is not empty: choose a new folder'),
-])
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (
+            lambda d: (d / 'samples/0001/story.json').unlink(),
+            r'1 of 3 prompts have no samples, such as .*0001/story\.json',
+        ),
+        (
+            lambda d: (d / 'samples/0001/video_0.mp4').rename(d / 'samples/0000/video_1.mp4'),
+            '0000 has 2 mp4 .* takes 1',
+        ),
+        (
+            lambda d: (d / 'samples/0001/video_0.mp4').unlink(),
+            '0001 has 0 mp4 files, evalcrafter takes 1 .*--num_videos=1',
+        ),
+        (
+            lambda d: (d / 'samples/0001/video_0.mp4').write_bytes(b'no'),
+            r'0001/video_0\.mp4 cannot be decoded',
+        ),
+        (
+            lambda d: write_json(
+                d / 'samples/0001/story.json', {'scenes': [{'caption': 'b', 'frames': 17}]}
+            ),
+            r"0001/story\.json has captions \['b'\], --source 'a / thing 60'",
+        ),
+        (
+            lambda d: video.write_mp4(d / 'samples/0001/video_0.mp4', clip(60, 16), FPS),
+            'have different frames and',
+        ),
+        (
+            lambda d: write_json(d / 'out/videos/left.json', {}),
+            'out is not empty: choose a new folder',
+        ),
+    ],
+)
 def test_samples_that_do_not_fit_are_named(tmp_path, damage, message):
     source = write_source(tmp_path, 'evalcrafter')
     suites.write_prompts('evalcrafter', source, tmp_path / 'stories')
@@ -346,14 +479,34 @@ def test_samples_that_do_not_fit_are_named(tmp_path, damage, message):
     assert '\n' not in str(error.value) and not list(tmp_path.glob('out/videos/*.mp4'))
 
 
-@pytest.mark.parametrize('damage, message', [
-    (lambda d: write_json(d / 'a/story.json', {'scenes': [{'caption': 'a'}] * 2}), '"frames" in each'),
-    (lambda d: write_json(d / 'a/story.json', {'scenes': [{'caption': 'a', 'frames': 5}] * 2}), 'its story 10'),
-    (lambda d: (d / 'b/c/video_0.mp4').unlink(), 'b/c holds no mp4 file'),
-    (lambda d: write_json(d / 'a/story.json', {'scenes': [{'caption': 'a', 'frames': n} for n in (1, 7)]}),
-     '1 frames in a clip, vbench needs 2'),
-    (lambda d: write_json(d / 'b/c/story.json', {'scenes': [{'caption': 'a', 'frames': 1}] * 9998}), '10002 scenes'),
-])
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (
+            lambda d: write_json(d / 'a/story.json', {'scenes': [{'caption': 'a'}] * 2}),
+            '"frames" in each',
+        ),
+        (
+            lambda d: write_json(
+                d / 'a/story.json', {'scenes': [{'caption': 'a', 'frames': 5}] * 2}
+            ),
+            'its story 10',
+        ),
+        (lambda d: (d / 'b/c/video_0.mp4').unlink(), 'b/c holds no mp4 file'),
+        (
+            lambda d: write_json(
+                d / 'a/story.json', {'scenes': [{'caption': 'a', 'frames': n} for n in (1, 7)]}
+            ),
+            '1 frames in a clip, vbench needs 2',
+        ),
+        (
+            lambda d: write_json(
+                d / 'b/c/story.json', {'scenes': [{'caption': 'a', 'frames': 1}] * 9998}
+            ),
+            '10002 scenes',
+        ),
+    ],
+)
 def test_stories_that_do_not_fit_are_named(samples, tmp_path, damage, message):
     damage(samples)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -365,11 +518,30 @@ def test_paths_that_tools_do_not_quote_are_refused(samples, tmp_path):
         suites.lay_out('vbench', samples, tmp_path / 'my out')
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['prompts'], 'prompts needs --source'), (['layout', '--videos=missing'], 'missing holds no story.json'),
-    (['layout', '--videos=b', '--category=c', '--frames=9'], 'layout has no use here for --category, --frames'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['prompts'], 'prompts needs --source'),
+        (['layout', '--videos=missing'], 'missing holds no story.json'),
+        (
+            ['layout', '--videos=b', '--category=c', '--frames=9'],
+            'layout has no use here for --category, --frames',
+        ),
+    ],
+)
 def test_wrong_commands_say_so(tmp_path, arguments, message):
-    done = subprocess.run([sys.executable, '-m', 'mask2dit_jax.tools.suites', '--suite=vbench', '--out=out', *arguments],
-                          cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'mask2dit_jax.tools.suites',
+            '--suite=vbench',
+            '--out=out',
+            *arguments,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0 and message in done.stderr + done.stdout

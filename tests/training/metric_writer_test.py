@@ -1,4 +1,5 @@
 """metrics.jsonl stays valid and without repeated steps; speed, ETA and tables are right."""
+
 import json
 import logging
 import pathlib
@@ -27,16 +28,36 @@ def _records(workdir):
     return [json.loads(line, parse_constant=_refuse) for line in lines]
 
 
-@pytest.mark.parametrize('seconds, text', [
-    (12, '12s'), (0.2, '0s'), (59.6, '1m00s'), (209, '3m29s'), (3599.7, '1h00m'), (3720, '1h02m'), (360000, '100h00m')])
+@pytest.mark.parametrize(
+    'seconds, text',
+    [
+        (12, '12s'),
+        (0.2, '0s'),
+        (59.6, '1m00s'),
+        (209, '3m29s'),
+        (3599.7, '1h00m'),
+        (3720, '1h02m'),
+        (360000, '100h00m'),
+    ],
+)
 def test_format_eta(seconds, text):
     assert logs.format_eta(seconds) == text
 
 
 def test_non_finite_values_keep_the_file_valid_json(tmp_path):
     writer = metric_writer.MetricWriter(tmp_path / 'run', 10)
-    writer.write(1, {'loss': np.float32('nan'), 'grad_norm': float('inf'), 'low': -np.inf, 'lr': np.float32(0.5)})
-    assert _records(tmp_path / 'run') == [{'step': 1, 'loss': 'nan', 'grad_norm': 'inf', 'low': '-inf', 'lr': 0.5}]
+    writer.write(
+        1,
+        {
+            'loss': np.float32('nan'),
+            'grad_norm': float('inf'),
+            'low': -np.inf,
+            'lr': np.float32(0.5),
+        },
+    )
+    assert _records(tmp_path / 'run') == [
+        {'step': 1, 'loss': 'nan', 'grad_norm': 'inf', 'low': '-inf', 'lr': 0.5}
+    ]
     writer.close()
 
 
@@ -61,26 +82,37 @@ def test_resume_keeps_old_steps_and_drops_later_and_torn_ones(tmp_path):
     assert [record['step'] for record in _records(tmp_path)] == [10, 20]
     writer.write(30, {'loss': -1.0})
     writer.close()
-    assert [(record['step'], record['loss']) for record in _records(tmp_path)] == [(10, 10), (20, 20), (30, -1)]
+    assert [(record['step'], record['loss']) for record in _records(tmp_path)] == [
+        (10, 10),
+        (20, 20),
+        (30, -1),
+    ]
     assert {path.name for path in tmp_path.iterdir()} <= {'metrics.jsonl', 'tensorboard'}
 
 
 def _board(workdir):
     """Events as TensorBoard shows them: {name: {step: value}}, later files purging what earlier ones have."""
     from tensorboardX.proto import event_pb2
+
     shown = {}
     for path in sorted((workdir / 'tensorboard').iterdir()):
         data = path.read_bytes()
         while data:
-            size, = struct.unpack('<Q', data[:8])
-            event = event_pb2.Event.FromString(data[12:12 + size])
-            data = data[16 + size:]
+            (size,) = struct.unpack('<Q', data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
             if event.session_log.status == event.session_log.START:
-                shown = {n: {s: v for s, v in steps.items() if s < event.step} for n, steps in shown.items()}
+                shown = {
+                    n: {s: v for s, v in steps.items() if s < event.step}
+                    for n, steps in shown.items()
+                }
             for value in event.summary.value:
                 assert event.step not in shown.setdefault(value.tag, {})
-                shown[value.tag][event.step] = (value.simple_value if value.HasField('simple_value')
-                                                else (value.image.height, value.image.width))
+                shown[value.tag][event.step] = (
+                    value.simple_value
+                    if value.HasField('simple_value')
+                    else (value.image.height, value.image.width)
+                )
     return shown
 
 
@@ -103,7 +135,9 @@ def test_tensorboard_shows_what_the_file_says_and_no_step_twice(tmp_path):
     board = _board(tmp_path)
     assert board.pop('generated') == {20: (4, 6)}
     for name, steps in board.items():
-        assert steps == pytest.approx({r['step']: r[name] for r in _records(tmp_path) if name in r}), name
+        assert steps == pytest.approx(
+            {r['step']: r[name] for r in _records(tmp_path) if name in r}
+        ), name
     assert board.keys() == {'loss', 'steps_per_second'} and len(board['loss']) == 4
 
 
@@ -157,11 +191,15 @@ def test_first_record_has_no_speed_and_later_ones_have(tmp_path, caplog):
     assert speeds[0] is None and speeds[1] > 0 and speeds[2] > 0
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == 'step 1/4000 | loss 0.5'
-    assert re.fullmatch(r'step 1200/4000 \| [\d.]+ steps/s \| ETA \d+s \| loss 0.1234 \| grad_norm 0.56', lines[1])
+    assert re.fullmatch(
+        r'step 1200/4000 \| [\d.]+ steps/s \| ETA \d+s \| loss 0.1234 \| grad_norm 0.56', lines[1]
+    )
     assert lines[2].endswith('| lr 0.0001')
 
 
-@pytest.mark.parametrize('speed, text', [(13.44, '13.4 steps/s | ETA 3m28s'), (0.05124, '0.0512 steps/s | ETA 15h10m')])
+@pytest.mark.parametrize(
+    'speed, text', [(13.44, '13.4 steps/s | ETA 3m28s'), (0.05124, '0.0512 steps/s | ETA 15h10m')]
+)
 def test_log_line_speed_and_eta(tmp_path, speed, text):
     writer = metric_writer.MetricWriter(tmp_path, 4000)
     assert writer._log_line(1200, {}, speed) == f'step 1200/4000 | {text}'
@@ -185,8 +223,12 @@ def test_only_process_0_writes(tmp_path):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = str(free.getsockname()[1])
-    processes = [subprocess.Popen([sys.executable, '-c', _PROCESS, port, str(index), str(tmp_path)],
-                                  cwd=ROOT) for index in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', _PROCESS, port, str(index), str(tmp_path)], cwd=ROOT
+        )
+        for index in range(2)
+    ]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
     assert _records(tmp_path / '0') == [{'step': 1, 'loss': 0.0}]
     assert not (tmp_path / '1').exists()

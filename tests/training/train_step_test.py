@@ -1,4 +1,5 @@
 """Properties of one update: timesteps, given scenes, caption dropout, randomness per step, optimizers, EMA."""
+
 import dataclasses
 import functools
 
@@ -16,27 +17,49 @@ from mask2dit_jax.training import optimizer as optimizer_lib
 from mask2dit_jax.training import train_step
 from mask2dit_jax.training.objectives import denoising
 
-MODEL = dit.DiTConfig(num_layers=1, num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4,
-                      text_embed_dim=5, time_embed_dim=8, max_text_seq_length=3, patch_size=1, sample_height=2,
-                      sample_width=2, sample_frames=5, dtype='float32', attention_backend='dense')
+MODEL = dit.DiTConfig(
+    num_layers=1,
+    num_attention_heads=1,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    text_embed_dim=5,
+    time_embed_dim=8,
+    max_text_seq_length=3,
+    patch_size=1,
+    sample_height=2,
+    sample_width=2,
+    sample_frames=5,
+    dtype='float32',
+    attention_backend='dense',
+)
 FRAMES = 1, 2
 RNG = np.random.default_rng(0)
-BATCH = {'latents': RNG.standard_normal((8, 3, 2, 2, 4), np.float32),
-         'text': RNG.standard_normal((8, 2, 3, 5), np.float32)}
+BATCH = {
+    'latents': RNG.standard_normal((8, 3, 2, 2, 4), np.float32),
+    'text': RNG.standard_normal((8, 2, 3, 5), np.float32),
+}
 NULL = np.zeros((3, 5), np.float32)
 
 
 def step_config(optimizer=config_lib.OptimizerConfig(), **train):  # noqa: B008 (frozen)
-    return config_lib.Config(model=MODEL, optimizer=optimizer,
-                         train=config_lib.TrainConfig(**({'batch_size': 8, 'caption_dropout': 0.0} | train)))
+    return config_lib.Config(
+        model=MODEL,
+        optimizer=optimizer,
+        train=config_lib.TrainConfig(**({'batch_size': 8, 'caption_dropout': 0.0} | train)),
+    )
 
 
 def random_state(cfg):
     """All parameters random: with the zeros of initialisation the output would depend on nothing."""
-    shapes = jax.eval_shape(lambda: train_step.init_state(cfg, (BATCH['latents'][0], BATCH['text'][0], FRAMES)))
+    shapes = jax.eval_shape(
+        lambda: train_step.init_state(cfg, (BATCH['latents'][0], BATCH['text'][0], FRAMES))
+    )
     rng = np.random.default_rng(0)
-    params, ema = (jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes.params)
-                   for _ in range(2))
+    params, ema = (
+        jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes.params)
+        for _ in range(2)
+    )
     opt = optimizer_lib.make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
     return train_step.TrainState(np.int32(0), params, ema, opt)
 
@@ -44,8 +67,11 @@ def random_state(cfg):
 def loss_fn(cfg):
     """Jitted loss of an update as a function of step, captions and empty caption."""
     state = random_state(cfg)
-    return jax.jit(lambda step, text=BATCH['text'], null=NULL: train_step.train_step(
-        state.replace(step=step), BATCH | {'text': text}, null, config=cfg, frames=FRAMES)[1]['loss'])
+    return jax.jit(
+        lambda step, text=BATCH['text'], null=NULL: train_step.train_step(
+            state.replace(step=step), BATCH | {'text': text}, null, config=cfg, frames=FRAMES
+        )[1]['loss']
+    )
 
 
 def test_stratified_timesteps():
@@ -70,11 +96,21 @@ def test_given_scenes_are_clean_and_count_nothing():
     given = jnp.array([[True, False], [False, False]])
 
     def loss(noise, x):
-        return loss_lib.denoising_loss(dit.DiT(MODEL), params, schedule_lib.Schedule(),
-                                         {'latents': x, 'text': BATCH['text'][:2]}, noise, t, given, FRAMES)
+        return loss_lib.denoising_loss(
+            dit.DiT(MODEL),
+            params,
+            schedule_lib.Schedule(),
+            {'latents': x, 'text': BATCH['text'][:2]},
+            noise,
+            t,
+            given,
+            FRAMES,
+        )
 
     x, noise = BATCH['latents'][:2], BATCH['latents'][2:4]
-    (total, count), (by_noise, by_latents) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(noise, x)
+    (total, count), (by_noise, by_latents) = jax.jit(
+        jax.value_and_grad(loss, (0, 1), has_aux=True)
+    )(noise, x)
     assert count == (2 + 3) * 2 * 2 * 4 and total > 0
     assert (by_noise[0, 0] == 0).all() and (by_noise[0, 1:] != 0).all() and (by_noise[1] != 0).all()
     assert (by_latents[0, 0] != 0).all()
@@ -92,8 +128,16 @@ def test_given_scenes_run_at_timestep_zero():
             seen.append(np.asarray(t))
             return latents
 
-    loss_lib.denoising_loss(Recorder(), state.params, schedule_lib.Schedule(), {k: v[:1] for k, v in BATCH.items()},
-                              BATCH['latents'][1:2], np.array([700]), given, FRAMES)
+    loss_lib.denoising_loss(
+        Recorder(),
+        state.params,
+        schedule_lib.Schedule(),
+        {k: v[:1] for k, v in BATCH.items()},
+        BATCH['latents'][1:2],
+        np.array([700]),
+        given,
+        FRAMES,
+    )
     np.testing.assert_array_equal(seen, [[[0, 700]]])
 
 
@@ -110,7 +154,9 @@ def test_steps_differ_and_repeat():
 
 
 def test_scenes_are_given_from_the_step_asked_for():
-    never, late = (loss_fn(step_config(conditional_probability=p, conditional_from_step=5)) for p in (0.0, 1.0))
+    never, late = (
+        loss_fn(step_config(conditional_probability=p, conditional_from_step=5)) for p in (0.0, 1.0)
+    )
     np.testing.assert_allclose(late(4), never(4), rtol=1e-5)
     assert abs(late(5) - never(5)) > 1e-3 * never(5)
 
@@ -118,12 +164,17 @@ def test_scenes_are_given_from_the_step_asked_for():
 def test_ema_follows_the_new_parameters():
     cfg = step_config(config_lib.OptimizerConfig(learning_rate=0.1, warmup_steps=0), ema_decay=0.9)
     state = random_state(cfg)
-    update = jax.jit(lambda step: train_step.train_step(state.replace(step=step), BATCH, NULL, config=cfg,
-                                                        frames=FRAMES)[0])
+    update = jax.jit(
+        lambda step: train_step.train_step(
+            state.replace(step=step), BATCH, NULL, config=cfg, frames=FRAMES
+        )[0]
+    )
     for step, decay in (0, 0.1), (8, 0.5), (1000, 0.9):
         after = update(step)
         assert after.step == step + 1
-        for p, new, e, ema in zip(*map(jax.tree.leaves, (state.params, after.params, state.ema, after.ema))):
+        for p, new, e, ema in zip(
+            *map(jax.tree.leaves, (state.params, after.params, state.ema, after.ema))
+        ):
             assert np.abs(new - p).max() > 0.05
             np.testing.assert_allclose(ema, decay * e + (1 - decay) * new, atol=1e-6)
 
@@ -149,9 +200,13 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    cfg = config_lib.OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0)  # such an eps sees the gradient's size
-    small, large, clipped = (updates(cfg, {'a': jnp.array(3.0 * s), 'b': jnp.array(4.0 * s)}, 1)[0]
-                             for s in (0.1, 10, 0.2))
+    cfg = config_lib.OptimizerConfig(
+        learning_rate=1.0, warmup_steps=0, eps=1.0
+    )  # such an eps sees the gradient's size
+    small, large, clipped = (
+        updates(cfg, {'a': jnp.array(3.0 * s), 'b': jnp.array(4.0 * s)}, 1)[0]
+        for s in (0.1, 10, 0.2)
+    )
     np.testing.assert_allclose(small['a'], -0.3 / 1.3, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), large, clipped)
 
@@ -159,19 +214,28 @@ def test_gradients_are_clipped_by_their_global_norm():
 def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((2, 8, 24)).astype(np.float32)
-    grads = {'blocks': {'ff_in': {'kernel': kernel, 'bias': kernel[:, 0]}, 'norm1': {'linear': {'kernel': kernel}}},
-             'patch': {'kernel': kernel[0]}}
+    grads = {
+        'blocks': {
+            'ff_in': {'kernel': kernel, 'bias': kernel[:, 0]},
+            'norm1': {'linear': {'kernel': kernel}},
+        },
+        'patch': {'kernel': kernel[0]},
+    }
     cfg = config_lib.OptimizerConfig('muon', 0.1, warmup_steps=0, muon_rms=0.5)
     update = updates(cfg, grads, 1)[0]
     matrix = np.asarray(update['blocks']['ff_in'].pop('kernel'))
     singular = np.linalg.svd(matrix, compute_uv=False)  # [layers, 8]
     assert (singular.min(1) > 0.6 * singular.max(1)).all()
-    np.testing.assert_allclose(np.sqrt((matrix ** 2).mean((1, 2))), 0.1 * 0.5, rtol=0.2)
-    for leaf in jax.tree.leaves(update):  # the first step of Adam with Nesterov momentum: 1 + b1·(1 - b1)/(1 - b1²)
+    np.testing.assert_allclose(np.sqrt((matrix**2).mean((1, 2))), 0.1 * 0.5, rtol=0.2)
+    for leaf in jax.tree.leaves(
+        update
+    ):  # the first step of Adam with Nesterov momentum: 1 + b1·(1 - b1)/(1 - b1²)
         np.testing.assert_allclose(np.abs(leaf), 0.1 * (1 + 0.09 / 0.19), rtol=1e-3)
     grads['blocks']['ff_in']['kernel'] = kernel * np.array([1, 3])[:, None, None]
     other = updates(cfg, grads, 1)[0]['blocks']['ff_in']['kernel']
-    np.testing.assert_allclose(other, matrix, atol=1e-3)  # a layer's update does not depend on another's scale
+    np.testing.assert_allclose(
+        other, matrix, atol=1e-3
+    )  # a layer's update does not depend on another's scale
 
 
 # Products that the backward pass computes again in a layer: adaLN's six choices of rows and rope's two turns; the eight
@@ -184,8 +248,16 @@ def products_and_gradients(remat):
     cfg = dataclasses.replace(MODEL, num_layers=2, attention_backend='blockwise')
     params = random_state(dataclasses.replace(step_config(), model=cfg)).params
     model = dit.DiT(dataclasses.replace(cfg, remat=remat))
-    lowered = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(
-        {'params': p}, BATCH['latents'], BATCH['text'], np.full((8, 2), 300), FRAMES) ** 2))).lower(params)
+    lowered = jax.jit(
+        jax.grad(
+            lambda p: jnp.sum(
+                model.apply(
+                    {'params': p}, BATCH['latents'], BATCH['text'], np.full((8, 2), 300), FRAMES
+                )
+                ** 2
+            )
+        )
+    ).lower(params)
     return lowered.as_text().count('dot_general'), lowered.compile()(params)
 
 

@@ -1,4 +1,5 @@
 """What a training step asks for: timesteps, given scenes and dropped captions."""
+
 import jax
 import jax.numpy as jnp
 
@@ -6,7 +7,9 @@ import jax.numpy as jnp
 def stratified_timesteps(key, batch: int, num_timesteps: int):
     """Integer timesteps [B], each uniform, together one in every B-th part of the range, in random order."""
     offset_key, order_key = jax.random.split(key)
-    u = (jax.random.permutation(order_key, batch) + jax.random.uniform(offset_key, (batch,))) / batch
+    u = (
+        jax.random.permutation(order_key, batch) + jax.random.uniform(offset_key, (batch,))
+    ) / batch
     return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
 
 
