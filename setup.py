@@ -1,7 +1,7 @@
 """Installs mask2dit_jax; extras: tpu, tensorboard, test, oracle.
 
-Every requirement has both bounds, and the tests have run at both: README.md, 'Versions'. Of a package at 0.x the next
-minor is left out until it has been tried; of others the next major.
+Every requirement has both bounds, and the tests have run at both: README.md, 'Versions'. Of a
+package at 0.x the next minor is left out until it has been tried; of others the next major.
 """
 
 import pathlib
@@ -44,7 +44,8 @@ setuptools.setup(
         'tqdm>=4.66,<5',
     ],
     extras_require={
-        # jax names the libtpu that belongs to it; tokamax may change what mask2dit_jax/splash.py uses in any release.
+        # jax names the libtpu that belongs to it; tokamax may change what mask2dit_jax/splash.py
+        # uses in any release.
         'tpu': ['jax[tpu]>=0.10.2,<0.13', TOKAMAX],
         'tensorboard': [TENSORBOARDX],
         'test': [

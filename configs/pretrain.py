@@ -4,8 +4,9 @@
     --config.data.encoded=data/clips
   python -m mask2dit_jax.aot --config=configs/pretrain.py:tpu_native,v6e-64
 
-After the colon as in configs/sft.py, from which it differs in that scenes are unrelated clips and none is given.
-Without --checkpoint the parameters are random, and the VAE that encoded the clips is used.
+After the colon as in configs/sft.py, from which it differs in that scenes are unrelated clips and
+none is given. Without --checkpoint the parameters are random, and the VAE that encoded the clips is
+used.
 """
 
 import importlib.util

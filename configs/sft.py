@@ -4,17 +4,19 @@
     --config.data.encoded=data/stories
   python -m mask2dit_jax.aot --config=configs/sft.py:v5p-128
 
-After the colon a model (5b, the default, 2b, 1.5-5b, tpu_native), a slice (v4-, v5p-8, 128, 256, 512; v5e-, v6e-8, 64,
-128, 256), or both: 2b,v6e-64; two slices: v6e-256x2; or tiny, which tries everything in a minute on a folder of
-mask2dit_jax.tools.random_model. --checkpoint is a model folder, or the workdir of a run, whose own config.json wins over the
-sizes here. data.encoded is a data set of mask2dit_jax.encode, whose frames win over height_px and width_px; without one
-it trains on rendered stories, which must be square.
+After the colon a model (5b, the default, 2b, 1.5-5b, tpu_native), a slice (v4-, v5p-8, 128, 256,
+512; v5e-, v6e-8, 64, 128, 256), or both: 2b,v6e-64; two slices: v6e-256x2; or tiny, which tries
+everything in a minute on a folder of mask2dit_jax.tools.random_model. --checkpoint is a model
+folder, or the workdir of a run, whose own config.json wins over the sizes here. data.encoded is a
+data set of mask2dit_jax.encode, whose frames win over height_px and width_px; without one it trains
+on rendered stories, which must be square.
 
-Recipe: Mask²DiT's (AdamW, rate 1e-5, warm-up 100 steps, weight decay 0.03, 3 scenes of 49 frames, given scenes in half
-of the examples), put right where its published launch went wrong: gradient clipping acts, parameters and moments are
-float32, captions are dropped for guidance, the choice of given scenes is made per example, and there is an EMA.
-train.given='any' gives any subset instead of leading scenes. Parameters, EMA and Adam's moments take 16 bytes a
-parameter: 27 GB at 2B, 89 GB at 5B; with LoRA, --config.lora.rank=64, 7 GB and 23 GB.
+Recipe: Mask²DiT's (AdamW, rate 1e-5, warm-up 100 steps, weight decay 0.03, 3 scenes of 49 frames,
+given scenes in half of the examples), put right where its published launch went wrong: gradient
+clipping acts, parameters and moments are float32, captions are dropped for guidance, the choice of
+given scenes is made per example, and there is an EMA. train.given='any' gives any subset instead of
+leading scenes. Parameters, EMA and Adam's moments take 16 bytes a parameter: 27 GB at 2B, 89 GB at
+5B; with LoRA, --config.lora.rank=64, 7 GB and 23 GB.
 """
 
 from mask2dit_jax import presets

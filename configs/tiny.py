@@ -2,10 +2,10 @@
 
   python -m mask2dit_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
-Variants, after a colon: `dual` (the default), `full` (no mask), `isolated` (scenes see nothing of each other),
-`unconditional` (dual, but no scene is ever given in training), `conditional` (fine-tunes another run with given scenes:
---config.init_from=runs/unconditional), `lora` (the same by LoRA of rank 8), `mixed` (2 to 5 scenes of unequal length),
-`smoke` (seconds, checks the path).
+Variants, after a colon: `dual` (the default), `full` (no mask), `isolated` (scenes see nothing of
+each other), `unconditional` (dual, but no scene is ever given in training), `conditional`
+(fine-tunes another run with given scenes: --config.init_from=runs/unconditional), `lora` (the same
+by LoRA of rank 8), `mixed` (2 to 5 scenes of unequal length), `smoke` (seconds, checks the path).
 """
 
 from mask2dit_jax import config as config_lib

@@ -1,9 +1,11 @@
-"""Checkpoints with Orbax: params, ema, opt and meta as separate items, so that sampling restores only what it needs.
+"""Checkpoints with Orbax: params, ema, opt and meta as separate items, so that sampling restores
+only what it needs.
 
-A checkpoint is written to a temporary folder and renamed when it is whole, so that a killed run leaves none in halves.
-What happens to it on disk afterwards is noticed when it is read: tensorstore finds missing, truncated and garbled
-files, but not changed bytes in compressed array data. Hence meta holds a checksum of the arrays of each item, computed
-on the devices before saving and after restoring; it is the same on every mesh.
+A checkpoint is written to a temporary folder and renamed when it is whole, so that a killed run
+leaves none in halves. What happens to it on disk afterwards is noticed when it is read: tensorstore
+finds missing, truncated and garbled files, but not changed bytes in compressed array data. Hence
+meta holds a checksum of the arrays of each item, computed on the devices before saving and after
+restoring; it is the same on every mesh.
 """
 
 import contextlib
@@ -40,15 +42,17 @@ def folders(workdir) -> list[pathlib.Path]:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: Orbax asks for past steps in its saving thread, which JAX would take for where the process is."""
+        """Never: Orbax asks for past steps in its saving thread, which JAX would take for where the
+        process is."""
         return False
 
 
 def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointManager:
-    """What saves the checkpoints of a run that goes on at a step. The caller decides when, and calls `finish`.
+    """What saves the checkpoints of a run that goes on at a step. The caller decides when, and
+    calls `finish`.
 
-    What a killed run was saving is deleted. Folders of later steps, which `latest` has found damaged, are renamed to
-    STEP.damaged, so that these steps can be saved again.
+    What a killed run was saving is deleted. Folders of later steps, which `latest` has found
+    damaged, are renamed to STEP.damaged, so that these steps can be saved again.
 
     Args:
       workdir: the folder.
@@ -87,9 +91,11 @@ def _checksum(x):
 
 @jax.jit
 def _checksums(items: dict) -> dict:
-    """A uint32 for each item: its arrays' bits times odd numbers that differ by place, summed modulo 2^32.
+    """A uint32 for each item: its arrays' bits times odd numbers that differ by place, summed
+    modulo 2^32.
 
-    Any one changed bit changes it. Sums of integers do not depend on their order, hence not on the mesh.
+    Any one changed bit changes it. Sums of integers do not depend on their order, hence not on the
+    mesh.
     """
     return {
         name: sum((2 * i + 1) * _checksum(x) for i, x in enumerate(jax.tree.leaves(tree)))
@@ -122,7 +128,8 @@ def _brief(error: Exception) -> str:
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state, meta: dict) -> None:
-    """Starts saving ITEMS of a train_step.TrainState in the background; the arrays are copied before it returns.
+    """Starts saving ITEMS of a train_step.TrainState in the background; the arrays are copied
+    before it returns.
 
     Raises:
       RuntimeError: if this cannot be written, or the one before could not.
@@ -151,7 +158,8 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
 
 
 def _read(path: pathlib.Path, targets: dict, meta: dict) -> tuple[dict, dict]:
-    """Items of one checkpoint, and the checksums that they should have. Processes do not wait for each other here."""
+    """Items of one checkpoint, and the checksums that they should have. Processes do not wait for
+    each other here."""
     saved = ocp.JsonCheckpointHandler().restore(path / 'meta')
     changed = sorted(k for k in meta if saved.get(k) != meta[k])
     if changed:
@@ -214,7 +222,8 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
 
 
 def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Path, dict]:
-    """The newest good checkpoint of a workdir, as (folder, items); damaged ones are skipped with a warning.
+    """The newest good checkpoint of a workdir, as (folder, items); damaged ones are skipped with a
+    warning.
 
     Args:
       workdir: the folder of a run.

@@ -1,7 +1,7 @@
 """The whole configuration as documented, frozen dataclasses; ml_collections only at the edge.
 
-`default()` is a locked ConfigDict of the defaults, for configs/*.py and command-line overrides; `parse` turns it
-back into dataclasses and refuses what they do not know.
+`default()` is a locked ConfigDict of the defaults, for configs/*.py and command-line overrides;
+`parse` turns it back into dataclasses and refuses what they do not know.
 """
 
 import dataclasses
@@ -27,13 +27,15 @@ class DataConfig:
     """What to train on: real videos that mask2dit_jax.encode has coded, or rendered stories.
 
     Attributes:
-      layouts: frames per scene of each kind of story; batches of one kind alternate in this order, so that a kind
-        listed twice is seen twice as often.
+      layouts: frames per scene of each kind of story; batches of one kind alternate in this order,
+        so that a kind listed twice is seen twice as often.
       encoded: folder of clips that encode wrote; empty for rendered stories.
-      held_out: another such folder, for the sheets and the last losses; empty to take the one that is trained on.
-      scenes: what makes a story of clips: 'consecutive' ones of one story from a random start (SFT), or 'unrelated'
-        ones (pretraining).
-      codec: what makes latents of pixels: 'stories', a fixed linear codec, or 'vae', that of a model folder.
+      held_out: another such folder, for the sheets and the last losses; empty to take the one that
+        is trained on.
+      scenes: what makes a story of clips: 'consecutive' ones of one story from a random start
+        (SFT), or 'unrelated' ones (pretraining).
+      codec: what makes latents of pixels: 'stories', a fixed linear codec, or 'vae', that of a
+        model folder.
       height_px, width_px: size of the videos; stories are square.
       caption_style: 'first' names character and place in the first caption only, 'every' in each.
       codec_patch_frames: frames per latent frame of the stories' codec.
@@ -61,14 +63,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the blocks' attention and MLP matrices with Nesterov AdamW for the rest (as optax has it).
+    """AdamW, or Muon for the blocks' attention and MLP matrices with Nesterov AdamW for the rest
+    (as optax has it).
 
     Attributes:
       name: 'adamw' or 'muon'.
       learning_rate: peak, after warmup_steps of linear warm-up from 0.
       final_fraction: the cosine ends at this fraction of the peak; 1 keeps the rate constant.
       clip_norm: global gradient norm limit.
-      muon_rms: root mean square of Muon's update of a matrix, in units of the learning rate (0.2 is AdamW's).
+      muon_rms: root mean square of Muon's update of a matrix, in units of the learning rate (0.2 is
+        AdamW's).
     """
 
     name: str = 'adamw'
@@ -91,7 +95,8 @@ class TrainConfig:
       batch_size: global, over all devices and accumulated micro-batches.
       grad_accumulation: micro-batches per update.
       caption_dropout: share of stories trained on empty captions, for classifier-free guidance.
-      conditional_probability: share of stories in which some scenes are given (clean, timestep 0), but never all.
+      conditional_probability: share of stories in which some scenes are given (clean, timestep 0),
+        but never all.
       given: which, 'leading' ones as in extension, or 'any' subset.
       conditional_from_step: updates before this one give no scenes.
       ema_decay: limit of the decay min((1 + k) / (10 + k), ema_decay).
@@ -137,9 +142,10 @@ class Config:
     """Everything `main` needs.
 
     Attributes:
-      init_from: where training starts: a workdir or one of its checkpoints, for its EMA parameters, or a model folder,
-        released or converted, whose VAE and text encoder are then used, too. Empty for random parameters. `main
-        --checkpoint` sets it, and takes the model's sizes from there.
+      init_from: where training starts: a workdir or one of its checkpoints, for its EMA parameters,
+        or a model folder, released or converted, whose VAE and text encoder are then used, too.
+        Empty for random parameters. `main --checkpoint` sets it, and takes the model's sizes from
+        there.
     """
 
     seed: int = 0
@@ -287,7 +293,8 @@ def load(path: pathlib.Path) -> Config:
 
 
 def load_run(folder) -> Config:
-    """Configuration of the run whose workdir, or one of whose checkpoints, this is; errors as `load`."""
+    """Configuration of the run whose workdir, or one of whose checkpoints, this is; errors as
+    `load`."""
     folder = pathlib.Path(folder).absolute()
     return load(
         (folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'config.json'

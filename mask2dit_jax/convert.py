@@ -1,17 +1,20 @@
 """The three networks of a released folder: reference names, shapes and configs <-> Flax parameters.
 
-A model folder in diffusers' layout has transformer/, vae/, text_encoder/ (each config.json and .safetensors),
-tokenizer/ and scheduler/. Loading is strict: a missing, unexpected or wrongly shaped tensor is an error that names it.
+A model folder in diffusers' layout has transformer/, vae/, text_encoder/ (each config.json and
+.safetensors), tokenizer/ and scheduler/. Loading is strict: a missing, unexpected or wrongly shaped
+tensor is an error that names it.
 
     model, params = load_transformer('folder/transformer')
     v = model.apply({'params': params}, latents, text, t, frames=(13, 13, 13))
 
-with latents [B, T, H, W, C] (the reference's (B, F, C, h, w) with channels moved last), text [B, S, M, E], one
-timestep per scene t [B, S], and frames, the latent frames of each scene. Where the reference sets clip_idx=i, t is
-the timestep in column i and 0 elsewhere. attn_msk_version becomes `model.cfg.pattern`.
+with latents [B, T, H, W, C] (the reference's (B, F, C, h, w) with channels moved last), text [B, S,
+M, E], one timestep per scene t [B, S], and frames, the latent frames of each scene. Where the
+reference sets clip_idx=i, t is the timestep in column i and 0 elsewhere. attn_msk_version becomes
+`model.cfg.pattern`.
 
-    model, params = load_vae('folder/vae')             # vae.encode(model.cfg, params, pixels), vae.decode(...)
-    model, params = load_t5('folder/text_encoder')     # t5.encode(model.cfg, params, ids)
+    model, params = load_vae('folder/vae')             # vae.encode(model.cfg, params, pixels),
+    vae.decode(...) model, params = load_t5('folder/text_encoder')     # t5.encode(model.cfg,
+    params, ids)
 
 As a command it converts a whole model folder to Orbax, which loads faster, and back:
 
@@ -19,8 +22,9 @@ As a command it converts a whole model folder to Orbax, which loads faster, and 
   python -m mask2dit_jax.convert --from=cogvideox-orbax --to=exported
   python -m mask2dit_jax.convert --from=runs/mine --to=exported      # EMA of a training run, for PyTorch users
 
-A run with LoRA gives both: transformer/ with LoRA merged into its base, and pytorch_lora_weights.safetensors, the LoRA
-alone, for diffusers' load_lora_weights and for `sample --lora`.
+A run with LoRA gives both: transformer/ with LoRA merged into its base, and
+pytorch_lora_weights.safetensors, the LoRA alone, for diffusers' load_lora_weights and for `sample
+--lora`.
 """
 
 import time

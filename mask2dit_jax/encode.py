@@ -1,19 +1,21 @@
-"""Videos and captions to a data set for training: everything that the frozen networks compute, computed once.
+"""Videos and captions to a data set for training: everything that the frozen networks compute,
+computed once.
 
   python -m mask2dit_jax.encode --manifest=clips.csv --checkpoint=CogVideoX-5b --out=data/clips
   python -m mask2dit_jax.encode --manifest=stories.json --checkpoint=CogVideoX-5b --out=data/stories --frames=49
   python -m mask2dit_jax.encode --manifest=stories.json --store=frames --height=240 --width=360 --out=data/frames
 
-A manifest is the reference's CSV of single clips (columns caption and path; for pretraining), its JSON of stories (a
-list of {"values": [{"url": ..., "caption": ...}, ...]}; for SFT), or {"stories": [{"scenes": [{"video": ..., "caption":
-..., "frames": 49}, ...]}]}, where every scene may have its own length. What the files themselves say counts, not the
+A manifest is the reference's CSV of single clips (columns caption and path; for pretraining), its
+JSON of stories (a list of {"values": [{"url": ..., "caption": ...}, ...]}; for SFT), or {"stories":
+[{"scenes": [{"video": ..., "caption": ..., "frames": 49}, ...]}]}, where every scene may have its own length. What the files themselves say counts, not the
 manifest.
 
-From each video a clip of --frames is cut and cropped as the reference does, but scaled until it fills the frame: no
-black bars. The data set holds the VAE's posterior (mean and log-variance, from which training draws anew every epoch)
-and the text encoder's states, in bfloat16. It is written in parts: the same command goes on after a kill, and the hosts
-of a slice, or --worker=0...N-1 of --num_workers=N, share the parts. Every clip that is left out, and every oddity of
-one that is not, is counted and listed in report.md. The last to finish completes the data set.
+From each video a clip of --frames is cut and cropped as the reference does, but scaled until it
+fills the frame: no black bars. The data set holds the VAE's posterior (mean and log-variance, from
+which training draws anew every epoch) and the text encoder's states, in bfloat16. It is written in
+parts: the same command goes on after a kill, and the hosts of a slice, or --worker=0...N-1 of
+--num_workers=N, share the parts. Every clip that is left out, and every oddity of one that is not,
+is counted and listed in report.md. The last to finish completes the data set.
 """
 
 import pathlib

@@ -1,22 +1,25 @@
-"""Scores multi-scene videos: consistency as in the paper's table, subject, captions, cuts, Fréchet distance.
+"""Scores multi-scene videos: consistency as in the paper's table, subject, captions, cuts, Fréchet
+distance.
 
   python -m mask2dit_jax.evaluate --videos=samples --encoder=clip-vit-large-patch14 --out=scores
   python -m mask2dit_jax.evaluate --videos=samples --encoder=clip-vit-large-patch14 --frame_encoder=dinov2-base \\
     --video_encoder=videomae-base-finetuned-kinetics --reference=real --out=scores
   python -m mask2dit_jax.evaluate --videos=samples --features=features.safetensors --out=scores
 
---videos is what sample wrote: mp4 files beside a story.json, in the folder or in folders in it; or any mp4 files of one
-story that --story names. Encoders are folders as transformers writes them (model_type clip, dinov2,
-dinov2_with_registers or videomae). A scene's feature is the mean of the normalised features of --frames of its frames,
-evenly spread from first to last; that of a clip encoder is of the frames that it takes, spread likewise.
+--videos is what sample wrote: mp4 files beside a story.json, in the folder or in folders in it; or
+any mp4 files of one story that --story names. Encoders are folders as transformers writes them
+(model_type clip, dinov2, dinov2_with_registers or videomae). A scene's feature is the mean of the
+normalised features of --frames of its frames, evenly spread from first to last; that of a clip
+encoder is of the frames that it takes, spread likewise.
 
-Features of any other encoder, such as ViCLIP, come in a safetensors file, with NAME the path of a video in --videos,
-without .mp4: NAME/scenes [S, D], a feature per scene, and if you have them NAME/captions [S, D], NAME/frames/0 [F, E],
-NAME/frames/1 and so on, the frames of each scene, NAME/video [1, K], and reference [R, K] for the Fréchet distance.
-What is not there is not scored. Encoders' features are written to features.safetensors in --out, in the same form.
+Features of any other encoder, such as ViCLIP, come in a safetensors file, with NAME the path of a
+video in --videos, without .mp4: NAME/scenes [S, D], a feature per scene, and if you have them
+NAME/captions [S, D], NAME/frames/0 [F, E], NAME/frames/1 and so on, the frames of each scene,
+NAME/video [1, K], and reference [R, K] for the Fréchet distance. What is not there is not scored.
+Encoders' features are written to features.safetensors in --out, in the same form.
 
---out gets evaluation.md and evaluation.json: means over videos with 95 % bootstrap intervals. Which pairs of scenes,
-frames and encoder the paper took is not known: compare numbers of one protocol.
+--out gets evaluation.md and evaluation.json: means over videos with 95 % bootstrap intervals. Which
+pairs of scenes, frames and encoder the paper took is not known: compare numbers of one protocol.
 """
 
 from absl import app, flags

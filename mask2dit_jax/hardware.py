@@ -5,7 +5,8 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """JAX's name, what the compiler may use of memory (GiB, from its own error messages), and peak bf16 FLOP/s."""
+    """JAX's name, what the compiler may use of memory (GiB, from its own error messages), and peak
+    bf16 FLOP/s."""
 
     device_kind: str
     hbm_gib: float

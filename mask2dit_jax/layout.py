@@ -1,8 +1,8 @@
 """Scenes: which token belongs to which scene, who may attend to whom, and where each token stands.
 
-Everything that depends on the scenes of a story is a function of one `SceneLayout`; nothing else in the package
-infers scenes from shapes. The joint sequence is [all text tokens, all video tokens], both in story order
-(Mask²DiT, section 3.2, symmetric binary attention mask).
+Everything that depends on the scenes of a story is a function of one `SceneLayout`; nothing else in
+the package infers scenes from shapes. The joint sequence is [all text tokens, all video tokens],
+both in story order (Mask²DiT, section 3.2, symmetric binary attention mask).
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ class SceneLayout:
       height: rows of the token grid (latent height / patch size).
       width: columns of the token grid.
       text_tokens: text tokens per scene, padding included.
-      patch_t: latent frames per token (1, or 2 for CogVideoX 1.5); a scene is padded at its end to a multiple.
+      patch_t: latent frames per token (1, or 2 for CogVideoX 1.5); a scene is padded at its end to
+        a multiple.
     """
 
     frames: tuple[int, ...]

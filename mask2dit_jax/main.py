@@ -7,26 +7,30 @@
   python -m mask2dit_jax.main --config=configs/sft.py:5b --checkpoint=CogVideoX-5b --workdir=runs/5b \
     --config.data.encoded=data/stories
 
-The same command goes on with a run that was stopped; one that is finished is scored again. SIGTERM saves after the
-step that runs and exits with 0. However a run ends, the next start continues from the newest good checkpoint, to the
-very bits of a run that nothing stopped; a damaged one is named, set aside as STEP.damaged, and the one before is taken.
+The same command goes on with a run that was stopped; one that is finished is scored again. SIGTERM
+saves after the step that runs and exits with 0. However a run ends, the next start continues from
+the newest good checkpoint, to the very bits of a run that nothing stopped; a damaged one is named,
+set aside as STEP.damaged, and the one before is taken.
 
   python -m mask2dit_jax.main ... --coordinator=HOST:1234 --num_processes=2 --process_id=0     # and 1, elsewhere
 
-Several processes share the workdir and take their parts of every batch. On hosts of a TPU slice the three flags are not
-needed. A process whose peer is killed, stopped or hung exits with an error within two minutes, or later where that peer
-would compile or save: at its first steps, at sheets and scores.
+Several processes share the workdir and take their parts of every batch. On hosts of a TPU slice the
+three flags are not needed. A process whose peer is killed, stopped or hung exits with an error
+within two minutes, or later where that peer would compile or save: at its first steps, at sheets
+and scores.
 
-It trains on config.data.encoded, a data set of mask2dit_jax.encode, or on stories, which are rendered on first use into
-<workdir>/../data. In the workdir: config.json, metrics.jsonl (loss, grad_norm, steps_per_second; data_wait, the share
-of time spent waiting for data; on TPU mfu), tensorboard/ (the same, if tensorboardX is installed), sheets/ (stories
-generated and extended, every config.train.sample_every_steps), checkpoints/ (parameters, their moving average,
-optimizer; with LoRA of its tensors alone), and at the end scores.md and scores.json.
+It trains on config.data.encoded, a data set of mask2dit_jax.encode, or on stories, which are
+rendered on first use into <workdir>/../data. In the workdir: config.json, metrics.jsonl (loss,
+grad_norm, steps_per_second; data_wait, the share of time spent waiting for data; on TPU mfu),
+tensorboard/ (the same, if tensorboardX is installed), sheets/ (stories generated and extended,
+every config.train.sample_every_steps), checkpoints/ (parameters, their moving average, optimizer;
+with LoRA of its tensors alone), and at the end scores.md and scores.json.
 
-Sections of the configuration, every value of which is a flag --config.SECTION.NAME=VALUE: model (architecture, mask
-pattern, attention backend, dtype), schedule (noise), data (scenes, sizes), optimizer, lora (low-rank fine-tuning),
-train (steps, batch size, caption dropout, given scenes), sample (sampler, steps, guidance), eval, mesh (devices: data x
-fsdp x context x tensor). mask2dit_jax/config.py documents each. Compiled programs are kept for the next start where
+Sections of the configuration, every value of which is a flag --config.SECTION.NAME=VALUE: model
+(architecture, mask pattern, attention backend, dtype), schedule (noise), data (scenes, sizes),
+optimizer, lora (low-rank fine-tuning), train (steps, batch size, caption dropout, given scenes),
+sample (sampler, steps, guidance), eval, mesh (devices: data x fsdp x context x tensor).
+mask2dit_jax/config.py documents each. Compiled programs are kept for the next start where
 JAX_COMPILATION_CACHE_DIR names a folder; XLA flags for TPU are in launch/env.sh.
 """
 

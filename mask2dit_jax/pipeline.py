@@ -1,4 +1,5 @@
-"""Captions (and given scenes) to videos: the functions behind training's sheets, the scores and `sample`."""
+"""Captions (and given scenes) to videos: the functions behind training's sheets, the scores and
+`sample`."""
 
 import dataclasses
 import functools
@@ -18,10 +19,12 @@ from mask2dit_jax.pretrained import names
 
 @functools.cache
 def jit_sample(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sharding.Mesh):
-    """Jitted sampling loop for these latent frames per scene; one compilation per batch size and step count.
+    """Jitted sampling loop for these latent frames per scene; one compilation per batch size and
+    step count.
 
-    The two halves of classifier-free guidance are rows of one batch, spread over the mesh's batch axes; tokens are
-    spread over context. Everything but the parameters comes in whole on every device.
+    The two halves of classifier-free guidance are rows of one batch, spread over the mesh's batch
+    axes; tokens are spread over context. Everything but the parameters comes in whole on every
+    device.
     """
     model = dit.DiT(config.model)
 
@@ -29,8 +32,8 @@ def jit_sample(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sha
         layout = config.model.layout(frames, *noise.shape[2:4])
         both = jnp.concatenate([jnp.broadcast_to(null_text, text.shape), text])
 
-        # Between forward passes width and channels are one axis: alone, 16 channels would fill an eighth of the TPU's
-        # lanes, and every copy of the latents eight times their size.
+        # Between forward passes width and channels are one axis: alone, 16 channels would fill an
+        # eighth of the TPU's lanes, and every copy of the latents eight times their size.
         shape = noise.shape[1:]
 
         def velocity(x, t):
@@ -50,7 +53,8 @@ def jit_sample(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sha
 
 
 def story_noise(seed: int, index: int, shape: tuple[int, ...]):
-    """Initial noise of one story, float32; a function of seed and index alone, whatever the batch."""
+    """Initial noise of one story, float32; a function of seed and index alone, whatever the
+    batch."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), index)
     return jax.random.normal(key, shape, jnp.float32)
 
@@ -125,7 +129,8 @@ def sample_latents(
     steps: int | None = None,
     guidance=None,
 ) -> np.ndarray:
-    """Denoises the stories of `inputs`; arguments as in `generate`. Returns latents float32 [B, T, h, w, C].
+    """Denoises the stories of `inputs`; arguments as in `generate`. Returns latents float32 [B, T,
+    h, w, C].
 
     The work is spread over the mesh that `params` lie on.
     """

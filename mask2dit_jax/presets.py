@@ -1,4 +1,5 @@
-"""Models and TPU slices by name: what stands after the colon of --config=configs/sft.py:5b,v5p-128."""
+"""Models and TPU slices by name: what stands after the colon of
+--config=configs/sft.py:5b,v5p-128."""
 
 import dataclasses
 import math
@@ -7,8 +8,9 @@ import ml_collections
 
 from mask2dit_jax import config as config_lib
 
-# What differs from the defaults, which are CogVideoX-5B's: the released models, and one for the TPU's matrix units,
-# which heads of 64 leave half idle: 24 heads of 128, parameters and width as 5B, to be trained from scratch.
+# What differs from the defaults, which are CogVideoX-5B's: the released models, and one for the
+# TPU's matrix units, which heads of 64 leave half idle: 24 heads of 128, parameters and width as
+# 5B, to be trained from scratch.
 MODELS = {
     '5b': {},
     '2b': {'num_layers': 30, 'num_attention_heads': 30, 'rotary': False},
@@ -29,7 +31,8 @@ class Slice:
 
     Attributes:
       topology: generation and shape of the torus of chips.
-      context: devices on the context axis where the number of heads allows; whole axes of the torus for 48 heads.
+      context: devices on the context axis where the number of heads allows; whole axes of the torus
+        for 48 heads.
     """
 
     topology: str
@@ -65,8 +68,9 @@ def pod(variant: str, variants=tuple(MODELS)) -> ml_collections.ConfigDict:
     """The defaults for a model on a slice.
 
     Args:
-      variant: 'MODEL', 'SLICE' or 'MODEL,SLICE'; the model is 5b unless named. 'v6e-256x2' means two slices, between
-        which only gradients travel. Without a slice, one device and plain XLA attention.
+      variant: 'MODEL', 'SLICE' or 'MODEL,SLICE'; the model is 5b unless named. 'v6e-256x2' means
+        two slices, between which only gradients travel. Without a slice, one device and plain XLA
+        attention.
       variants: names of the models that the file offers.
 
     Raises:

@@ -6,7 +6,8 @@
   python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b --prompt=A --prompt=B --height=480 --width=720 --frames=49
   python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b --lora=pytorch_lora_weights.safetensors --prompt=A --prompt=B
 
-A story file is {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption": "it grows"}]}.
+A story file is {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption": "it
+grows"}]}.
 """
 
 import dataclasses
@@ -126,7 +127,8 @@ _OUT = flags.DEFINE_string('out', 'samples', 'Folder for mp4, gif, contact sheet
 
 
 def read_given(path, height_px: int, width_px: int, frames: int | None, seed: int) -> np.ndarray:
-    """A given clip uint8 [F, H, W, 3]: all of a video, or so many frames of it, at most every third.
+    """A given clip uint8 [F, H, W, 3]: all of a video, or so many frames of it, at most every
+    third.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -164,7 +166,8 @@ def plan_frames(frames: list[int | None], given: list[np.ndarray], default: int)
 
 
 def _mesh() -> jax.sharding.Mesh:
-    """Mesh of --mesh; by default all accelerators, guidance's halves on fsdp and tokens on context, or one CPU."""
+    """Mesh of --mesh; by default all accelerators, guidance's halves on fsdp and tokens on context,
+    or one CPU."""
     count = jax.device_count() if _MESH.value or jax.default_backend() != 'cpu' else 1
     sizes = (
         [int(n) for n in _MESH.value] if _MESH.value else [1, 1] if count == 1 else [2, count // 2]
@@ -179,7 +182,8 @@ def _mesh() -> jax.sharding.Mesh:
 
 
 def load_run(path: pathlib.Path):
-    """As `load_folder`, of a workdir, the newest good checkpoint of which is used, or of one checkpoint in it."""
+    """As `load_folder`, of a workdir, the newest good checkpoint of which is used, or of one
+    checkpoint in it."""
     workdir = path.absolute() if _WORKDIR.value else path.absolute().parent.parent
     cfg = config_lib.load(workdir / 'config.json')
     target = partitioning.abstract_arrays(names.abstract_params(cfg.model), _mesh())
@@ -195,7 +199,8 @@ def load_run(path: pathlib.Path):
 
 
 def load_folder(folder: pathlib.Path):
-    """Configuration, codec and a function that loads the transformer and says from where, of a model folder."""
+    """Configuration, codec and a function that loads the transformer and says from where, of a
+    model folder."""
     base = config_lib.Config(
         data=config_lib.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=_DTYPE.value)
     )
@@ -233,7 +238,8 @@ def load_folder(folder: pathlib.Path):
 def write_outputs(
     out: pathlib.Path, videos, captions, frames, num_given: int, fps: float, record: dict
 ) -> None:
-    """Writes mp4, gif and contact sheet per video, and story.json with all it takes to make them again."""
+    """Writes mp4, gif and contact sheet per video, and story.json with all it takes to make them
+    again."""
     scale = max(1, 256 // videos.shape[2])
     for i, pixels in enumerate(videos):
         video.write_mp4(out / f'video_{i}.mp4', pixels, fps, scale)
@@ -292,7 +298,8 @@ def main(argv):
         '+'.join(map(str, frames)),
         path,
     )
-    # One network in memory at a time: text encoder and VAE in here, the transformer, then the VAE again.
+    # One network in memory at a time: text encoder and VAE in here, the transformer, then the VAE
+    # again.
     inputs = pipeline.encode_inputs(codec, [captions], frames, clips, _NEGATIVE.value)
     path, params = load_params()
     if _LORA.value:

@@ -14,7 +14,8 @@ def format_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
     """Formats rows as a markdown table, aligned also as plain text.
 
     Args:
-      rows: one mapping per row; floats are shown with 4 significant digits, a missing column is left empty.
+      rows: one mapping per row; floats are shown with 4 significant digits, a missing column is
+        left empty.
       columns: keys to show, in order; a column of numbers is aligned to the right.
 
     Returns:

@@ -1,4 +1,5 @@
-"""Tensors in files, one at a time: safetensors folders and Orbax checkpoints larger than the host's memory."""
+"""Tensors in files, one at a time: safetensors folders and Orbax checkpoints larger than the host's
+memory."""
 
 import dataclasses
 import functools
@@ -36,11 +37,13 @@ def open_safetensors(folder, unused: str = '(?!)') -> dict[str, Tensor]:
 
     Args:
       folder: holds them.
-      unused: regular expression of whole names to leave out, whatever they hold; the default matches none.
+      unused: regular expression of whole names to leave out, whatever they hold; the default
+        matches none.
 
     Raises:
-      FileNotFoundError, ValueError: one sentence that names the file: none there, only pickled weights, a file that
-        is damaged, cut off or lacks a part that the index lists, a tensor twice, or one that holds no floats.
+      FileNotFoundError, ValueError: one sentence that names the file: none there, only pickled
+        weights, a file that is damaged, cut off or lacks a part that the index lists, a tensor
+        twice, or one that holds no floats.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -89,7 +92,8 @@ def _indexed(folder: pathlib.Path) -> dict[str, str]:
 
 
 def open_file(path, unused: str = '(?!)') -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of one .safetensors file by name, and its metadata; errors as of `open_safetensors`."""
+    """Tensors of one .safetensors file by name, and its metadata; errors as of
+    `open_safetensors`."""
     try:
         with safetensors.safe_open(path, 'np') as file:
             metadata = file.metadata() or {}
@@ -119,7 +123,8 @@ def open_file(path, unused: str = '(?!)') -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _read(path: pathlib.Path, name: str) -> np.ndarray:
-    """One tensor; the file is opened for it alone, since an open one keeps all pages that were read in memory."""
+    """One tensor; the file is opened for it alone, since an open one keeps all pages that were read
+    in memory."""
     try:
         with safetensors.safe_open(path, 'np') as file:
             return file.get_tensor(name)
@@ -134,7 +139,8 @@ def write_safetensors(
     shard_bytes: int = SHARD_BYTES,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes tensors as STEM.safetensors, or as numbered files with an index if they exceed shard_bytes."""
+    """Writes tensors as STEM.safetensors, or as numbered files with an index if they exceed
+    shard_bytes."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {n: int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for n, t in tensors.items()}
@@ -177,7 +183,8 @@ class Leaf:
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Lets Orbax write a Leaf as it writes a numpy array, but one part after the other, and one chunk a part."""
+    """Lets Orbax write a Leaf as it writes a numpy array, but one part after the other, and one
+    chunk a part."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -191,7 +198,8 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_orbax(path, tree) -> None:
-    """Writes a nested dict of Leafs as an Orbax checkpoint like StandardCheckpointer's, in place of an old one."""
+    """Writes a nested dict of Leafs as an Orbax checkpoint like StandardCheckpointer's, in place of
+    an old one."""
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler()))
     )
@@ -204,14 +212,16 @@ def write_orbax(path, tree) -> None:
 
 
 def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
-    """The arrays of an Orbax checkpoint item by path in the tree; slices are read on demand by `.read().result()`.
+    """The arrays of an Orbax checkpoint item by path in the tree; slices are read on demand by
+    `.read().result()`.
 
     Raises:
       ValueError: if it is none, or damaged.
     """
     path = pathlib.Path(path).absolute()
     try:
-        # The handler itself: a Checkpointer warns that an item of a training run is no checkpoint of its own.
+        # The handler itself: a Checkpointer warns that an item of a training run is no checkpoint
+        # of its own.
         tree = ocp.StandardCheckpointHandler().metadata(path).tree
         flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
         names = [tuple(k.key for k in keys) for keys, _ in flat]

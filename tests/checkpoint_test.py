@@ -1,4 +1,5 @@
-"""Damaged checkpoints are noticed, named and passed over; checksums do not depend on the mesh; the right ones stay."""
+"""Damaged checkpoints are noticed, named and passed over; checksums do not depend on the mesh; the
+right ones stay."""
 
 import json
 import logging

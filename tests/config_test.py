@@ -1,4 +1,5 @@
-"""Every configuration loads, validates and abstract-evaluates its training step; wrong ones are refused."""
+"""Every configuration loads, validates and abstract-evaluates its training step; wrong ones are
+refused."""
 
 import dataclasses
 import importlib.util

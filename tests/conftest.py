@@ -1,4 +1,5 @@
-"""Eight fake CPU devices for every test, flags parsed, since grain's workers read them; and what several tests share."""
+"""Eight fake CPU devices for every test, flags parsed, since grain's workers read them; and what
+several tests share."""
 
 import fractions
 import math
@@ -13,7 +14,8 @@ import numpy as np
 from absl import flags
 
 jax.config.update('jax_num_cpu_devices', 8)
-# Tests compile far longer than they run. The program stays the same; only LLVM's work on it goes, five times faster.
+# Tests compile far longer than they run. The program stays the same; only LLVM's work on it goes,
+# five times faster.
 jax.config.update('jax_disable_most_optimizations', True)
 if jax.__version_info__ < (
     0,
@@ -98,7 +100,8 @@ def free_port():
 
 
 def moving(frames=20, height=32, width=48):
-    """A video whose frames can be told apart: a bright column moves, the left half is red, the top row white."""
+    """A video whose frames can be told apart: a bright column moves, the left half is red, the top
+    row white."""
     out = np.zeros((frames, height, width, 3), np.uint8)
     out[:, :, : width // 2, 0] = 160
     out[:, :4] = 255

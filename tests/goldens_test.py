@@ -1,4 +1,5 @@
-"""Numbers of the reference implementation, within float32 rounding: the three networks, schedule, loss, whole loops.
+"""Numbers of the reference implementation, within float32 rounding: the three networks, schedule,
+loss, whole loops.
 
 Cases lie in tests/goldens; set MASK2DIT_GOLDENS to run another folder of the same shape.
 """
@@ -337,7 +338,8 @@ def test_vae_codes_scenes_apart():
 
 @pytest.mark.parametrize('path', PIPELINES, ids=lambda p: p.stem)
 def test_pipelines_to_video(path):
-    """From captions' embeddings and given clips to pixels; the random VAE amplifies, hence the tolerance."""
+    """From captions' embeddings and given clips to pixels; the random VAE amplifies, hence the
+    tolerance."""
     case = dict(np.load(path))
     cfg, params = vae_of(path.parent / 'vae')
     s = int(case['num_scenes'])

@@ -1,4 +1,5 @@
-"""launch/: flags that libtpu takes; commands to the letter; errors in words; runs on stand-ins for the cloud."""
+"""launch/: flags that libtpu takes; commands to the letter; errors in words; runs on stand-ins for
+the cloud."""
 
 import contextlib
 import json
@@ -63,8 +64,9 @@ def test_unknown_generations_are_named():
     )
 
 
-# A cloud for one project: gcloud as a script that remembers what exists in cloud.json and keeps a home folder for every
-# node, in which commands sent by ssh really run. It writes its calls to calls.jsonl, and fails at those in fail.json.
+# A cloud for one project: gcloud as a script that remembers what exists in cloud.json and keeps a
+# home folder for every node, in which commands sent by ssh really run. It writes its calls to
+# calls.jsonl, and fails at those in fail.json.
 GCLOUD = """
 import json, os, sys  # others only where needed: this starts some hundred times
 here = os.path.dirname(__file__)
@@ -482,7 +484,8 @@ def test_arguments_arrive_intact_on_every_worker_and_outlive_the_connection(clou
     assert 'exit code 0' in cloud.good('tpu_vm.sh', 'logs', 'pod', size)
 
 
-# A training that fails once, is preempted in its second attempt, and then finishes: what it has done is in its workdir.
+# A training that fails once, is preempted in its second attempt, and then finishes: what it has
+# done is in its workdir.
 TRAINING = """
 attempt=$(cat "$1/attempts" 2>/dev/null || echo 0)
 echo $((attempt + 1)) >"$1/attempts"
@@ -699,7 +702,8 @@ eval "$DO"
 
 def local(cloud, args, do, do_1=''):
     write_script(cloud.bin / 'python', PROCESS)
-    # A shell cannot trap what was ignored when it began, as SIGINT is where the tests run in the background.
+    # A shell cannot trap what was ignored when it began, as SIGINT is where the tests run in the
+    # background.
     return subprocess.Popen(
         [LAUNCH / 'local.sh', *args],
         env=cloud.environment | {'DO': do, 'DO_1': do_1},

@@ -6,7 +6,8 @@ import pathlib
 import mask2dit_jax
 
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
-# Lowest first: each imports itself and what stands before it. Nothing imports a command, and tools only each other.
+# Lowest first: each imports itself and what stands before it. Nothing imports a command, and tools
+# only each other.
 ORDER = (
     'layout',
     'logs',

@@ -52,7 +52,8 @@ def test_masks_are_the_definition(layout, pattern):
 
 
 def test_published_setting_counts():
-    """Three scenes of 13 latent frames on a 30 x 45 grid with 226 text tokens (pairs as in the paper's setting)."""
+    """Three scenes of 13 latent frames on a 30 x 45 grid with 226 text tokens (pairs as in the
+    paper's setting)."""
     layout = SceneLayout((13, 13, 13), 30, 45, 226)
     assert layout.num_tokens == 53328
     assert masks.segment_pairs(layout, 'full') == 53328**2
@@ -93,7 +94,8 @@ def tiny_model(pattern, layers):
 
 
 def influence(pattern, layers):
-    """How much scene i depends on caption j, [S, S]: size of the gradient of a random projection of scene i."""
+    """How much scene i depends on caption j, [S, S]: size of the gradient of a random projection of
+    scene i."""
     model, params, x, text, t, frames = tiny_model(pattern, layers)
     which = frame_scenes(model.cfg.layout(frames, 2, 2))
     of_scene = (which == np.arange(3)[:, None])[:, None, :, None, None, None]

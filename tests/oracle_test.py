@@ -1,7 +1,8 @@
-"""Random tiny models of diffusers' and transformers' own classes: the same numbers, in both directions.
+"""Random tiny models of diffusers' and transformers' own classes: the same numbers, in both
+directions.
 
-Needs the `oracle` extra; skipped without it. Stock diffusers knows no dual mask: the transformer is compared under full
-attention, and under the mask by the goldens.
+Needs the `oracle` extra; skipped without it. Stock diffusers knows no dual mask: the transformer is
+compared under full attention, and under the mask by the goldens.
 """
 
 import dataclasses
@@ -160,7 +161,8 @@ def test_transformer(seed, tmp_path):
 
 @pytest.mark.parametrize('seed', range(4))
 def test_lora(seed, tmp_path):
-    """Ours in diffusers and PEFT's in ours, with and without the pipeline's prefix, at scales that are not 1."""
+    """Ours in diffusers and PEFT's in ours, with and without the pipeline's prefix, at scales that
+    are not 1."""
     peft = pytest.importorskip('peft')
     config, theirs = random_transformer(seed)
     theirs.save_pretrained(tmp_path / 'base')
@@ -377,7 +379,8 @@ def test_a_key_that_config_json_leaves_out_means_the_default_of_the_oracle(kind,
 
 @pytest.mark.parametrize('what', ['forward', 'forward + backward', 'sampling'])
 def test_the_dual_mask_is_the_references_two_attention_calls(what, monkeypatch):
-    """diffusers' transformer with those calls: outputs, gradients, guided sampling; also benchmark's cases."""
+    """diffusers' transformer with those calls: outputs, gradients, guided sampling; also
+    benchmark's cases."""
 
     def small(*args, usual=worker.model_config):
         return dataclasses.replace(usual(*args), num_layers=2, num_attention_heads=2)

@@ -1,6 +1,8 @@
-"""The README's commands, as they stand there, on tiny models; those of one heading after the other in one folder.
+"""The README's commands, as they stand there, on tiny models; those of one heading after the other
+in one folder.
 
-What is too large for a test is replaced as MINIATURE says, and what is not run here is run where ELSEWHERE says.
+What is too large for a test is replaced as MINIATURE says, and what is not run here is run where
+ELSEWHERE says.
 """
 
 import ast
@@ -96,7 +98,8 @@ def elsewhere(command: str) -> tuple[str, str] | None:
 
 
 def shell(lines, folder, timeout=900) -> str:
-    # tensorboardX imports torch where it can, which takes as long as everything else that is imported.
+    # tensorboardX imports torch where it can, which takes as long as everything else that is
+    # imported.
     (folder / 'without').mkdir(exist_ok=True)
     (folder / 'without/torch.py').write_text('raise ImportError("left out")')
     # Compiled as in conftest.py: quickly, to slower code.

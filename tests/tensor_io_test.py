@@ -1,4 +1,5 @@
-"""Tensors in files: whatever is wrong with a file is one ValueError that names it; whatever is right comes back."""
+"""Tensors in files: whatever is wrong with a file is one ValueError that names it; whatever is
+right comes back."""
 
 import json
 import pathlib
@@ -116,8 +117,8 @@ def test_damage_to_the_header_or_length_is_found(data):
         except ValueError as error:
             assert 'model.safetensors' in str(error)
             return
-        # What can still be read is another header in good order: strict loading then compares names and shapes. No
-        # tensor turns to zeros: its bytes are those of the file.
+        # What can still be read is another header in good order: strict loading then compares names
+        # and shapes. No tensor turns to zeros: its bytes are those of the file.
         raw = blob[8 + size :]
         assert all(v.tobytes() in raw for v in have.values())
 

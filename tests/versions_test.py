@@ -1,4 +1,5 @@
-"""What other packages are relied upon: versions within tested bounds, and names that they do not promise to keep."""
+"""What other packages are relied upon: versions within tested bounds, and names that they do not
+promise to keep."""
 
 import ast
 import importlib
@@ -16,8 +17,9 @@ import mask2dit_jax
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 TESTS = pathlib.Path(__file__).parent
 
-# Distribution, the versions that were tried, the only file that uses the name, where it is, and what it is called with:
-# of a function its parameters, of a dataclass those of its fields that we set.
+# Distribution, the versions that were tried, the only file that uses the name, where it is, and
+# what it is called with: of a function its parameters, of a dataclass those of its fields that we
+# set.
 PRIVATE = [
     (
         'jax',
@@ -75,7 +77,8 @@ PRIVATE = [
 def changed(
     version: str, distribution: str, tried: str, path: pathlib.Path, module: str, name: str, wanted
 ) -> str:
-    """A sentence on what a version of a distribution did to a private name; '' if it is as it was."""
+    """A sentence on what a version of a distribution did to a private name; '' if it is as it
+    was."""
     told = f'{distribution} {version} has changed {module}.{name}, which was as {path.name} needs it in {tried}:'
     try:
         found = importlib.import_module(module)
@@ -154,7 +157,8 @@ def test_installed_versions_are_within_the_bounds():
 
 
 def test_launch_takes_the_pythons_that_setup_allows():
-    """A new TPU VM may have any Python: the one that launch/worker.sh asks for is one that setup.py allows."""
+    """A new TPU VM may have any Python: the one that launch/worker.sh asks for is one that setup.py
+    allows."""
     asked = re.search(
         r"--python '([^']+)'", (PACKAGE.parent / 'launch/worker.sh').read_text()
     ).group(1)

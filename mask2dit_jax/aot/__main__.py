@@ -1,12 +1,14 @@
-"""Compiles the training step and the sampling loop for a TPU slice, without a TPU, and says whether they fit.
+"""Compiles the training step and the sampling loop for a TPU slice, without a TPU, and says whether
+they fit.
 
   python -m mask2dit_jax.aot --config=configs/sft.py:v5p-128
   python -m mask2dit_jax.aot --config=configs/sft.py:v6e-8 --what=sample --effort=quick --out=runs/aot
   python -m mask2dit_jax.aot --config=configs/sft.py:v5p-128 --config.model.remat=offload_layer --scenes=24
 
-The very functions that main and sample run are compiled by the TPU's own compiler (libtpu, on any machine), from shapes
-alone. Printed and, with --out, written as Markdown and JSON: memory per chip, FLOPs, collectives, estimated cycles.
-Nothing runs: seconds are lower limits, with their formula. The exit code is 0 if everything fits, else 1.
+The very functions that main and sample run are compiled by the TPU's own compiler (libtpu, on any
+machine), from shapes alone. Printed and, with --out, written as Markdown and JSON: memory per chip,
+FLOPs, collectives, estimated cycles. Nothing runs: seconds are lower limits, with their formula.
+The exit code is 0 if everything fits, else 1.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Compiles the training step and the sampling loop for a TPU slice from shapes, and reports what they take."""
+"""Compiles the training step and the sampling loop for a TPU slice from shapes, and reports what
+they take."""
 
 import importlib.metadata
 import importlib.util
@@ -21,8 +22,8 @@ from mask2dit_jax.training import train_step
 WHAT = ('train', 'sample')
 GIB = 2**30
 
-# The compiler's own levels, which every libtpu that setup.py allows takes: EFFORT_UNKNOWN is its default, EFFORT_O1 is
-# quicker and plans nearly the same memory, but its schedules are slower.
+# The compiler's own levels, which every libtpu that setup.py allows takes: EFFORT_UNKNOWN is its
+# default, EFFORT_O1 is quicker and plans nearly the same memory, but its schedules are slower.
 EFFORTS = {'full': 0, 'quick': 19}
 
 
@@ -60,7 +61,8 @@ def lower_train(config: config_lib.Config, frames: tuple[int, ...], latent, mesh
 
 
 def lower_sample(config: config_lib.Config, frames: tuple[int, ...], latent, mesh):
-    """As lower_train: the sampling loop, of as many stories as fill the batch axes with guidance's halves."""
+    """As lower_train: the sampling loop, of as many stories as fill the batch axes with guidance's
+    halves."""
     m, steps, count = (
         config.model,
         config.sample.steps,

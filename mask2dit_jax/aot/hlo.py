@@ -1,4 +1,5 @@
-"""What a compiled TPU program does, read from its text: FLOPs, collectives and estimated cycles, loops counted in full.
+"""What a compiled TPU program does, read from its text: FLOPs, collectives and estimated cycles,
+loops counted in full.
 
 The compiler's own cost analysis counts the body of a loop once.
 """
@@ -47,9 +48,10 @@ class Program:
       flops: of matrix products outside kernels.
       kernels: times each kernel runs, by (name, shape of its first result).
       collectives: kind to [times, bytes that enter or leave this device].
-      loop_all_reduces: (bytes, name of the operation) of all-reduces in loops, not those fused with the slicing of
-        their result, which the TPU runs as reduce-scatters.
-      cycles: estimated by the compiler, 'dense' (with matrix products) and 'rest'; kernels and collectives have none.
+      loop_all_reduces: (bytes, name of the operation) of all-reduces in loops, not those fused with
+        the slicing of their result, which the TPU runs as reduce-scatters.
+      cycles: estimated by the compiler, 'dense' (with matrix products) and 'rest'; kernels and
+        collectives have none.
     """
 
     flops: float = 0.0

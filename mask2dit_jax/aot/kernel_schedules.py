@@ -19,7 +19,8 @@ from mask2dit_jax.layout import SceneLayout
 
 
 def dump_kernel(topology: str, block: int, head_dim: int, kernel: str, folder: str) -> None:
-    """Compiles forward and backward of three published scenes, with every pass of the compiler written to `folder`.
+    """Compiles forward and backward of three published scenes, with every pass of the compiler
+    written to `folder`.
 
     In a process of its own: libtpu reads its arguments once.
     """
@@ -59,7 +60,8 @@ def count_bundles(text: str) -> list[int]:
 def kernel_bundles(
     topology: str, head_dim: int, kernel: str, block: int = 1024
 ) -> dict[str, tuple[int, int]]:
-    """Bundles per head and block of so many queries and keys: 'forward' and 'backward', (visible, masked)."""
+    """Bundles per head and block of so many queries and keys: 'forward' and 'backward', (visible,
+    masked)."""
     bundles = {}
     with tempfile.TemporaryDirectory() as folder:
         code = (

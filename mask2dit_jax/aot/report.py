@@ -11,8 +11,8 @@ from mask2dit_jax.models import flops as flops_lib
 def kernel_work(
     kernels, blocks: tuple[int, float, float], bundles: dict | None = None
 ) -> tuple[float, float]:
-    """FLOPs of splash kernels per device, two products per visited query and key forward and five backward; and their
-    cycles if bundles are given, one each where nothing stalls.
+    """FLOPs of splash kernels per device, two products per visited query and key forward and five
+    backward; and their cycles if bundles are given, one each where nothing stalls.
 
     Args:
       kernels: hlo.Program's.

@@ -1,9 +1,11 @@
 """Attention over the joint [text, video] sequence under a scene pattern (Mask²DiT, section 3.2).
 
-One signature, `attend`; backends differ in how they compute, never in what. `dense` builds the mask and is the
-definition; `blockwise` is plain XLA that never forms an L x L array and never repeats video keys or values.
+One signature, `attend`; backends differ in how they compute, never in what. `dense` builds the mask
+and is the definition; `blockwise` is plain XLA that never forms an L x L array and never repeats
+video keys or values.
 
-What the backward pass needs of the result is named 'attention', so that rematerialization can keep or offload it.
+What the backward pass needs of the result is named 'attention', so that rematerialization can keep
+or offload it.
 """
 
 from mask2dit_jax.attention import blockwise as blockwise_lib
@@ -43,8 +45,8 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: str):
       [B, L, N, D] in q's dtype.
 
     Raises:
-      ValueError: unknown pattern or backend, a backend that the device cannot run, L that is not the layout's, or a
-        mesh that it does not divide over.
+      ValueError: unknown pattern or backend, a backend that the device cannot run, L that is not
+        the layout's, or a mesh that it does not divide over.
     """
     if backend not in BACKENDS:
         raise ValueError(

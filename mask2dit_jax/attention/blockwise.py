@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from mask2dit_jax.attention import masks
 from mask2dit_jax.layout import SceneLayout
 
-# Queries per block of the blockwise backend, which works head by head: the largest whose scores of a few thousand keys
-# stay in a CPU's caches; smaller blocks make smaller matmuls.
+# Queries per block of the blockwise backend, which works head by head: the largest whose scores of
+# a few thousand keys stay in a CPU's caches; smaller blocks make smaller matmuls.
 QUERY_BLOCK = 512
 
 
@@ -22,7 +22,8 @@ def _product(x, y, x_axis: int, y_axis: int):
 
 
 def _segments(layout: SceneLayout, pattern: str):
-    """First and one-past-last query of every caption and scene, and the ranges of keys that they see."""
+    """First and one-past-last query of every caption and scene, and the ranges of keys that they
+    see."""
     return [
         (
             *(layout.text_range(i) if is_text else layout.video_range(i)),
@@ -38,7 +39,8 @@ def _join(x, ranges):
 
 
 def _scan_queries(block, carry, queries):
-    """lax.scan of `block` over arrays [Q, ...] in blocks of even size, the last one filled with zeros."""
+    """lax.scan of `block` over arrays [Q, ...] in blocks of even size, the last one filled with
+    zeros."""
     length = len(queries[0])
     count = -(-length // QUERY_BLOCK)
     size = -(-length // count)
@@ -71,7 +73,8 @@ def _forward_head(q, k, v, layout, pattern):
 
 
 def _backward_head(q, k, v, out, log_sum, d_out, layout, pattern):
-    """Gradients of q, k and v of one head: the derivative of softmax over all pieces of keys at once."""
+    """Gradients of q, k and v of one head: the derivative of softmax over all pieces of keys at
+    once."""
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)  # [L]
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop, ranges in _segments(layout, pattern):
@@ -109,10 +112,11 @@ def _heads_last(x, like):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def blockwise(q, k, v, layout: SceneLayout, pattern: str):
-    """Each caption's and each scene's queries against exactly the keys they may see, head by head; memory linear in L.
+    """Each caption's and each scene's queries against exactly the keys they may see, head by head;
+    memory linear in L.
 
-    Pieces of keys are normalised together, and the backward pass starts from their common log-sum-exp: merging the
-    pieces' own results would lose the gradient of their sums.
+    Pieces of keys are normalised together, and the backward pass starts from their common
+    log-sum-exp: merging the pieces' own results would lose the gradient of their sums.
     """
     return _blockwise_fwd(q, k, v, layout, pattern)[0]
 

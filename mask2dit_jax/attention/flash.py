@@ -8,9 +8,11 @@ from mask2dit_jax.layout import SceneLayout
 
 
 def flash(q, k, v, layout: SceneLayout, pattern: str, implementation: str = 'cudnn'):
-    """Full flash attention of each caption's and each scene's queries over the keys they may see, put side by side.
+    """Full flash attention of each caption's and each scene's queries over the keys they may see,
+    put side by side.
 
-    No statistics are merged, so that gradients are those of jax.nn.dot_product_attention, whatever implementation.
+    No statistics are merged, so that gradients are those of jax.nn.dot_product_attention, whatever
+    implementation.
     """
     outputs = []
     for is_text in (True, False):

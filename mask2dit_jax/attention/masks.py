@@ -12,9 +12,10 @@ PATTERNS = ('dual', 'full', 'isolated', 'causal')
 def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
     """The attention predicate: may this query see this key?
 
-    `dual` is the paper's mask (same scene, or both video), `full` none at all, `isolated` same scene only, and
-    `causal` is `dual` except that video sees no video of later scenes. Only comparisons and boolean operators are
-    used, so that numpy, jax and kernels' computable masks can evaluate it. Arguments broadcast.
+    `dual` is the paper's mask (same scene, or both video), `full` none at all, `isolated` same
+    scene only, and `causal` is `dual` except that video sees no video of later scenes. Only
+    comparisons and boolean operators are used, so that numpy, jax and kernels' computable masks can
+    evaluate it. Arguments broadcast.
 
     Raises:
       ValueError: for an unknown pattern.
@@ -33,7 +34,8 @@ def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
 
 
 def dense_mask(layout: SceneLayout, pattern: str) -> np.ndarray:
-    """The whole mask, bool [L, L], true where query i may see key j. Quadratic: for tests, pictures, tiny models."""
+    """The whole mask, bool [L, L], true where query i may see key j. Quadratic: for tests,
+    pictures, tiny models."""
     scene, is_text = token_scenes(layout)
     return may_attend(pattern, scene[:, None], is_text[:, None], scene[None], is_text[None])
 

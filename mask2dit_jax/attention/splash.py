@@ -1,8 +1,10 @@
-"""Scene attention on TPU by splash kernels (tokamax's, or jax's own), exact and without an L x L array.
+"""Scene attention on TPU by splash kernels (tokamax's, or jax's own), exact and without an L x L
+array.
 
-Inside, a sequence is ordered [video, text, padding] and padded to whole blocks, so that everything that is not video
-lies in the last blocks. A block of the mask is answered from the scenes that it touches, never from its pairs; within a
-block that is neither all true nor all false the kernel computes the mask from positions.
+Inside, a sequence is ordered [video, text, padding] and padded to whole blocks, so that everything
+that is not video lies in the last blocks. A block of the mask is answered from the scenes that it
+touches, never from its pairs; within a block that is neither all true nor all false the kernel
+computes the mask from positions.
 
 The mask is computed by comparisons alone: kernels on the TPU have no fast integer division.
 """
@@ -22,18 +24,19 @@ from mask2dit_jax.layout import SceneLayout
 KERNELS = ('tokamax', 'jax')
 _LANES = 128
 
-# Tokens per block (queries and keys), by the device kind of the chip: of v5p (TPU v5) and v6e the largest that compiles
-# with the default VMEM, of v5e one that compiles; v4's is not tried.
+# Tokens per block (queries and keys), by the device kind of the chip: of v5p (TPU v5) and v6e the
+# largest that compiles with the default VMEM, of v5e one that compiles; v4's is not tried.
 BLOCKS = {'TPU v4': 1024, 'TPU v5': 1280, 'TPU v5 lite': 1024, 'TPU v6 lite': 1536}
 
-# Pairs of blocks that one call may visit: tokamax's table of them takes 13 bytes each of the chip's 1 MiB of scalar
-# memory. Longer sequences are called for in several parts of their queries.
+# Pairs of blocks that one call may visit: tokamax's table of them takes 13 bytes each of the chip's
+# 1 MiB of scalar memory. Longer sequences are called for in several parts of their queries.
 _MAX_PAIRS = 72_000
 
 
 @dataclasses.dataclass(frozen=True)
 class _Segments:
-    """The sequence as kernels see it: one segment for every scene's video, then every caption, then padding."""
+    """The sequence as kernels see it: one segment for every scene's video, then every caption, then
+    padding."""
 
     layout: SceneLayout
     block: int
@@ -47,7 +50,8 @@ class _Segments:
         return (*video, *text, n.num_tokens, -(-n.num_tokens // self.block) * self.block)
 
     def visible(self, pattern: str) -> np.ndarray:
-        """bool [2S+1, 2S+1], true where a query of segment i may see a key of j; padding sees all, and none see it."""
+        """bool [2S+1, 2S+1], true where a query of segment i may see a key of j; padding sees all,
+        and none see it."""
         s = self.layout.num_scenes
         scene, is_text = np.tile(np.arange(s), 2), np.arange(2 * s) >= s
         table = np.zeros((2 * s + 1,) * 2, bool)
@@ -59,9 +63,11 @@ class _Segments:
 
 
 class SceneMask(splash_attention_mask.Mask):
-    """The mask of a pattern as both splash libraries take it: `mask[rows, columns]`, and a function of positions.
+    """The mask of a pattern as both splash libraries take it: `mask[rows, columns]`, and a function
+    of positions.
 
-    A block that is uniform comes back as a single value, so that the table of blocks costs no pairs.
+    A block that is uniform comes back as a single value, so that the table of blocks costs no
+    pairs.
 
     Args:
       segments: the sequence.
@@ -126,7 +132,8 @@ def _visible_pairs(pattern: str, num_scenes: int, starts: tuple[int, ...], q_seg
 def _tokamax_kernel(mask: SceneMask, block: int, interpret):
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
 
-    # dq is summed over key blocks in three slots; without that it takes one float32 copy of dq per block of keys.
+    # dq is summed over key blocks in three slots; without that it takes one float32 copy of dq per
+    # block of keys.
     config = splash.SplashConfig(
         block_q=block,
         block_kv=block,
@@ -171,8 +178,8 @@ def block_of_chip() -> int:
 
 
 def visited_blocks(layout: SceneLayout, pattern: str, block: int) -> tuple[int, float, float]:
-    """What kernels visit: tokens per block, and for a block of queries, on average, the number of wholly visible blocks
-    of keys and of those whose mask is evaluated."""
+    """What kernels visit: tokens per block, and for a block of queries, on average, the number of
+    wholly visible blocks of keys and of those whose mask is evaluated."""
     block = min(block, -(-layout.num_tokens // _LANES) * _LANES)
     segments = _Segments(layout, block)
     length = segments.starts[-1]
@@ -199,8 +206,8 @@ def attend(
       q, k, v, layout, pattern: as in attention.attend.
       block: tokens per block of queries and of keys, a multiple of 128.
       kernel: one of KERNELS; tokamax evaluates the mask only in blocks that need it.
-      interpret: run the kernel on any device, slowly; pltpu.InterpretParams() also models the chip's memory, without
-        which tokamax's dq is wrong from the fourth block of keys on.
+      interpret: run the kernel on any device, slowly; pltpu.InterpretParams() also models the
+        chip's memory, without which tokamax's dq is wrong from the fourth block of keys on.
     """
     block = min(block, -(-layout.num_tokens // _LANES) * _LANES)
     segments = _Segments(layout, block)

@@ -8,26 +8,29 @@
   python -m mask2dit_jax.benchmark loader
   python -m mask2dit_jax.benchmark checkpoint --gb=4
 
-`attention`: forward and gradients of q, k and v under the dual mask, three scenes of equal length, at video lengths of
-L, 2L and 4L tokens: the backends that the device runs, the reference's formulation ('repeated': two dense calls, video
-keys and values copied for every scene), and at length L on a CPU the splash kernel, interpreted. Memory is what the
-compiler plans (arguments, outputs and temporaries), the same whatever else the machine does.
+`attention`: forward and gradients of q, k and v under the dual mask, three scenes of equal length,
+at video lengths of L, 2L and 4L tokens: the backends that the device runs, the reference's
+formulation ('repeated': two dense calls, video keys and values copied for every scene), and at
+length L on a CPU the splash kernel, interpreted. Memory is what the compiler plans (arguments,
+outputs and temporaries), the same whatever else the machine does.
 
-`train`, `sample`, `scenes`: a transformer of 8 layers of 8 heads of 64 in float32, scenes of 480 tokens: forward and
-forward + backward at 3 scenes; two guided steps of the sampling loop; forward + backward at 1, 3 and 6 scenes. With the
-`oracle` extra, diffusers' transformer with the same weights and mask, by the reference's two calls, beside ours. Every
-case is a process of its own; its memory is the most that it held in a run beyond what importing took (Linux only).
+`train`, `sample`, `scenes`: a transformer of 8 layers of 8 heads of 64 in float32, scenes of 480
+tokens: forward and forward + backward at 3 scenes; two guided steps of the sampling loop; forward +
+backward at 1, 3 and 6 scenes. With the `oracle` extra, diffusers' transformer with the same weights
+and mask, by the reference's two calls, beside ours. Every case is a process of its own; its memory
+is the most that it held in a run beyond what importing took (Linux only).
 
-`compile`: schedules of the splash kernels for TPU, compiled here by libtpu and not run: instruction bundles per block
-of queries and keys and per head, in blocks that are wholly visible and in those whose mask is evaluated. A bundle takes
-about a cycle where nothing stalls.
+`compile`: schedules of the splash kernels for TPU, compiled here by libtpu and not run: instruction
+bundles per block of queries and keys and per head, in blocks that are wholly visible and in those
+whose mask is evaluated. A bundle takes about a cycle where nothing stalls.
 
-`loader`: reading batches of encoded clips of CogVideoX-5B's size (random values, written to --out or to temporary
-files) as the trainer does, with one thread: scenes and bytes per second of a host.
+`loader`: reading batches of encoded clips of CogVideoX-5B's size (random values, written to --out
+or to temporary files) as the trainer does, with one thread: scenes and bytes per second of a host.
 
-`checkpoint`: saving and restoring a state of random values by the trainer's functions, on the file system of --out (or
-of temporary files), in seconds per GB: how long the training loop stands still, until all is written, and restoring
-with its checksums. What was just written is read from the page cache where it fits.
+`checkpoint`: saving and restoring a state of random values by the trainer's functions, on the file
+system of --out (or of temporary files), in seconds per GB: how long the training loop stands still,
+until all is written, and restoring with its checksums. What was just written is read from the page
+cache where it fits.
 
 Cases take turns, so that a busy machine slows all alike; times are only comparable within one run.
 """

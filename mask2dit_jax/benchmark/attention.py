@@ -23,7 +23,8 @@ def attention_layout(tokens: int, scale: int) -> SceneLayout:
 
 
 def repeated(q, k, v, layout: SceneLayout, pattern: str):
-    """The reference's dual mask for scenes of equal length: captions with their scene, scenes with all video."""
+    """The reference's dual mask for scenes of equal length: captions with their scene, scenes with
+    all video."""
     assert pattern == 'dual'
     b, _, n, d = q.shape
 

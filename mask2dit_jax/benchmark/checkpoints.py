@@ -13,7 +13,8 @@ from mask2dit_jax.training import train_step
 
 
 def bench_checkpoint(gb: float, runs: int, folder) -> list[dict]:
-    """One row for what saving holds up, saving, and restoring; parameters, EMA and two moments of equal size."""
+    """One row for what saving holds up, saving, and restoring; parameters, EMA and two moments of
+    equal size."""
     arrays = max(1, round(gb * 1e9 / 4 / 2**26))  # of 64 MiB, in each of the four
     gb = 4 * arrays * 2**26 / 1e9
     trees = [

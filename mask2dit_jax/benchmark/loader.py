@@ -16,8 +16,8 @@ from mask2dit_jax.data import latent_codec, manifest, records
 
 
 def write_random_clips(folder: pathlib.Path, count: int) -> config_lib.Config:
-    """A data set of stories of three clips with the shapes of 49 frames at 480x720 and CogVideoX-5B's text, and a
-    configuration to train on it."""
+    """A data set of stories of three clips with the shapes of 49 frames at 480x720 and
+    CogVideoX-5B's text, and a configuration to train on it."""
     (folder / 'vae').mkdir(parents=True)
     (folder / 'vae/config.json').write_text('{}')
     config = config_lib.Config(

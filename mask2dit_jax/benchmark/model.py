@@ -47,7 +47,8 @@ def listen(worker: subprocess.Popen) -> dict:
 def bench_model(task: str, runs: int) -> tuple[list[dict], list[dict]]:
     """Rows of times and memory, and of where the time goes, for one of TASKS.
 
-    Ratios are to diffusers where it is installed, else to the first formulation, at the same scenes and work.
+    Ratios are to diffusers where it is installed, else to the first formulation, at the same scenes
+    and work.
     """
     rows, profiles = [], []
     for num_scenes, what in tqdm.tqdm(TASKS[task], desc=task, unit='group'):

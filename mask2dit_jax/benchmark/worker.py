@@ -1,10 +1,11 @@
-"""One case of `benchmark train|sample|scenes`, in a process of its own so that its peak memory is its own.
+"""One case of `benchmark train|sample|scenes`, in a process of its own so that its peak memory is
+its own.
 
   python -m mask2dit_jax.benchmark.worker CASE      (JSON, as benchmark sends it)
 
-Answers every line on stdin by one line of JSON. diffusers runs the same weights under the same mask, by the reference's
-two dense attention calls (Mask²DiT's released code): captions with their own scene, and scenes, each with its caption
-and a copy of all video keys and values.
+Answers every line on stdin by one line of JSON. diffusers runs the same weights under the same
+mask, by the reference's two dense attention calls (Mask²DiT's released code): captions with their
+own scene, and scenes, each with its caption and a copy of all video keys and values.
 """
 
 import collections
@@ -50,7 +51,8 @@ def model_config(formulation: str, remat: str) -> dit.DiTConfig:
 
 
 def random_inputs(cfg: dit.DiTConfig, num_scenes: int):
-    """Parameters, latents [1, T, h, w, C], captions [1, S, M, E] and the empty caption [M, E]; always the same."""
+    """Parameters, latents [1, T, h, w, C], captions [1, S, M, E] and the empty caption [M, E];
+    always the same."""
     rng = np.random.default_rng(0)
 
     def draw(path, p):  # as after training: nothing is zero, and nothing explodes
@@ -67,9 +69,11 @@ def random_inputs(cfg: dit.DiTConfig, num_scenes: int):
 
 
 def ours(case: dict):
-    """Function that runs the case once and returns a number to compare, and the compiled program's text.
+    """Function that runs the case once and returns a number to compare, and the compiled program's
+    text.
 
-    The number is the mean square of what comes out, and for `forward + backward` the gradients' norm with it.
+    The number is the mean square of what comes out, and for `forward + backward` the gradients'
+    norm with it.
     """
     cfg, num_scenes = model_config(case['formulation'], case['remat']), case['scenes']
     params, x, text, null = random_inputs(cfg, num_scenes)
@@ -211,7 +215,8 @@ def diffusers_with_two_calls(case: dict):
 
 
 def profile(once, text: str) -> dict[str, float]:
-    """Milliseconds of one run by kind of work, from a trace of jax.profiler; threads that work at once count twice."""
+    """Milliseconds of one run by kind of work, from a trace of jax.profiler; threads that work at
+    once count twice."""
     names = dict(re.findall(r'%([\w.\-]+) = .*op_name="([^"]*)"', text))
     groups = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:

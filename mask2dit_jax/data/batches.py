@@ -1,4 +1,5 @@
-"""Batches as a pure function of the step: of rendered stories, encoded at the start, or of clips that encode has coded.
+"""Batches as a pure function of the step: of rendered stories, encoded at the start, or of clips
+that encode has coded.
 
 And the codec between captions or pixels and what the model sees.
 """
@@ -126,9 +127,11 @@ def train_batches(config: config_lib.Config, workdir, codec: latent_codec.Latent
 
 @contextlib.contextmanager
 def prefetched(function: Callable, items: Iterable, ahead: int = 2):
-    """An iterator over function(item) in the order of items, made by one thread while the last one is in use.
+    """An iterator over function(item) in the order of items, made by one thread while the last one
+    is in use.
 
-    What the function raises is raised where its item's turn comes. Leaving the context waits for the item in work.
+    What the function raises is raised where its item's turn comes. Leaving the context waits for
+    the item in work.
     """
     items = iter(items)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

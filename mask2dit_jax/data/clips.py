@@ -72,8 +72,8 @@ class EncodedClips:
         ).hexdigest()
 
     def candidates(self, layout: tuple[int, ...]) -> list[np.ndarray]:
-        """What an example of this layout may start from: per story the records of first scenes of windows that fit, or
-        per clip that fits the first scene itself.
+        """What an example of this layout may start from: per story the records of first scenes of
+        windows that fit, or per clip that fits the first scene itself.
 
         Raises:
           ValueError: if nothing fits, naming what there is.
@@ -84,7 +84,8 @@ class EncodedClips:
             fits = [int(np.sum(rows[:, 2] == n)) >= layout.count(n) for n in layout]
             found = found if all(fits) else []
         else:
-            # Windows of neighbouring records: the same story, scenes in a row, frames as the layout has them.
+            # Windows of neighbouring records: the same story, scenes in a row, frames as the layout
+            # has them.
             starts = np.arange(len(rows) - need + 1)
             for i, frames in enumerate(layout):
                 here = rows[starts + i]
@@ -119,7 +120,8 @@ class EncodedClips:
         return np.array(picked)
 
     def example(self, records, rng: np.random.Generator | None) -> dict:
-        """Latents [T, h, w, C], drawn from the posterior, or its mean without rng, and text [S, M, E], float32."""
+        """Latents [T, h, w, C], drawn from the posterior, or its mean without rng, and text [S, M,
+        E], float32."""
         read = [self._records[i] for i in records]
         latents = []
         for r in read:
@@ -137,7 +139,8 @@ class EncodedClips:
         return [self._records[i]['caption'].decode() for i in records]
 
     def endless(self, layout: tuple[int, ...]) -> grain.MapDataset:
-        """Shuffled examples without end; windows, companions and the posterior are drawn anew every time."""
+        """Shuffled examples without end; windows, companions and the posterior are drawn anew every
+        time."""
         found = self.candidates(layout)
         used = len(np.unique(np.concatenate(found)))
         logging.info(

@@ -23,10 +23,11 @@ class LatentCodec:
 
     Attributes:
       encode_text: list of N captions to float32 [N, M, E]; '' is the unconditional caption.
-      encode_video: videos in [0, 1] or uint8 [B, F, H, W, 3] and the frames of their scenes to latents float32
-        [B, T, h, w, C].
+      encode_video: videos in [0, 1] or uint8 [B, F, H, W, 3] and the frames of their scenes to
+        latents float32 [B, T, h, w, C].
       decode_video: latents and the latent frames of their scenes to pixels float32 in [0, 1].
-      scene_latents: pixel frames of one scene to latent frames; raises ValueError for a number that it cannot code.
+      scene_latents: pixel frames of one scene to latent frames; raises ValueError for a number that
+        it cannot code.
       latent_shape: (h, w, C).
       size_px: (H, W).
     """
@@ -48,7 +49,8 @@ class LatentCodec:
 
 
 def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
-    """The released (or converted) folder that a run descends from through init_from, or None for one from scratch.
+    """The released (or converted) folder that a run descends from through init_from, or None for
+    one from scratch.
 
     Raises:
       FileNotFoundError: if init_from is neither such a folder nor a workdir.
@@ -62,8 +64,8 @@ def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
 
 
 def model_folder(config: config_lib.Config) -> pathlib.Path | None:
-    """Where the VAE and the text encoder of a run are: the folder that it descends from, or that its clips were encoded
-    with, or None for the codec and word vectors of the stories."""
+    """Where the VAE and the text encoder of a run are: the folder that it descends from, or that
+    its clips were encoded with, or None for the codec and word vectors of the stories."""
     folder = pretrained_folder(config)
     if folder is None and config.data.encoded:
         folder = pathlib.Path(records_lib.read_settings(config.data.encoded)['folder'])
@@ -74,7 +76,8 @@ def for_run(config: config_lib.Config, workdir) -> LatentCodec:
     """VAE and T5 of model_folder, or the codec and word vectors of the stories.
 
     Raises:
-      ValueError: if the configuration says 'vae' and there is no such folder, or the other way round.
+      ValueError: if the configuration says 'vae' and there is no such folder, or the other way
+        round.
     """
     folder = model_folder(config)
     if (folder is None) != (config.data.codec == 'stories'):
@@ -120,7 +123,8 @@ def latent_shape(
 
 
 def stories_codec(config: config_lib.Config, workdir) -> LatentCodec:
-    """The fixed word vectors and linear codec of the stories; the codec is kept in the workdir for good."""
+    """The fixed word vectors and linear codec of the stories; the codec is kept in the workdir for
+    good."""
     path, data = pathlib.Path(workdir) / 'codec.safetensors', config.data
     side_px = square(data)
     if path.exists():
@@ -176,12 +180,14 @@ def pretrained_codec(
 ) -> LatentCodec:
     """T5 and VAE of a model folder, released or converted.
 
-    Each network is loaded when it is called and let go when it returns, so that at most one is in memory; captions
-    once encoded are kept. Videos are coded scene by scene; latents are posterior means times the scaling factor.
+    Each network is loaded when it is called and let go when it returns, so that at most one is in
+    memory; captions once encoded are kept. Videos are coded scene by scene; latents are posterior
+    means times the scaling factor.
 
     Args:
       folder: holds text_encoder/, tokenizer/ and vae/.
-      model: the transformer that they serve; its dtype is also theirs for T5, while the VAE computes in float32.
+      model: the transformer that they serve; its dtype is also theirs for T5, while the VAE
+        computes in float32.
       size_px: height and width of the videos.
       tiling, decode_rule: see vae.decode.
       mask_padding: hide padding tokens from T5's attention; the reference does not.

@@ -1,4 +1,5 @@
-"""Manifests of videos: the reference's CSV and JSON, and story files; and which frames of a video make a clip."""
+"""Manifests of videos: the reference's CSV and JSON, and story files; and which frames of a video
+make a clip."""
 
 import csv
 import dataclasses
@@ -27,7 +28,8 @@ class Clip:
       path: of the video.
       caption: what it shows.
       frames: of the clip, or None for the default.
-      claims: what the manifest says of the file, 'frames', 'height_px' and 'width_px', where it does.
+      claims: what the manifest says of the file, 'frames', 'height_px' and 'width_px', where it
+        does.
       where: its place in the manifest, for messages.
     """
 
@@ -71,10 +73,10 @@ class Manifest:
 def read(path, root=None) -> Manifest:
     """Reads a manifest.
 
-    `.csv` is the reference's list of single clips, with columns caption and path, and num_frame, width and height if it
-    likes. `.json` is its list of stories, {"values": [{"url", "caption"}, ...]}, or {"stories": [{"scenes": [{"video",
-    "caption", "frames"}, ...]}, ...]}, or one such story alone; any scene may say its own number of frames. Other keys
-    and columns are ignored.
+    `.csv` is the reference's list of single clips, with columns caption and path, and num_frame,
+    width and height if it likes. `.json` is its list of stories, {"values": [{"url", "caption"},
+    ...]}, or {"stories": [{"scenes": [{"video", "caption", "frames"}, ...]}, ...]}, or one such
+    story alone; any scene may say its own number of frames. Other keys and columns are ignored.
 
     Args:
       path: the file.
@@ -247,7 +249,8 @@ def choose_frames(
 ) -> np.ndarray:
     """Positions of a clip's frames in a video, by the reference's rules for each kind of manifest.
 
-    single_scene: every stride-th frame of the middle nine tenths, from a random start. multi_scene: from a random start
+    single_scene: every stride-th frame of the middle nine tenths, from a random start. multi_scene:
+      from a random start
     with the largest stride, at most the one asked for, that fits.
 
     Args:

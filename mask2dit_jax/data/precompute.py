@@ -1,4 +1,5 @@
-"""Makes a data set of videos and captions: the moments of the VAE and the states of the text encoder, once."""
+"""Makes a data set of videos and captions: the moments of the VAE and the states of the text
+encoder, once."""
 
 import collections
 import dataclasses
@@ -60,8 +61,9 @@ def plan(job: Job):
     """What is to be made.
 
     Returns:
-      Settings of the data set; its clips, every one of the manifest `windows` times, as (clip, window); problems of the
-      manifest's rows; and a function that raises ValueError for a number of frames that cannot be coded.
+      Settings of the data set; its clips, every one of the manifest `windows` times, as (clip,
+      window); problems of the manifest's rows; and a function that raises ValueError for a number
+      of frames that cannot be coded.
 
     Raises:
       FileNotFoundError, ValueError: naming what is missing or does not fit.
@@ -165,7 +167,8 @@ def _encode_captions(job: Job, model: dit.DiTConfig, captions, known: dict, netw
 
 
 def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list]) -> None:
-    """Text states of all captions of these parts, to a file each; the text encoder is in memory only here."""
+    """Text states of all captions of these parts, to a file each; the text encoder is in memory
+    only here."""
     files = {p: _text_path(out, p) for p in parts if not _text_path(out, p).exists()}
     if not files and (out / NULL_TEXT).exists():
         return
@@ -190,8 +193,8 @@ def _save(path: pathlib.Path, text: np.ndarray) -> None:
 
 
 def video_encoder(folder, tiling: bool):
-    """Function of clips uint8 [B, F, H, W, 3] to moments bfloat16 [B, T, h, w, 2C], and its batch size B: one clip to
-    every local device. Fewer clips may come at once."""
+    """Function of clips uint8 [B, F, H, W, 3] to moments bfloat16 [B, T, h, w, 2C], and its batch
+    size B: one clip to every local device. Fewer clips may come at once."""
     model, params = load_lib.load_vae(pathlib.Path(folder) / 'vae', dtype='float32')
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.array(devices), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
@@ -234,7 +237,8 @@ def precompute(job: Job, out, worker: int = 0, num_workers: int = 1, threads: in
       Whether the data set is complete.
 
     Raises:
-      FileNotFoundError, ValueError: naming what is missing or does not fit, before anything is read.
+      FileNotFoundError, ValueError: naming what is missing or does not fit, before anything is
+        read.
     """
     out = pathlib.Path(out)
     settings, listed, row_problems, check_frames = plan(job)

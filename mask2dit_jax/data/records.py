@@ -1,10 +1,12 @@
 """Data sets of encoded clips: TFDS data sets of ArrayRecord files, written part by part.
 
-TFDS's own builders write a data set in one go on one machine, and start over when killed. Here every part is a file of
-its own, by any host, and appears under its name only when it is whole; the last step adds what makes a TFDS data set of
-them, so that `tfds.builder_from_directory(DIR).as_data_source('train')` reads it without this package.
+TFDS's own builders write a data set in one go on one machine, and start over when killed. Here
+every part is a file of its own, by any host, and appears under its name only when it is whole; the
+last step adds what makes a TFDS data set of them, so that
+`tfds.builder_from_directory(DIR).as_data_source('train')` reads it without this package.
 
-Beside the records lie encode.json (how they were made), an index of each part with its problems, and report.md.
+Beside the records lie encode.json (how they were made), an index of each part with its problems,
+and report.md.
 """
 
 import dataclasses
@@ -42,8 +44,8 @@ class Part:
 
 
 def features(settings: dict) -> tfds.features.FeaturesDict:
-    """Of one clip: with store 'moments', mean and log-variance of the VAE [T, h, w, 2C] and text [M, E], both bfloat16;
-    with 'frames', video uint8 [F, H, W, 3]."""
+    """Of one clip: with store 'moments', mean and log-variance of the VAE [T, h, w, 2C] and text
+    [M, E], both bfloat16; with 'frames', video uint8 [F, H, W, 3]."""
     tensor = functools.partial(tfds.features.Tensor, encoding=tfds.features.Encoding.BYTES)
     known = {
         'story': np.int64,
@@ -86,7 +88,8 @@ def write_json(path: pathlib.Path, content) -> None:
 
 
 def write_part(folder, settings: dict, part: int, examples, problems: list) -> Part:
-    """Writes one part; `examples` are dicts of features' keys, from an iterable that may append to `problems`."""
+    """Writes one part; `examples` are dicts of features' keys, from an iterable that may append to
+    `problems`."""
     final, described = part_path(folder, settings, part), features(settings)
     serializer = example_serializer.ExampleSerializer(described.get_serialized_info())
     temporary = final.with_name(f'{final.name}.{os.getpid()}.tmp')

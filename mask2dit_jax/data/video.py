@@ -1,4 +1,5 @@
-"""Video files and pictures of videos: probe, read, resize, crop, write mp4 / gif / png, contact sheets of scenes."""
+"""Video files and pictures of videos: probe, read, resize, crop, write mp4 / gif / png, contact
+sheets of scenes."""
 
 import contextlib
 import dataclasses
@@ -59,7 +60,8 @@ def _upscale(frames: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _fit(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
-    """Scales so that `size` (width, height) is covered, then crops the centre; PIL's bilinear filter antialiases."""
+    """Scales so that `size` (width, height) is covered, then crops the centre; PIL's bilinear
+    filter antialiases."""
     return np.asarray(
         image if size is None else ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     )
@@ -86,7 +88,8 @@ class Info:
 
     @property
     def timeline(self) -> np.ndarray:
-        """The frame shown at each tick of a constant rate, int [frames]; 0, 1, 2, ... unless the rate is variable."""
+        """The frame shown at each tick of a constant rate, int [frames]; 0, 1, 2, ... unless the
+        rate is variable."""
         if not self.variable_rate:
             return np.arange(len(self.times))
         ticks = self.times[0] + np.arange(len(self.times)) / self.fps
@@ -109,7 +112,8 @@ def _opened(path):
                     f'{path} has no video stream: pass a video file such as mp4 or gif.'
                 )
             stream = container.streams.video[0]
-            # Without this, H.264 conceals what it cannot read by copying from its neighbours; threads drop the error.
+            # Without this, H.264 conceals what it cannot read by copying from its neighbours;
+            # threads drop the error.
             stream.codec_context.options = {'err_detect': 'explode'}
             stream.thread_type, stream.codec_context.thread_count = 'NONE', 1
             yield container, stream
@@ -229,19 +233,21 @@ def read_frames(path, info: Info, indices, *, height_px: int, width_px: int) -> 
 def read_video(
     path, *, height_px: int | None = None, width_px: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """Decodes all frames of a video file (mp4, gif and whatever else FFmpeg reads), turned as the file asks.
+    """Decodes all frames of a video file (mp4, gif and whatever else FFmpeg reads), turned as the
+    file asks.
 
     Args:
       path: the file.
-      height_px, width_px: size wanted, both or neither. A frame is scaled (antialiased bilinear, down or up)
-        until it just covers this size, then the centre is cropped.
+      height_px, width_px: size wanted, both or neither. A frame is scaled (antialiased bilinear,
+        down or up) until it just covers this size, then the centre is cropped.
 
     Returns:
       uint8 frames [F, H, W, 3] and the frames per second.
 
     Raises:
       FileNotFoundError: without the file.
-      ValueError: without a video stream or frame, for a file that FFmpeg cannot decode or without a frame rate.
+      ValueError: without a video stream or frame, for a file that FFmpeg cannot decode or without a
+        frame rate.
     """
     if (height_px is None) != (width_px is None):
         raise ValueError(f'height_px={height_px} and width_px={width_px}: give both or neither.')
@@ -267,7 +273,8 @@ def _new_file(path) -> str:
 
 
 def _encode(path: str, frames: np.ndarray, fps: float, codec: str, options: dict[str, str]) -> None:
-    """Encodes as yuv420p, whose halved chroma needs even sizes: an odd one is padded by repeating the last pixel."""
+    """Encodes as yuv420p, whose halved chroma needs even sizes: an odd one is padded by repeating
+    the last pixel."""
     frames = np.pad(
         frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode='edge'
     )
@@ -286,11 +293,13 @@ def _encode(path: str, frames: np.ndarray, fps: float, codec: str, options: dict
 
 
 def write_mp4(path, frames, fps: float, scale: int = 1) -> None:
-    """Writes an mp4: H.264, or MPEG-4 part 2 (said in the log) when this PyAV is built without libx264.
+    """Writes an mp4: H.264, or MPEG-4 part 2 (said in the log) when this PyAV is built without
+    libx264.
 
     Args:
       path: the file to write; its folder is made if needed.
-      frames: [F, H, W, 3], uint8 or float in [0, 1]. An odd height or width is padded to the next even one.
+      frames: [F, H, W, 3], uint8 or float in [0, 1]. An odd height or width is padded to the next
+        even one.
       fps: frames per second.
       scale: integer nearest-neighbour upscale, so that small videos are watchable.
 
@@ -308,7 +317,8 @@ def write_mp4(path, frames, fps: float, scale: int = 1) -> None:
 
 
 def write_gif(path, frames, fps: float, scale: int = 1) -> None:
-    """Writes a gif that loops forever; equal frames in a row are stored as one that is shown for longer.
+    """Writes a gif that loops forever; equal frames in a row are stored as one that is shown for
+    longer.
 
     Args:
       path: the file to write; its folder is made if needed.
@@ -322,7 +332,8 @@ def write_gif(path, frames, fps: float, scale: int = 1) -> None:
     if not 0 < fps <= 50:
         raise ValueError(f'fps is {fps}: a gif needs more than 0 and at most 50.')
     images = [Image.fromarray(frame) for frame in _upscale(_checked_frames(frames), scale)]
-    # Gif counts in hundredths of a second: rounding the end times, not the durations, keeps the mean rate.
+    # Gif counts in hundredths of a second: rounding the end times, not the durations, keeps the
+    # mean rate.
     durations_ms = 10 * np.diff(np.round(np.arange(len(images) + 1) * 100 / fps)).astype(int)
     images[0].save(
         _new_file(path),
@@ -335,7 +346,8 @@ def write_gif(path, frames, fps: float, scale: int = 1) -> None:
 
 
 def write_png(path, image) -> None:
-    """Writes one image [H, W, 3], uint8 or float in [0, 1], as png; the folder is made if needed."""
+    """Writes one image [H, W, 3], uint8 or float in [0, 1], as png; the folder is made if
+    needed."""
     Image.fromarray(to_uint8(image)).save(_new_file(path), format='PNG')
 
 
@@ -408,17 +420,21 @@ def story_grid(
     """Draws one row per story: its scenes side by side, the caption above each scene.
 
     Args:
-      stories: per story a list of scenes [F, H, W, 3], uint8 or float in [0, 1]; lengths and sizes may differ.
+      stories: per story a list of scenes [F, H, W, 3], uint8 or float in [0, 1]; lengths and sizes
+        may differ.
       captions: per story a list of strings, one per scene.
-      given: per story one bool per scene; a given scene (not generated) is marked '(given)'. None marks none.
+      given: per story one bool per scene; a given scene (not generated) is marked '(given)'. None
+        marks none.
       max_frames: frames shown per scene, evenly chosen from first to last.
-      frame_height_px: a smaller frame is enlarged by the largest integer that fits, a larger one shrunk to it.
+      frame_height_px: a smaller frame is enlarged by the largest integer that fits, a larger one
+        shrunk to it.
 
     Returns:
       uint8 image [H, W, 3] on white.
 
     Raises:
-      ValueError: without a scene, for wrong shapes or unequal numbers of scenes, captions and given.
+      ValueError: without a scene, for wrong shapes or unequal numbers of scenes, captions and
+        given.
     """
     given = [[False] * len(story) for story in stories] if given is None else given
     _check_structure(stories, captions, given)
@@ -441,7 +457,8 @@ def story_grid(
 def contact_sheet(
     scenes, captions, *, given=None, max_frames: int = 8, frame_height_px: int = 128
 ) -> np.ndarray:
-    """Draws one story with a row per scene; arguments as in `story_grid`, without the outer list."""
+    """Draws one story with a row per scene; arguments as in `story_grid`, without the outer
+    list."""
     given = [False] * len(scenes) if given is None else given
     stories, captions, given = ([[item] for item in items] for items in (scenes, captions, given))
     return story_grid(

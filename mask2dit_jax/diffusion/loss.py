@@ -29,7 +29,8 @@ def denoising_loss(model, params, schedule: schedule_lib.Schedule, batch, noise,
       batch: 'latents' [B, T, H, W, C] and 'text' [B, S, M, E].
       noise: like the latents, standard normal, float32.
       t: int [B], one timestep for all scenes of a story that are not given.
-      given: bool [B, S]; given scenes enter clean, at timestep 0, and count nothing (Mask²DiT, section 3.3).
+      given: bool [B, S]; given scenes enter clean, at timestep 0, and count nothing (Mask²DiT,
+        section 3.3).
       frames: static, latent frames per scene.
 
     Returns:

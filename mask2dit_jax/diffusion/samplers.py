@@ -6,10 +6,11 @@ Every sampler here is linear in the latents x, the predicted v and the previous 
 
 so a sampler is a float64 table [N, 5] of (cx, cv, cp, a, s), and the loop is the same for all:
 
-* `ddim`: deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0), exactly the reference's CogVideoX DDIM.
+* `ddim`: deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0), exactly the reference's
+CogVideoX DDIM.
 * `dpm++2m`: DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), first order at the first and last step.
-* `euler`: with a = cos(phi), s = sin(phi) the probability-flow ODE is dx/dphi = v; Euler steps on phi stay finite
-  at zero terminal SNR. (Euler in sigma = s/a would be DDIM again.)
+* `euler`: with a = cos(phi), s = sin(phi) the probability-flow ODE is dx/dphi = v; Euler steps on
+  phi stay finite at zero terminal SNR. (Euler in sigma = s/a would be DDIM again.)
 """
 
 import jax
@@ -34,7 +35,8 @@ def _euler(a, s, a2, s2):
 
 
 def _dpm2m(a, s, a2, s2):
-    """DDIM on the extrapolated estimate x0 + (x0 - x0_prev)·h/(2·h_prev), h the step in log(a/s)."""
+    """DDIM on the extrapolated estimate x0 + (x0 - x0_prev)·h/(2·h_prev), h the step in
+    log(a/s)."""
     with np.errstate(divide='ignore', invalid='ignore'):
         log_snr, log_snr2 = np.log(a / s), np.log(a2 / s2)
         h = log_snr2 - log_snr
@@ -57,8 +59,8 @@ def sampler_table(
       sampler: one of SAMPLERS.
       schedule: the noise schedule.
       num_steps: N, 1...num_train_timesteps.
-      reference_prev: use the reference's prev = t - 1000//N instead of the next timestep of the list; they differ
-        where N does not divide 1000.
+      reference_prev: use the reference's prev = t - 1000//N instead of the next timestep of the
+        list; they differ where N does not divide 1000.
 
     Raises:
       ValueError: for an unknown sampler or step count.
@@ -80,7 +82,8 @@ def step(row, x, v, x0_prev):
 
     Args:
       row: [5], one row of `sampler_table`.
-      x, v, x0_prev: latents, predicted velocity, and the previous step's x_0 estimate (anything finite at first).
+      x, v, x0_prev: latents, predicted velocity, and the previous step's x_0 estimate (anything
+        finite at first).
 
     Returns:
       The next latents and this step's x_0 estimate.
@@ -103,14 +106,16 @@ def sample(
     """Denoises a story from noise, holding given scenes fixed.
 
     Args:
-      velocity_fn: (x [2B, T, H, W, C], t [2B, S]) -> v; the first B rows are the negative half of classifier-free
-        guidance, the second the positive one. Without guidance (None) it gets B rows.
-      noise: [B, T, H, W, C] standard normal, float32; axes after T may be merged, here and in all that has them.
+      velocity_fn: (x [2B, T, H, W, C], t [2B, S]) -> v; the first B rows are the negative half of
+        classifier-free guidance, the second the positive one. Without guidance (None) it gets B
+        rows.
+      noise: [B, T, H, W, C] standard normal, float32; axes after T may be merged, here and in all
+        that has them.
       layout: the story's layout.
       timesteps, table: from `sampler_table`.
       guidance: None, a scalar, [S] (one scale per scene) or [N, S] (also per step).
-      given: clean latents [B, T, H, W, C], read only in given scenes; they stay as they are throughout, at
-        timestep 0 (Mask²DiT, section 3.3).
+      given: clean latents [B, T, H, W, C], read only in given scenes; they stay as they are
+        throughout, at timestep 0 (Mask²DiT, section 3.3).
       given_scenes: bool [S] or [B, S].
       trace: also return the latents after every step.
 

@@ -1,7 +1,8 @@
 """The noise schedule of CogVideoX: scaled linear, SNR shift, zero terminal SNR; v-prediction.
 
-Tables are float64 numpy. x_t = a·x_0 + s·noise with a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar), and
-v = a·noise - s·x_0 (Salimans & Ho 2022, appendix D; zero terminal SNR: Lin et al. 2024, algorithm 1).
+Tables are float64 numpy. x_t = a·x_0 + s·noise with a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar),
+and v = a·noise - s·x_0 (Salimans & Ho 2022, appendix D; zero terminal SNR: Lin et al. 2024,
+algorithm 1).
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Scheduler settings under the names of scheduler_config.json; defaults are CogVideoX-5B's (2B: shift 3.0)."""
+    """Scheduler settings under the names of scheduler_config.json; defaults are CogVideoX-5B's (2B:
+    shift 3.0)."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -73,8 +75,9 @@ def add_noise(schedule: Schedule, x, noise, t, table_dtype=None):
       schedule: the noise schedule.
       x, noise: [B, T, ...] clean latents and standard normal noise.
       t: integer timesteps, any leading part of x's shape: scalar, [B], or [B, T] for one per frame.
-      table_dtype: None for float32 roots of the float64 table. Given a dtype, alpha_bar is rounded to it before
-        the roots, as the reference does with its sample dtype (in bf16, t < 2 then adds no noise at all).
+      table_dtype: None for float32 roots of the float64 table. Given a dtype, alpha_bar is rounded
+        to it before the roots, as the reference does with its sample dtype (in bf16, t < 2 then
+        adds no noise at all).
     """
     a, s = _roots(schedule, t, x.ndim, table_dtype)
     return a * x + s * noise

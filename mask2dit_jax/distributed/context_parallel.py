@@ -1,7 +1,8 @@
-"""Attention on a mesh: Ulysses (Jacobs et al. 2023). Tokens are spread over the `context` axis outside, heads inside.
+"""Attention on a mesh: Ulysses (Jacobs et al. 2023). Tokens are spread over the `context` axis
+outside, heads inside.
 
-Every device sees all tokens for some heads, so that any backend and any pattern run unchanged and the mask is the one
-of a single device.
+Every device sees all tokens for some heads, so that any backend and any pattern run unchanged and
+the mask is the one of a single device.
 """
 
 from collections.abc import Callable
@@ -65,7 +66,8 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
     check(axes, *q.shape[:3])
 
     def swap(x, **axes):
-        # XLA's CPU backend sometimes gives the parts of a bare all-to-all different layouts, and then fails.
+        # XLA's CPU backend sometimes gives the parts of a bare all-to-all different layouts, and
+        # then fails.
         return jax.lax.all_to_all(jax.lax.optimization_barrier(x), 'context', tiled=True, **axes)
 
     def local(q, k, v):

@@ -16,8 +16,10 @@ class MeshConfig:
 
     Attributes:
       data: copies of the model, between which only gradients travel; several slices must divide it.
-      fsdp: devices over which one copy's parameters, optimizer and EMA are spread, each with examples of its own.
-      context: devices that share the tokens of an example (Ulysses); it must divide the attention heads.
+      fsdp: devices over which one copy's parameters, optimizer and EMA are spread, each with
+        examples of its own.
+      context: devices that share the tokens of an example (Ulysses); it must divide the attention
+        heads.
       tensor: devices that share the heads and the hidden features.
       slice: TPU slice (presets.SLICES) that the axes are meant for, which `aot` compiles for.
       cpu_devices: how many devices JAX makes of the host's CPU; it means nothing on accelerators.
@@ -42,14 +44,16 @@ def mesh_axes() -> dict[str, int]:
 
 
 def make_mesh(mesh, devices=None) -> jax.sharding.Mesh:
-    """Mesh (data, fsdp, context, tensor): whole physical axes of the chips' torus where they fit, and slices on data.
+    """Mesh (data, fsdp, context, tensor): whole physical axes of the chips' torus where they fit,
+    and slices on data.
 
     Args:
       mesh: config.MeshConfig, the sizes of the axes.
       devices: all of JAX's unless given, e.g. those of a topology that is only compiled for.
 
     Raises:
-      ValueError: if the axes do not multiply to the number of devices, or data does not divide over slices.
+      ValueError: if the axes do not multiply to the number of devices, or data does not divide over
+        slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = tuple(getattr(mesh, axis) for axis in AXES)
@@ -73,12 +77,14 @@ def make_mesh(mesh, devices=None) -> jax.sharding.Mesh:
         )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # Auto axes: the compiler propagates shardings; Explicit ones, the default, do not work with linen modules.
+    # Auto axes: the compiler propagates shardings; Explicit ones, the default, do not work with
+    # linen modules.
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_of(tree) -> jax.sharding.Mesh:
-    """The mesh that a tree of arrays is spread over; the first device for arrays that are on no mesh."""
+    """The mesh that a tree of arrays is spread over; the first device for arrays that are on no
+    mesh."""
     sharding = getattr(jax.tree.leaves(tree)[0], 'sharding', None)
     if isinstance(sharding, NamedSharding):
         return sharding.mesh
@@ -92,7 +98,8 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
-    """The examples of a global batch that this process's devices need; processes that share tokens share them."""
+    """The examples of a global batch that this process's devices need; processes that share tokens
+    share them."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (index,) in slices for row in range(*index.indices(batch_size))})
 

@@ -1,8 +1,8 @@
 """Several processes as one program: they start, agree, stop, and end together.
 
-JAX notices a process that is killed or stopped, by heartbeats that each one's runtime sends from a thread of its own,
-and then ends the others. It cannot notice one whose Python hangs while its threads live (a file system that does not
-answer): `meet` does.
+JAX notices a process that is killed or stopped, by heartbeats that each one's runtime sends from a
+thread of its own, and then ends the others. It cannot notice one whose Python hangs while its
+threads live (a file system that does not answer): `meet` does.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ def initialize(
     """Connects the processes of a run; to be called before devices are touched.
 
     Args:
-      coordinator: HOST:PORT of process 0; None for one process, or on TPU, where a host that has fewer chips than the
-        mesh needs is one of several and learns the rest from its environment.
+      coordinator: HOST:PORT of process 0; None for one process, or on TPU, where a host that has
+        fewer chips than the mesh needs is one of several and learns the rest from its environment.
       num_processes, process_id: with the coordinator.
       devices: that the mesh needs.
     """
@@ -90,8 +90,9 @@ def barrier(step: int, limited: bool) -> None:
 
     Args:
       step: the same on all, each once.
-      limited: end the wait after PEER_SECONDS. Not where a process may well be minutes late, since it compiled or
-        saved before; how long steps take does not matter, since processes wait for their ends together.
+      limited: end the wait after PEER_SECONDS. Not where a process may well be minutes late, since
+        it compiled or saved before; how long steps take does not matter, since processes wait for
+        their ends together.
 
     Raises:
       TimeoutError: if some do not come.
@@ -112,8 +113,9 @@ def barrier(step: int, limited: bool) -> None:
 def termination():
     """A function that says whether to stop, since SIGTERM came to one of the processes.
 
-    It must be asked after every step, and says True after the same one on all. While Python waits (for the compiler,
-    say) the signal waits, too. Afterwards SIGTERM ends the process at once; before, too, if it is the only one.
+    It must be asked after every step, and says True after the same one on all. While Python waits
+    (for the compiler, say) the signal waits, too. Afterwards SIGTERM ends the process at once;
+    before, too, if it is the only one.
     """
     if jax.distributed.is_initialized():
         asked = itertools.count(

@@ -1,10 +1,12 @@
 """Meshes and shardings: ordered regex rules from parameter paths to partition specs.
 
-Optimizer state and EMA carry the parameters' paths inside their own, so that one table shards them all.
+Optimizer state and EMA carry the parameters' paths inside their own, so that one table shards them
+all.
 
-Parameters are spread over fsdp along one axis and over context along the other, so that every gather and every
-reduction runs over one mesh axis, which is one or more whole axes of the chips' torus: over both at once the TPU
-compiler reduces gradients of full size everywhere (seen on v6e:8x8).
+Parameters are spread over fsdp along one axis and over context along the other, so that every
+gather and every reduction runs over one mesh axis, which is one or more whole axes of the chips'
+torus: over both at once the TPU compiler reduces gradients of full size everywhere (seen on
+v6e:8x8).
 """
 
 import math
@@ -16,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from mask2dit_jax.distributed import mesh as mesh_lib
 
-# Names, and the axes over which the rows and the columns of their kernels are spread. LoRA's A [in, rank] lies as the
-# rows do and B [rank, out] as the columns, so that A @ B needs no collective.
+# Names, and the axes over which the rows and the columns of their kernels are spread. LoRA's A [in,
+# rank] lies as the rows do and B [rank, out] as the columns, so that A @ B needs no collective.
 _KERNELS = (
     ('to_q|to_k|to_v|ff_in', 'fsdp', ('tensor', 'context')),
     ('to_out|ff_out', ('tensor', 'fsdp'), 'context'),
@@ -25,7 +27,8 @@ _KERNELS = (
     ('patch|text|time_in|time_out', None, 'fsdp'),
     ('proj_out', 'fsdp', None),
 )
-# Of '/' and the path. First match wins; a spec names the last axes, so that a stacked layer axis stays whole.
+# Of '/' and the path. First match wins; a spec names the last axes, so that a stacked layer axis
+# stays whole.
 RULES = (
     *((rf'/({names})/kernel$', (rows, columns)) for names, rows, columns in _KERNELS),
     *((rf'/({names})/lora_A$', (rows, None)) for names, rows, _ in _KERNELS),
@@ -46,7 +49,8 @@ def constrain_tokens(x):
 
 
 def gather_context(x, name: str):
-    """Gathers a parameter over context alone; the compiler does the rest. Its gradient takes the way back.
+    """Gathers a parameter over context alone; the compiler does the rest. Its gradient takes the
+    way back.
 
     Without this step the gradient would be reduced over all devices at once, in full size.
     """
@@ -90,14 +94,16 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -
 
 
 def shardings(tree, mesh: jax.sharding.Mesh):
-    """NamedSharding for every array of a train state (or part of one) of arrays or ShapeDtypeStructs."""
+    """NamedSharding for every array of a train state (or part of one) of arrays or
+    ShapeDtypeStructs."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), tree
     )
 
 
 def abstract_arrays(tree, mesh: jax.sharding.Mesh, dtype: str | None = None):
-    """ShapeDtypeStructs of a tree's arrays with their places on the mesh, optionally in another dtype."""
+    """ShapeDtypeStructs of a tree's arrays with their places on the mesh, optionally in another
+    dtype."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
         tree,

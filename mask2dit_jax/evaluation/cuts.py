@@ -9,7 +9,8 @@ from mask2dit_jax.evaluation import metrics
 
 
 def transitions(pixels) -> np.ndarray:
-    """Mean absolute change of pixels from each frame to the next, in [0, 1], float64 [F - 1]; uint8 [F, H, W, 3]."""
+    """Mean absolute change of pixels from each frame to the next, in [0, 1], float64 [F - 1]; uint8
+    [F, H, W, 3]."""
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8:
         raise ValueError(f'Pixels have dtype {pixels.dtype}: pass uint8.')
@@ -21,17 +22,19 @@ def transitions(pixels) -> np.ndarray:
 
 
 def cut_scores(change, frames: Sequence[int]) -> dict[str, np.ndarray]:
-    """How sharp the cuts between scenes are, and whether the sharpest ones are where the layout says.
+    """How sharp the cuts between scenes are, and whether the sharpest ones are where the layout
+    says.
 
     Args:
       change: [F - 1] of `transitions`; what is below LEAST_CHANGE counts as none.
       frames: per scene.
 
     Returns:
-      'sharpness' [S - 1]: (d - m) / (d + m) with d the change at the border and m the mean change inside of the two
-      scenes it divides. 1 is a hard cut between still scenes, 0 no more change than inside, or none at all.
-      'placed' [S - 1]: 1 where the border is among the video's S - 1 largest changes, else 0; a border without a
-      change, or one that does not stand out from inside changes, is not.
+      'sharpness' [S - 1]: (d - m) / (d + m) with d the change at the border and m the mean change
+      inside of the two scenes it divides. 1 is a hard cut between still scenes, 0 no more change
+      than inside, or none at all. 'placed' [S - 1]: 1 where the border is among the video's S - 1
+      largest changes, else 0; a border without a change, or one that does not stand out from inside
+      changes, is not.
 
     Raises:
       ValueError: if change and frames do not fit, or two neighbouring scenes have a frame each.

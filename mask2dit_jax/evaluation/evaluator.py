@@ -39,7 +39,8 @@ def _clip_features(encoder: feature_encoders.Encoder, clips, count: int) -> np.n
 
 @dataclasses.dataclass(frozen=True)
 class FeatureEncoders:
-    """Encoders of scenes and captions, of frames and of whole videos; None gives no such features."""
+    """Encoders of scenes and captions, of frames and of whole videos; None gives no such
+    features."""
 
     scenes: feature_encoders.Encoder
     frames: feature_encoders.Encoder | None
@@ -49,7 +50,8 @@ class FeatureEncoders:
 def encode_video(
     encoders: FeatureEncoders, item: videos_lib.Video, pixels, count: int
 ) -> dict[str, np.ndarray]:
-    """The features of one video uint8 [F, H, W, 3], by their names in a features file; `count` is --frames."""
+    """The features of one video uint8 [F, H, W, 3], by their names in a features file; `count` is
+    --frames."""
     scenes, features = story_file.split_scenes(pixels, item.frames), {}
     if encoders.frames is not None:
         framed = _frame_features(encoders.frames, scenes, count)
@@ -160,7 +162,8 @@ def load_encoders(encoder, frame_encoder=None, video_encoder=None) -> FeatureEnc
 def _encode_captions(
     encoders: FeatureEncoders, videos: list[videos_lib.Video]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """NAME/captions of all videos, and how many captions were cut off; nothing from an encoder without captions."""
+    """NAME/captions of all videos, and how many captions were cut off; nothing from an encoder
+    without captions."""
     if encoders.scenes.text is None:
         return {}, 0
     captions = list(dict.fromkeys(c for item in videos for c in item.captions))
@@ -184,7 +187,8 @@ def evaluate(
     frames: int = 8,
     seed: int = 0,
 ) -> dict:
-    """Scores the videos of a folder and writes evaluation.md, evaluation.json and features.safetensors to `out`.
+    """Scores the videos of a folder and writes evaluation.md, evaluation.json and
+    features.safetensors to `out`.
 
     Arguments are the flags of the command; returns what evaluation.json holds.
 

@@ -1,12 +1,14 @@
-"""Encoders of frames, clips and captions, from folders as transformers writes them: CLIP, DINOv2, VideoMAE.
+"""Encoders of frames, clips and captions, from folders as transformers writes them: CLIP, DINOv2,
+VideoMAE.
 
-A folder holds config.json, .safetensors, preprocessor_config.json, and for CLIP's captions tokenizer.json, or
-vocab.json and merges.txt. Loading is strict: every missing, unexpected or misshapen tensor is named; heads that
-features do not need (classifiers, VideoMAE's decoder) are not read.
+A folder holds config.json, .safetensors, preprocessor_config.json, and for CLIP's captions
+tokenizer.json, or vocab.json and merges.txt. Loading is strict: every missing, unexpected or
+misshapen tensor is named; heads that features do not need (classifiers, VideoMAE's decoder) are not
+read.
 
     encoder = load('clip-vit-large-patch14')
-    features = encode_clips(encoder, clips)             # uint8 [N, F, H, W, 3], F = encoder.cfg.frames -> [N, D]
-    features, cut = encode_captions(encoder, captions)  # [N, D]
+    features = encode_clips(encoder, clips)             # uint8 [N, F, H, W, 3], F =
+    encoder.cfg.frames -> [N, D] features, cut = encode_captions(encoder, captions)  # [N, D]
 """
 
 import dataclasses
@@ -532,7 +534,8 @@ def _in_batches(run: Callable, batch: int, *arrays) -> np.ndarray:
 
 
 def encode_clips(encoder: Encoder, clips, frames_at_once: int = 8) -> np.ndarray:
-    """Clips uint8 [N, cfg.frames, H, W, 3], for pictures of one frame each, to features float32 [N, D].
+    """Clips uint8 [N, cfg.frames, H, W, 3], for pictures of one frame each, to features float32 [N,
+    D].
 
     Raises:
       ValueError: for another number of frames.
@@ -553,7 +556,8 @@ def encode_clips(encoder: Encoder, clips, frames_at_once: int = 8) -> np.ndarray
 def encode_captions(
     encoder: Encoder, captions: Sequence[str], at_once: int = 16
 ) -> tuple[np.ndarray, list[bool]]:
-    """Captions to features float32 [N, D], and for each whether it was too long for the encoder and cut off."""
+    """Captions to features float32 [N, D], and for each whether it was too long for the encoder and
+    cut off."""
     cfg, params, tokenize = encoder.text
     rows = [tokenize(caption) for caption in captions]
     ids, last = np.zeros((len(rows), cfg.length), np.int32), np.zeros(len(rows), np.int32)

@@ -9,7 +9,8 @@ from mask2dit_jax.evaluation import videos as videos_lib
 
 
 def frechet_video_distance(videos: list[videos_lib.Video], features: dict) -> dict | None:
-    """Fréchet distance between all NAME/video and the reference, with the counts that it rests on; None without them.
+    """Fréchet distance between all NAME/video and the reference, with the counts that it rests on;
+    None without them.
 
     Raises:
       ValueError: if there is a reference but not a feature of every video, or too few of either.
@@ -57,7 +58,8 @@ def moments(features) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of both sets together (Chan, Golub & LeVeque 1983), without the cancellation of sums of squares."""
+    """Moments of both sets together (Chan, Golub & LeVeque 1983), without the cancellation of sums
+    of squares."""
     count, shift = a.count + b.count, b.mean - a.mean
     return Moments(
         count,

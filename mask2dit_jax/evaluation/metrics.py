@@ -1,9 +1,10 @@
-"""Metrics of multi-scene video, on features and pixels: pure functions of numpy arrays, float64 throughout.
+"""Metrics of multi-scene video, on features and pixels: pure functions of numpy arrays, float64
+throughout.
 
-A scene has one feature (of its video), a caption one in the same space, a frame one of its own space. All consistency
-is mean cosine, as in the paper's table: visual between scenes, semantic between a scene and its caption, sequence the
-mean of both. High consistency may only mean that nothing was cut, so that `cut_scores` belongs beside every such
-number.
+A scene has one feature (of its video), a caption one in the same space, a frame one of its own
+space. All consistency is mean cosine, as in the paper's table: visual between scenes, semantic
+between a scene and its caption, sequence the mean of both. High consistency may only mean that
+nothing was cut, so that `cut_scores` belongs beside every such number.
 """
 
 from collections.abc import Sequence
@@ -54,7 +55,8 @@ def visual_consistency(scenes, pairs: str = 'all') -> float:
 
 
 def semantic_consistency(scenes, captions) -> float:
-    """Mean cosine of scenes' video features [S, D] with their own captions' text features [S, D] (Mask²DiT)."""
+    """Mean cosine of scenes' video features [S, D] with their own captions' text features [S, D]
+    (Mask²DiT)."""
     return float(caption_cosines(scenes, captions).diagonal().mean())
 
 
@@ -78,7 +80,8 @@ def caption_cosines(scenes, captions) -> np.ndarray:
 
 
 def caption_matches(confusion) -> np.ndarray:
-    """Per scene [S], whether its own caption is the best of the story's: 1 or 0, or 1 / k among k that tie.
+    """Per scene [S], whether its own caption is the best of the story's: 1 or 0, or 1 / k among k
+    that tie.
 
     Scenes that say nothing of their captions get 1 / S on average.
     """
@@ -93,10 +96,12 @@ def caption_margin(confusion) -> float:
 
 
 def subject_within(scenes: Sequence) -> float:
-    """Subject consistency within scenes (VBench, Huang et al. 2024), mean over scenes of frame features [F, E].
+    """Subject consistency within scenes (VBench, Huang et al. 2024), mean over scenes of frame
+    features [F, E].
 
-    In a scene, the mean over frames after the first of their cosines with the first frame and with the one before,
-    averaged. VBench takes DINO features, and negative cosines as zero, which we do not.
+    In a scene, the mean over frames after the first of their cosines with the first frame and with
+    the one before, averaged. VBench takes DINO features, and negative cosines as zero, which we do
+    not.
 
     Raises:
       ValueError: for a scene of one frame.
@@ -112,7 +117,8 @@ def subject_within(scenes: Sequence) -> float:
 
 
 def subject_between(scenes: Sequence) -> float:
-    """Mean cosine between frames of two scenes, over all pairs of scenes; frame features [F, E] per scene."""
+    """Mean cosine between frames of two scenes, over all pairs of scenes; frame features [F, E] per
+    scene."""
     means = np.stack(
         [unit(frames).mean(0) for frames in scenes]
     )  # products of means are means of products
@@ -122,7 +128,8 @@ def subject_between(scenes: Sequence) -> float:
 def bootstrap(
     values, seed: int, *, resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap interval (Efron 1979) of the mean of values [N], drawn anew with replacement.
+    """Percentile bootstrap interval (Efron 1979) of the mean of values [N], drawn anew with
+    replacement.
 
     None for fewer than two values, of which nothing can be said.
     """

@@ -18,10 +18,12 @@ class Video:
 
 
 def find_videos(folder, story=None) -> list[Video]:
-    """All mp4 files of a folder with one story, or, without it, beside the story.json files in and below the folder.
+    """All mp4 files of a folder with one story, or, without it, beside the story.json files in and
+    below the folder.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file that is missing, or the story that has no frames or one scene.
+      FileNotFoundError, ValueError: naming the file that is missing, or the story that has no
+        frames or one scene.
     """
     folder = pathlib.Path(folder)
     stories = [pathlib.Path(story)] if story else sorted(folder.rglob('story.json'))

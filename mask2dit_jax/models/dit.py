@@ -1,8 +1,8 @@
 """The CogVideoX transformer with the two masks of Mask²DiT, at any size.
 
-One forward serves everything: `t` holds one timestep per scene, and every token is modulated by its own scene's
-(Mask²DiT, section 3.3: given scenes are clean at timestep 0). Pretraining, conditional training and
-auto-regressive extension differ only in `t` and in the loss mask.
+One forward serves everything: `t` holds one timestep per scene, and every token is modulated by its
+own scene's (Mask²DiT, section 3.3: given scenes are clean at timestep 0). Pretraining, conditional
+training and auto-regressive extension differ only in `t` and in the loss mask.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.layout import SceneLayout, token_scenes
 from mask2dit_jax.models import embeddings
 
-# What the backward pass does not compute again: names to keep on the device, names to move to the host's memory.
+# What the backward pass does not compute again: names to keep on the device, names to move to the
+# host's memory.
 REMAT = {
     'none': None,
     'full': ((), ()),
@@ -34,21 +35,22 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Architecture; defaults are CogVideoX-5B's. Names follow the released config.json where it has one.
+    """Architecture; defaults are CogVideoX-5B's. Names follow the released config.json where it has
+    one.
 
     Attributes:
       pattern: attention mask, one of scenes.PATTERNS.
       rotary: 3D rotary positions (5B) or, if false, fixed sin-cos ones (2B).
       learned_positions: learned additive positions, alone or on top of rotary (5B-I2V).
-      position_rule: 'continuous' counts frames straight through scenes of any number and length, and starts a
-        learned table anew in every scene; 'reference' stretches one clip's table over all scenes as the released
-        code does. Rotary positions are the same under both.
-      sample_height, sample_width, sample_frames: the trained latent size and pixel frames, which set the base grid.
-      dtype: compute dtype; parameters are float32 whatever it is.
-      remat: what the backward pass computes again: 'none', 'full' (every layer, from its input), 'save_attention' (all
-        but attention), 'save_matmuls' (neither attention nor matmuls: on a CPU faster than 'none', for moving less),
-        'offload_attention' (as save_attention, kept in host memory) or 'offload_layer' (every layer, with its input
-        kept in host memory).
+      position_rule: 'continuous' counts frames straight through scenes of any number and length,
+        and starts a learned table anew in every scene; 'reference' stretches one clip's table over
+        all scenes as the released code does. Rotary positions are the same under both.
+      sample_height, sample_width, sample_frames: the trained latent size and pixel frames, which
+      set the base grid. dtype: compute dtype; parameters are float32 whatever it is.
+      remat: what the backward pass computes again: 'none', 'full' (every layer, from its input),
+        'save_attention' (all but attention), 'save_matmuls' (neither attention nor matmuls: on a
+        CPU faster than 'none', for moving less), 'offload_attention' (as save_attention, kept in
+        host memory) or 'offload_layer' (every layer, with its input kept in host memory).
     """
 
     num_layers: int = 42
@@ -137,7 +139,8 @@ class DiTConfig:
 
 
 def patchify(x, layout: SceneLayout, patch: int):
-    """[B, T, H, W, C] to tokens [B, num_video, C·pt·p·p], features in (channel, frame, row, column) order."""
+    """[B, T, H, W, C] to tokens [B, num_video, C·pt·p·p], features in (channel, frame, row, column)
+    order."""
     b, _, h, w, c = x.shape
     pt = layout.patch_t
     if layout.frames != tuple(f * pt for f in layout.token_frames):
@@ -154,7 +157,8 @@ def patchify(x, layout: SceneLayout, patch: int):
 
 
 def unpatchify(x, layout: SceneLayout, patch: int):
-    """Inverse of `patchify`, padding frames cut off: [B, num_video, C·pt·p·p] to [B, T, H, W, C]."""
+    """Inverse of `patchify`, padding frames cut off: [B, num_video, C·pt·p·p] to [B, T, H, W,
+    C]."""
     b, pt = x.shape[0], layout.patch_t
     x = x.reshape(b, sum(layout.token_frames), layout.height, layout.width, -1, pt, patch, patch)
     x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(
@@ -168,8 +172,9 @@ def unpatchify(x, layout: SceneLayout, patch: int):
 class _Dense(nn.Module):
     """Dense whose kernel is gathered axis by axis on a mesh.
 
-    Leading axes are flattened, since XLA's CPU backend computes the weight gradient twice as fast that way, but not
-    where both examples and tokens are spread over devices: the flattened axis could not be.
+    Leading axes are flattened, since XLA's CPU backend computes the weight gradient twice as fast
+    that way, but not where both examples and tokens are spread over devices: the flattened axis
+    could not be.
     """
 
     features: int
@@ -207,11 +212,13 @@ def _layer_norm(eps: float, affine: bool, name: str):
 
 @jax.custom_vjp
 def _pick_rows(one_hot, table):
-    """Rows of tables [B, K, E] by one-hot rows [L, K]: exact, shards over tokens, and its gradient is no scatter."""
+    """Rows of tables [B, K, E] by one-hot rows [L, K]: exact, shards over tokens, and its gradient
+    is no scatter."""
     return jnp.einsum('lk,bke->ble', one_hot, table, precision='highest')
 
 
-# The derivative, but in an order of axes that needs no transposed copy of the cotangent, as that of einsum does.
+# The derivative, but in an order of axes that needs no transposed copy of the cotangent, as that of
+# einsum does.
 _pick_rows.defvjp(
     lambda one_hot, table: (_pick_rows(one_hot, table), one_hot),
     lambda one_hot, d: (None, jnp.einsum('lk,ble->bke', one_hot, d, precision='highest')),

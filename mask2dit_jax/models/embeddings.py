@@ -1,4 +1,5 @@
-"""Where each token stands, and at which timestep: rotary and sin-cos positions, and the timestep embedding."""
+"""Where each token stands, and at which timestep: rotary and sin-cos positions, and the timestep
+embedding."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,8 @@ def fit_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[int, int, in
     """Fits a token grid into the trained one, keeping its aspect ratio (CogVideoX 1.0 rotary crop).
 
     Returns:
-      (top, left, height, width) of the crop in units of the base grid; Python's round-half-to-even throughout.
+      (top, left, height, width) of the crop in units of the base grid; Python's round-half-to-even
+      throughout.
     """
     (gh, gw), (bh, bw) = grid, base
     rh, rw = (bh, round(bh / gh * gw)) if gh / gw > bh / bw else (round(bw / gw * gh), bw)
@@ -22,19 +24,22 @@ def fit_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[int, int, in
 def rope_table(
     layout: SceneLayout, head_dim: int, rule: str, base: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of 3D rotary positions on one timeline that runs straight through all scenes.
+    """Cosines and sines of 3D rotary positions on one timeline that runs straight through all
+    scenes.
 
     Args:
       layout: the story's layout.
       head_dim: D; a quarter turns with time, three eighths each with row and column.
-      rule: 'linspace' (CogVideoX 1.0: any resolution is squeezed into the base grid) or 'slice' (1.5: integers).
+      rule: 'linspace' (CogVideoX 1.0: any resolution is squeezed into the base grid) or 'slice'
+        (1.5: integers).
       base: rows and columns of the trained token grid.
 
     Returns:
       cos and sin, float32 [num_video, D], each value repeated for the two members of its pair.
 
     Raises:
-      ValueError: if head_dim does not split, the rule is unknown, or a 'slice' grid exceeds the base grid.
+      ValueError: if head_dim does not split, the rule is unknown, or a 'slice' grid exceeds the
+        base grid.
     """
     if head_dim % 16:
         raise ValueError(f'Rotary positions need head_dim to be a multiple of 16, got {head_dim}.')
@@ -72,7 +77,8 @@ def _sincos(positions: np.ndarray, width: int) -> np.ndarray:
 def sincos_grid(
     times, rows, cols, width: int, time_scale: float = 1.0, space_scale: float = 1.875
 ) -> np.ndarray:
-    """Sin-cos embedding of a (time, row, column) grid, float64 [T*H*W, width], ordered [time | column | row]."""
+    """Sin-cos embedding of a (time, row, column) grid, float64 [T*H*W, width], ordered [time |
+    column | row]."""
     if width % 16:
         raise ValueError(f'Sin-cos positions need a width that is a multiple of 16, got {width}.')
     t, r, c = np.meshgrid(
@@ -87,12 +93,14 @@ def sincos_grid(
 
 
 def _half_pixel(size: int, base: int) -> np.ndarray:
-    """Coordinates of `size` samples on a line of `base` points: half-pixel centres, clamped at the ends."""
+    """Coordinates of `size` samples on a line of `base` points: half-pixel centres, clamped at the
+    ends."""
     return np.clip((np.arange(size) + 0.5) * base / size - 0.5, 0, base - 1)
 
 
 def _linear_weights(size: int, base: int) -> np.ndarray:
-    """Matrix [size, base] of linear interpolation from `base` to `size` points (align_corners false)."""
+    """Matrix [size, base] of linear interpolation from `base` to `size` points (align_corners
+    false)."""
     x = _half_pixel(size, base)
     low = np.floor(x).astype(int)
     weights = np.zeros((size, base))
@@ -109,8 +117,8 @@ def resample_positions(
     Args:
       layout: the story's layout.
       base: (T0, H0, W0), the trained grid.
-      scenes_share: False for the reference's rule (one clip's table stretched over T0*S frames and cut), True to
-        start the table anew in every scene, resampled to that scene's length.
+      scenes_share: False for the reference's rule (one clip's table stretched over T0*S frames and
+        cut), True to start the table anew in every scene, resampled to that scene's length.
 
     Returns:
       float64 matrices for text [S*M, M], time [token frames, T0], rows [h, H0] and columns [w, W0].
@@ -146,9 +154,9 @@ def sincos_positions(
 ) -> np.ndarray:
     """Sin-cos positions of the joint sequence (zeros for text), float32 [L, width].
 
-    'reference' resamples the trained clip's table to T0*S frames and cuts it, as the released code does;
-    'continuous' counts frames straight through all scenes of whatever length, and equals it for one clip of T0
-    frames on the base grid.
+    'reference' resamples the trained clip's table to T0*S frames and cuts it, as the released code
+    does; 'continuous' counts frames straight through all scenes of whatever length, and equals it
+    for one clip of T0 frames on the base grid.
     """
     t0, h0, w0 = base
     if rule == 'continuous':
@@ -190,8 +198,8 @@ def timestep_embedding(t, width: int, flip_sin_to_cos: bool, freq_shift: int):
 def apply_rope(x, cos, sin):
     """Rotates adjacent pairs (2i, 2i + 1) of [B, L, N, D] by tables [L, D], in float32.
 
-    Neighbours come from a product with a signed permutation, which is exact: an axis of pairs would leave the TPU's
-    lanes empty, and a roll there writes shifted copies in float32.
+    Neighbours come from a product with a signed permutation, which is exact: an axis of pairs would
+    leave the TPU's lanes empty, and a roll there writes shifted copies in float32.
     """
     even = np.arange(0, x.shape[-1], 2)
     turn = np.zeros((x.shape[-1],) * 2, np.float32)

@@ -8,7 +8,8 @@ from mask2dit_jax.models import dit
 def forward_flops(cfg: dit.DiTConfig, layout: SceneLayout) -> dict[str, float]:
     """FLOPs of a forward pass for one example: 'dense' and 'attention'.
 
-    Dense: 24·E² per layer and token, and the projections at both ends. Attention: 4·E per layer and visible pair.
+    Dense: 24·E² per layer and token, and the projections at both ends. Attention: 4·E per layer and
+      visible pair.
     """
     e = cfg.width
     ends = (
@@ -29,7 +30,8 @@ def forward_flops(cfg: dit.DiTConfig, layout: SceneLayout) -> dict[str, float]:
 
 
 def training_flops(cfg: dit.DiTConfig, layout: SceneLayout) -> dict[str, float]:
-    """FLOPs of a training step for one example: 3 times the dense products of a forward pass, and 3.5 times those of its
-    attention, whose backward pass has five products of the size of the forward pass's two."""
+    """FLOPs of a training step for one example: 3 times the dense products of a forward pass, and
+    3.5 times those of its attention, whose backward pass has five products of the size of the
+    forward pass's two."""
     forward = forward_flops(cfg, layout)
     return {'dense': 3 * forward['dense'], 'attention': 3.5 * forward['attention']}

@@ -1,7 +1,9 @@
-"""LoRA (arXiv 2106.09685): kernel + alpha / rank · A @ B, with A [in, rank] and B [rank, out] trained, kernels frozen.
+"""LoRA (arXiv 2106.09685): kernel + alpha / rank · A @ B, with A [in, rank] and B [rank, out]
+trained, kernels frozen.
 
-A tree of LoRA tensors is shaped as the parameters' are, with lora_A and lora_B in the place of a kernel; layers are
-stacked there as they are here, each with an A and B of its own. In files the names are those of PEFT and diffusers.
+A tree of LoRA tensors is shaped as the parameters' are, with lora_A and lora_B in the place of a
+kernel; layers are stacked there as they are here, each with an A and B of its own. In files the
+names are those of PEFT and diffusers.
 """
 
 import dataclasses
@@ -14,17 +16,18 @@ from flax import traverse_util
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank fine-tuning: only A and B are trained, and a kernel acts as kernel + alpha / rank * A @ B.
+    """Low-rank fine-tuning: only A and B are trained, and a kernel acts as kernel + alpha / rank *
+    A @ B.
 
-    The base, which `init_from` must name, stays as it is and is not saved again. A and B are no matrices of the blocks
-    in the optimizer's sense: under 'muon' they get its Nesterov AdamW.
+    The base, which `init_from` must name, stays as it is and is not saved again. A and B are no
+    matrices of the blocks in the optimizer's sense: under 'muon' they get its Nesterov AdamW.
 
     Attributes:
       rank: of A @ B; 0 trains the whole model instead.
-      alpha: see above; 0 means alpha = rank, so a scale of 1, which is also what diffusers takes where a file of LoRA
-        tensors does not say.
-      layers: regular expression, searched for in the parameters' paths, e.g. 'blocks/ff_in/kernel'; the default is the
-        attention's four projections in every block.
+      alpha: see above; 0 means alpha = rank, so a scale of 1, which is also what diffusers takes
+        where a file of LoRA tensors does not say.
+      layers: regular expression, searched for in the parameters' paths, e.g. 'blocks/ff_in/kernel';
+        the default is the attention's four projections in every block.
     """
 
     rank: int = 0
@@ -41,7 +44,8 @@ def matched(params, cfg: LoraConfig) -> list[tuple[str, ...]]:
     """Paths of the kernels that cfg.layers selects, without their last part.
 
     Raises:
-      ValueError: if it selects nothing, or something that is no matrix, or is no regular expression.
+      ValueError: if it selects nothing, or something that is no matrix, or is no regular
+        expression.
     """
     try:
         pattern = re.compile(cfg.layers)
@@ -65,7 +69,8 @@ def matched(params, cfg: LoraConfig) -> list[tuple[str, ...]]:
 
 
 def init(key, params, cfg: LoraConfig):
-    """Fresh tensors, float32: A uniform in ±in^-½ as in PEFT, B zero, so that training starts from the base itself.
+    """Fresh tensors, float32: A uniform in ±in^-½ as in PEFT, B zero, so that training starts from
+    the base itself.
 
     Args:
       key: PRNG key.
@@ -90,14 +95,16 @@ def init(key, params, cfg: LoraConfig):
 
 
 def merge_kernel(kernel, a, b, factor: float):
-    """kernel + factor · a @ b, computed in float32, in the kernel's dtype; leading axes are a batch."""
+    """kernel + factor · a @ b, computed in float32, in the kernel's dtype; leading axes are a
+    batch."""
     return (kernel.astype(jnp.float32) + factor * jnp.matmul(a, b, precision='highest')).astype(
         kernel.dtype
     )
 
 
 def merge(params, tree, cfg: LoraConfig, merge_kernel=merge_kernel):
-    """The parameters with every kernel that has LoRA tensors in `tree` replaced by `merge_kernel`."""
+    """The parameters with every kernel that has LoRA tensors in `tree` replaced by
+    `merge_kernel`."""
     flat, pairs = dict(traverse_util.flatten_dict(params)), traverse_util.flatten_dict(tree)
     for *path, _ in (p for p in pairs if p[-1] == 'lora_A'):
         kernel, a, b = flat[*path, 'kernel'], pairs[*path, 'lora_A'], pairs[*path, 'lora_B']
@@ -106,7 +113,8 @@ def merge(params, tree, cfg: LoraConfig, merge_kernel=merge_kernel):
 
 
 def merge_placed(params, tree, cfg: LoraConfig):
-    """`merge` of arrays on devices: kernels come out where they lay, everything else is shared with `params`."""
+    """`merge` of arrays on devices: kernels come out where they lay, everything else is shared with
+    `params`."""
     return merge(
         params,
         tree,

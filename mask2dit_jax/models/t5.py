@@ -36,10 +36,11 @@ class T5Config:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of key - query for every pair, int32 [length, length]; half of the buckets for each direction.
+    """Bucket of key - query for every pair, int32 [length, length]; half of the buckets for each
+    direction.
 
-    Small distances have a bucket each, larger ones share logarithmically growing ones. Logarithms are float32, as
-    borders depend on their rounding.
+    Small distances have a bucket each, larger ones share logarithmically growing ones. Logarithms
+    are float32, as borders depend on their rounding.
     """
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, distance = num_buckets // 2, np.abs(relative)
@@ -89,7 +90,8 @@ class _Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids int32 [B, M], and optionally a bool mask [B, M] of the tokens that may be seen, to [B, M, d_model]."""
+    """Token ids int32 [B, M], and optionally a bool mask [B, M] of the tokens that may be seen, to
+    [B, M, d_model]."""
 
     cfg: T5Config
 
@@ -117,7 +119,8 @@ class T5Encoder(nn.Module):
 
 @functools.partial(jax.jit, static_argnames='cfg')
 def encode(cfg: T5Config, params, ids, mask=None):
-    """The encoder, jitted: ids int32 [B, M] and mask as in T5Encoder to its last hidden state [B, M, d_model]."""
+    """The encoder, jitted: ids int32 [B, M] and mask as in T5Encoder to its last hidden state [B,
+    M, d_model]."""
     return T5Encoder(cfg).apply({'params': params}, ids, mask)
 
 
@@ -125,7 +128,8 @@ def load_tokenizer(folder) -> Callable[[list[str], int], np.ndarray]:
     """Tokenizer of a released folder: spiece.model, or tokenizer.json if that is all there is.
 
     Returns:
-      Function of captions and a length to ids, int32 [number of captions, length]: cut off, ended by EOS, padded.
+      Function of captions and a length to ids, int32 [number of captions, length]: cut off, ended
+      by EOS, padded.
 
     Raises:
       FileNotFoundError, ValueError: if there is neither, or it is damaged.

@@ -1,8 +1,9 @@
 """The causal 3D VAE of CogVideoX, frame batching included.
 
-A scene is coded in chunks of frames. Every causal convolution keeps the last two frames that it saw in the 'cache'
-collection; the first chunk of a scene finds that collection empty. Group norm statistics are those of one chunk, so
-that the chunk borders are part of the function. Scenes know nothing of each other.
+A scene is coded in chunks of frames. Every causal convolution keeps the last two frames that it saw
+in the 'cache' collection; the first chunk of a scene finds that collection empty. Group norm
+statistics are those of one chunk, so that the chunk borders are part of the function. Scenes know
+nothing of each other.
 """
 
 import dataclasses
@@ -55,7 +56,8 @@ class VAEConfig:
 
 
 class _Kernel(nn.Module):
-    """Parameters of a 3x3x3 convolution, under the name that the reference gives its inner layer."""
+    """Parameters of a 3x3x3 convolution, under the name that the reference gives its inner
+    layer."""
 
     inputs: int
     features: int
@@ -68,11 +70,12 @@ class _Kernel(nn.Module):
 
 
 class _CausalConv(nn.Module):
-    """3x3x3 convolution over this frame and the two before it, those of the previous chunk included.
+    """3x3x3 convolution over this frame and the two before it, those of the previous chunk
+    included.
 
-    A scan over frames that holds two of them, with one 2D convolution per tap in time: what comes before it (`prepare`,
-    norm and activation) needs no array of its own for the whole chunk, and XLA's CPU backend runs 2D convolutions three
-    times as fast as the 3D one.
+    A scan over frames that holds two of them, with one 2D convolution per tap in time: what comes
+    before it (`prepare`, norm and activation) needs no array of its own for the whole chunk, and
+    XLA's CPU backend runs 2D convolutions three times as fast as the 3D one.
     """
 
     features: int
@@ -80,7 +83,8 @@ class _CausalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x, prepare=lambda frame: frame, *extras):
-        """Convolves prepare(frame, *extras of the frame) of x [B, T, H, W, C]; extras have T as axis 1, too."""
+        """Convolves prepare(frame, *extras of the frame) of x [B, T, H, W, C]; extras have T as
+        axis 1, too."""
         kernel, bias = (
             p.astype(self.dtype) for p in _Kernel(x.shape[-1], self.features, name='conv')()
         )
@@ -118,7 +122,8 @@ class _PointConv(nn.Module):
 
 
 class _GroupNorm(nn.Module):
-    """Statistics of the chunk [B, T, H, W, C], float32; returns the function that normalises one frame by them."""
+    """Statistics of the chunk [B, T, H, W, C], float32; returns the function that normalises one
+    frame by them."""
 
     cfg: VAEConfig
 
@@ -140,7 +145,8 @@ class _GroupNorm(nn.Module):
 
 
 def _frame_indices(frames: int, latents: int) -> np.ndarray:
-    """Which latent a frame belongs to; the first of an odd count of frames has the first one for itself."""
+    """Which latent a frame belongs to; the first of an odd count of frames has the first one for
+    itself."""
     alone = int(frames > 1 and frames % 2)
     rest = np.arange(frames - alone) * (latents - alone) // (frames - alone)
     return np.concatenate([np.zeros(alone, int), alone + rest])
@@ -152,7 +158,8 @@ def _widen(z, shape):
 
 
 class _SpatialNorm(nn.Module):
-    """Group norm, scaled and shifted by what the latents at the same place say, for one frame, and its two extras."""
+    """Group norm, scaled and shifted by what the latents at the same place say, for one frame, and
+    its two extras."""
 
     cfg: VAEConfig
 
@@ -172,7 +179,8 @@ class _SpatialNorm(nn.Module):
 
 
 def _activation(cfg: VAEConfig, name: str, x, z):
-    """Norm and silu of one frame, and its extras: a spatial norm if there are latents z (decoder), else group norm."""
+    """Norm and silu of one frame, and its extras: a spatial norm if there are latents z (decoder),
+    else group norm."""
     norm, extras = (
         (_GroupNorm(cfg, name=name)(x), []) if z is None else _SpatialNorm(cfg, name=name)(x, z)
     )
@@ -197,7 +205,8 @@ class _Resnet(nn.Module):
 
 
 class _Downsample(nn.Module):
-    """Halves height and width, and the frames if `time`: the first of an odd count stays, pairs are averaged."""
+    """Halves height and width, and the frames if `time`: the first of an odd count stays, pairs are
+    averaged."""
 
     cfg: VAEConfig
     time: bool
@@ -215,7 +224,8 @@ class _Downsample(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Doubles height and width, and the frames if `time`: the first of an odd count in a first chunk stays one."""
+    """Doubles height and width, and the frames if `time`: the first of an odd count in a first
+    chunk stays one."""
 
     cfg: VAEConfig
     time: bool
@@ -251,7 +261,8 @@ class _Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """One chunk of pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2C], mean and log-variance."""
+    """One chunk of pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2C], mean and
+    log-variance."""
 
     cfg: VAEConfig
 
@@ -273,7 +284,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One chunk of latents [B, T, h, w, C] to pixels [B, T', 8h, 8w, 3]; `first` is the first chunk of a scene."""
+    """One chunk of latents [B, T, h, w, C] to pixels [B, T', 8h, 8w, 3]; `first` is the first chunk
+    of a scene."""
 
     cfg: VAEConfig
 
@@ -326,7 +338,8 @@ def _apply_chunk(cfg: VAEConfig, method: str, params, cache, x, first: bool):
 @functools.cache
 def _run_chunk():
     """Jitted `_apply_chunk`."""
-    # The CPU's default order of operations starts all loops' outputs at once: 21 GB instead of 9 at 480x720.
+    # The CPU's default order of operations starts all loops' outputs at once: 21 GB instead of 9 at
+    # 480x720.
     on_cpu = jax.default_backend() == 'cpu'
     options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if on_cpu else None
     return jax.jit(
@@ -358,24 +371,26 @@ def encode_borders(frames: int) -> list[int]:
 
 
 def decode_borders(latents: int, rule: str) -> list[int]:
-    """Where the chunks of a scene begin and end, in latents: the first alone, then pairs; 'diffusers' starts with 3."""
+    """Where the chunks of a scene begin and end, in latents: the first alone, then pairs;
+    'diffusers' starts with 3."""
     if rule == 'diffusers':
         return _front_loaded(latents, _DECODE_CHUNK)
     return [0, *range(1, latents, _DECODE_CHUNK), latents]
 
 
 def encode(cfg: VAEConfig, params, pixels, tiling: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior of one scene (method of CogVideoX's VAE; frames are batched as Mask²DiT's code does).
+    """Posterior of one scene (method of CogVideoX's VAE; frames are batched as Mask²DiT's code
+    does).
 
     Args:
       cfg, params: the network.
       pixels: [B, F, H, W, 3] in -1...1, H and W multiples of cfg.spatial_factor.
-      tiling: code overlapping tiles of half the trained size and cross-fade them, for less memory; changes results.
-        Exactly the reference's rule, sizes included: see check_tiling.
+      tiling: code overlapping tiles of half the trained size and cross-fade them, for less memory;
+        changes results. Exactly the reference's rule, sizes included: see check_tiling.
 
     Returns:
-      Mean and log-variance, float32 numpy [B, T, h, w, C], neither scaled by cfg.scaling_factor. T is
-      1 + (F-1)/4 for the usual F = 4k + 1.
+      Mean and log-variance, float32 numpy [B, T, h, w, C], neither scaled by cfg.scaling_factor. T
+      is 1 + (F-1)/4 for the usual F = 4k + 1.
 
     Raises:
       ValueError: if the size is no multiple of cfg.spatial_factor.
@@ -399,8 +414,8 @@ def decode(
       cfg, params: the network.
       latents: [B, T, h, w, C], already divided by cfg.scaling_factor.
       tiling: as in `encode`.
-      rule: 'reference' decodes the first latent alone and then pairs, 4(T-1)+1 frames; 'diffusers' is the rule of
-        the stock AutoencoderKLCogVideoX, which gives other pixels.
+      rule: 'reference' decodes the first latent alone and then pairs, 4(T-1)+1 frames; 'diffusers'
+        is the rule of the stock AutoencoderKLCogVideoX, which gives other pixels.
 
     Returns:
       float32 numpy [B, F, 8h, 8w, 3], about -1...1, not clipped.
@@ -422,7 +437,8 @@ def _tile_size(cfg: VAEConfig) -> tuple[int, int]:
 
 
 def check_tiling(cfg: VAEConfig) -> None:
-    """Makes sure that tiles lead to frames of the right size; the reference's rule loses rows or columns otherwise.
+    """Makes sure that tiles lead to frames of the right size; the reference's rule loses rows or
+    columns otherwise.
 
     Raises:
       ValueError: if the overlaps are no whole latents.
@@ -445,7 +461,8 @@ def _check_size(cfg: VAEConfig, shape) -> None:
 
 
 def _tiled(run, x, tile, scale) -> np.ndarray:
-    """Runs overlapping tiles and cross-fades each with the finished one above it, then with the one to its left.
+    """Runs overlapping tiles and cross-fades each with the finished one above it, then with the one
+    to its left.
 
     Args:
       run: function of one tile [B, T, ., ., C].

@@ -1,6 +1,8 @@
-"""Vision transformers that turn frames and clips into features, and CLIP's text transformer: one network for all.
+"""Vision transformers that turn frames and clips into features, and CLIP's text transformer: one
+network for all.
 
-CLIP, DINOv2 (also with registers) and VideoMAE are configurations of it; mask2dit_jax.evaluation.feature_encoders reads their folders.
+CLIP, DINOv2 (also with registers) and VideoMAE are configurations of it;
+mask2dit_jax.evaluation.feature_encoders reads their folders.
 """
 
 import dataclasses
@@ -53,9 +55,10 @@ class ViTConfig:
       frames: of a clip, 1 for pictures.
       tubelet: frames of a patch.
       patch_bias: of the patch projection.
-      positions: 'fixed' table; 'bicubic' or 'antialiased' for a learned one that other sizes interpolate, as DINOv2
-        without and with registers do; or 'sincos' of the patch's number.
-      class_token: whether there is one, whose last state is the feature; else that is the mean of all tokens.
+      positions: 'fixed' table; 'bicubic' or 'antialiased' for a learned one that other sizes
+        interpolate, as DINOv2 without and with registers do; or 'sincos' of the patch's number.
+      class_token: whether there is one, whose last state is the feature; else that is the mean of
+        all tokens.
       registers: tokens without meaning of their own.
       pre_norm: of the tokens, before the blocks.
       norm: of all 'tokens', of the 'feature', or 'none'.
@@ -132,8 +135,8 @@ def _run_blocks(cfg: Blocks, x, causal: bool = False):
 def bicubic_matrix(size: int, new_size: int, antialias: bool) -> np.ndarray:
     """Interpolation of `size` samples to `new_size` as PyTorch's, [new_size, size] float64.
 
-    Keys' cubic kernel, with a = -0.75 and edges repeated, or, antialiased, with a = -0.5, widened when shrinking, and
-    weights beyond the edges left out.
+    Keys' cubic kernel, with a = -0.75 and edges repeated, or, antialiased, with a = -0.5, widened
+    when shrinking, and weights beyond the edges left out.
     """
     a, stretch = (-0.5, max(1, size / new_size)) if antialias else (-0.75, 1)
     centers = (np.arange(new_size) + 0.5) * size / new_size - 0.5
@@ -212,7 +215,8 @@ class ViT(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Token ids int32 [B, M] and the position of each caption's last token [B] to features [B, project]."""
+    """Token ids int32 [B, M] and the position of each caption's last token [B] to features [B,
+    project]."""
 
     cfg: TextConfig
 

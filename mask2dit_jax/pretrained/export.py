@@ -21,7 +21,8 @@ _COPIED = ('tokenizer', 'scheduler', 'model_index.json')
 
 
 def export_params(kind: str, cfg, params) -> dict[str, tensor_io.Tensor]:
-    """Tensors under the reference's names and in its shapes, read when asked for; also maps gradients.
+    """Tensors under the reference's names and in its shapes, read when asked for; also maps
+    gradients.
 
     Args:
       kind: one of NETWORKS.
@@ -48,7 +49,8 @@ def _read_layer(entry: names_lib.Entry, leaf, i: int) -> np.ndarray:
 
 
 def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:
-    """One network from safetensors to target/config.json and target/params; returns the number of parameters."""
+    """One network from safetensors to target/config.json and target/params; returns the number of
+    parameters."""
     cfg = load_lib.read_config(kind, source)
     entries, tensors = names_lib.matched_tensors(kind, cfg, tensor_io.open_safetensors(source))
     count = sum(int(np.prod(e.shape)) * len(e.names) for e in entries)
@@ -124,7 +126,8 @@ def _run_tensors(run: pathlib.Path, cfg: config_lib.Config) -> dict[str, tensor_
 
 
 def _export_run(run: pathlib.Path, target: pathlib.Path) -> dict[str, int]:
-    """The EMA of a training run's checkpoint as target/transformer and target/scheduler, LoRA also on its own."""
+    """The EMA of a training run's checkpoint as target/transformer and target/scheduler, LoRA also
+    on its own."""
     cfg = config_lib.load_run(run)
     config, folder = names_lib.transformer_json(cfg.model), target / 'transformer'
     counts = {'transformer': _to_safetensors('transformer', _run_tensors(run, cfg), folder)}
@@ -147,8 +150,8 @@ def convert_folder(source, target) -> dict[str, int]:
     """Converts a model folder to Orbax, a converted one back, or exports a training run.
 
     Args:
-      source: folder with transformer/, vae/, text_encoder/ (any of them), or a workdir or checkpoint of
-        mask2dit_jax.main.
+      source: folder with transformer/, vae/, text_encoder/ (any of them), or a workdir or
+        checkpoint of mask2dit_jax.main.
       target: new folder.
 
     Returns:

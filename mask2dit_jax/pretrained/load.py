@@ -1,17 +1,20 @@
 """The three networks of a released folder: reference names, shapes and configs <-> Flax parameters.
 
-A model folder in diffusers' layout has transformer/, vae/, text_encoder/ (each config.json and .safetensors),
-tokenizer/ and scheduler/. Loading is strict: a missing, unexpected or wrongly shaped tensor is an error that names it.
+A model folder in diffusers' layout has transformer/, vae/, text_encoder/ (each config.json and
+.safetensors), tokenizer/ and scheduler/. Loading is strict: a missing, unexpected or wrongly shaped
+tensor is an error that names it.
 
     model, params = load_transformer('folder/transformer')
     v = model.apply({'params': params}, latents, text, t, frames=(13, 13, 13))
 
-with latents [B, T, H, W, C] (the reference's (B, F, C, h, w) with channels moved last), text [B, S, M, E], one
-timestep per scene t [B, S], and frames, the latent frames of each scene. Where the reference sets clip_idx=i, t is
-the timestep in column i and 0 elsewhere. attn_msk_version becomes `model.cfg.pattern`.
+with latents [B, T, H, W, C] (the reference's (B, F, C, h, w) with channels moved last), text [B, S,
+M, E], one timestep per scene t [B, S], and frames, the latent frames of each scene. Where the
+reference sets clip_idx=i, t is the timestep in column i and 0 elsewhere. attn_msk_version becomes
+`model.cfg.pattern`.
 
-    model, params = load_vae('folder/vae')             # vae.encode(model.cfg, params, pixels), vae.decode(...)
-    model, params = load_t5('folder/text_encoder')     # t5.encode(model.cfg, params, ids)
+    model, params = load_vae('folder/vae')             # vae.encode(model.cfg, params, pixels),
+    vae.decode(...) model, params = load_t5('folder/text_encoder')     # t5.encode(model.cfg,
+    params, ids)
 
 As a command it converts a whole model folder to Orbax, which loads faster, and back:
 
@@ -19,8 +22,9 @@ As a command it converts a whole model folder to Orbax, which loads faster, and 
   python -m mask2dit_jax.convert --from=cogvideox-orbax --to=exported
   python -m mask2dit_jax.convert --from=runs/mine --to=exported      # EMA of a training run, for PyTorch users
 
-A run with LoRA gives both: transformer/ with LoRA merged into its base, and pytorch_lora_weights.safetensors, the LoRA
-alone, for diffusers' load_lora_weights and for `sample --lora`.
+A run with LoRA gives both: transformer/ with LoRA merged into its base, and
+pytorch_lora_weights.safetensors, the LoRA alone, for diffusers' load_lora_weights and for `sample
+--lora`.
 """
 
 import dataclasses
@@ -140,13 +144,14 @@ def _load(kind: str, folder, param_dtype: str, overrides: dict):
 
 
 def load_transformer(folder, param_dtype: str = 'float32', **overrides):
-    """Model and parameters from a folder with config.json and .safetensors files, or a converted one.
+    """Model and parameters from a folder with config.json and .safetensors files, or a converted
+    one.
 
     Args:
       folder: holds config.json and one or more .safetensors files of any name, or Orbax params/.
       param_dtype: dtype of the parameters.
-      **overrides: DiTConfig fields to set, e.g. dtype='bfloat16' or attention_backend='dense'; dtype is 'float32'
-        unless set here.
+      **overrides: DiTConfig fields to set, e.g. dtype='bfloat16' or attention_backend='dense';
+        dtype is 'float32' unless set here.
 
     Returns:
       (DiT module, parameters as nested dicts of arrays on the first device).
@@ -187,8 +192,8 @@ def load_schedule(file) -> schedule_lib.Schedule:
 
 
 def with_model_from(config: config_lib.Config, folder) -> config_lib.Config:
-    """`config` with init_from, transformer, schedule and codec of a model folder or of the run in a workdir; dtype,
-    remat and attention stay."""
+    """`config` with init_from, transformer, schedule and codec of a model folder or of the run in a
+    workdir; dtype, remat and attention stay."""
     folder = pathlib.Path(folder)
     kept = {name: getattr(config.model, name) for name in ('dtype', 'remat', 'attention_backend')}
     if (folder / 'transformer').is_dir():

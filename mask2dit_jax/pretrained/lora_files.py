@@ -33,7 +33,8 @@ _PEFT_FIXED = {
 
 
 def _pairs(tree, entries):
-    """(entry, A, B) of every kernel with LoRA tensors; `entries` are convert's of the transformer."""
+    """(entry, A, B) of every kernel with LoRA tensors; `entries` are convert's of the
+    transformer."""
     flat = traverse_util.flatten_dict(tree)
     for e in entries:
         *path, last = e.path
@@ -42,7 +43,8 @@ def _pairs(tree, entries):
 
 
 def merge_tensors(base: dict, tree, cfg: lora.LoraConfig, entries) -> dict[str, tensor_io.Tensor]:
-    """`merge` for tensors in files, under the reference's names, in float32: read and computed one at a time.
+    """`merge` for tensors in files, under the reference's names, in float32: read and computed one
+    at a time.
 
     Args:
       base: the base's tensors by name.
@@ -81,9 +83,11 @@ def _module(name: str) -> str:
 
 
 def write_file(folder, tree, cfg: lora.LoraConfig, entries) -> int:
-    """Writes FOLDER/pytorch_lora_weights.safetensors for diffusers' load_lora_weights; returns how many parameters.
+    """Writes FOLDER/pytorch_lora_weights.safetensors for diffusers' load_lora_weights; returns how
+    many parameters.
 
-    The scale goes into the file's metadata, as diffusers writes it; readers that ignore it take a scale of 1.
+    The scale goes into the file's metadata, as diffusers writes it; readers that ignore it take a
+    scale of 1.
     """
     tensors, modules = {}, []
     for e, *pair in _pairs(tree, entries):
@@ -120,13 +124,14 @@ def read_file(path, entries):
     """LoRA tensors from a file of diffusers, and the LoraConfig that merges them.
 
     Args:
-      path: .safetensors with PEFT's names, with or without 'transformer.' before them; the scale is that of the file's
-        metadata, and 1 without.
+      path: .safetensors with PEFT's names, with or without 'transformer.' before them; the scale is
+        that of the file's metadata, and 1 without.
       entries: convert's entries of the transformer that it is for.
 
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: naming every missing, unexpected or wrongly shaped tensor, or settings that are not implemented.
+      ValueError: naming every missing, unexpected or wrongly shaped tensor, or settings that are
+        not implemented.
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f'{path} is no file: give a LoRA file such as {STEM}.safetensors.')
@@ -184,5 +189,6 @@ def write_lora(folder, cfg: dit.DiTConfig, tree, lora_cfg: lora.LoraConfig) -> i
 
 
 def read_lora(path, cfg: dit.DiTConfig):
-    """LoRA tensors for a transformer, and the LoraConfig to merge them by, from a file: see lora.read_file."""
+    """LoRA tensors for a transformer, and the LoraConfig to merge them by, from a file: see
+    lora.read_file."""
     return read_file(path, names_lib.parameter_entries('transformer', cfg))

@@ -43,7 +43,8 @@ _RENAMED = {
     'use_learned_positional_embeddings': 'learned_positions',
 }
 _PATTERNS = {2: 'dual', 5: 'full'}
-# What the networks are built for; any other value is refused. Then keys without meaning for the forward pass.
+# What the networks are built for; any other value is refused. Then keys without meaning for the
+# forward pass.
 _DIT_FIXED = {
     'activation_fn': 'gelu-approximate',
     'timestep_activation_fn': 'silu',
@@ -61,7 +62,8 @@ _VAE_FIXED = {
 }
 _VAE_UNUSED = {'force_upcast'}
 _T5_FIXED = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu'}
-# What the reference's classes take for a key that config.json leaves out, where our own default differs.
+# What the reference's classes take for a key that config.json leaves out, where our own default
+# differs.
 _DIT_OMITTED = {
     'num_attention_heads': 30,
     'num_layers': 30,
@@ -100,7 +102,8 @@ def _public(config: dict, omitted: dict) -> dict:
 
 
 def transformer_config(config: dict, **overrides) -> dit.DiTConfig:
-    """DiTConfig from a released config.json; `overrides` are DiTConfig fields, e.g. dtype='float32'.
+    """DiTConfig from a released config.json; `overrides` are DiTConfig fields, e.g.
+    dtype='float32'.
 
     Released weights know the reference's position rule, so that is what they get.
 
@@ -126,7 +129,8 @@ def transformer_json(cfg: dit.DiTConfig) -> dict:
     """The config.json of an exported transformer.
 
     Raises:
-      ValueError: if the reference has no such model: another mask, or positions that count on through the scenes.
+      ValueError: if the reference has no such model: another mask, or positions that count on
+        through the scenes.
     """
     versions = {pattern: version for version, pattern in _PATTERNS.items()}
     if cfg.pattern not in versions:
@@ -178,7 +182,8 @@ def vae_config(config: dict, **overrides) -> vae.VAEConfig:
 
 
 def t5_config(config: dict, **overrides) -> t5.T5Config:
-    """T5Config from a released config.json, which also describes decoding and tasks; `overrides` are its fields.
+    """T5Config from a released config.json, which also describes decoding and tasks; `overrides`
+    are its fields.
 
     Raises:
       ValueError: if it is not a T5 v1.1.
@@ -255,7 +260,8 @@ class _Network:
       inputs: configuration to example inputs.
       name: our module path to the reference's.
       stem: file name of the weights in a released folder.
-      tied: reference names of tensors that a file may hold a second time, with the name that we use.
+      tied: reference names of tensors that a file may hold a second time, with the name that we
+        use.
     """
 
     module: Any
@@ -288,7 +294,8 @@ NETWORKS = {
 
 @functools.cache
 def abstract_params(cfg, kind: str = 'transformer'):
-    """Shapes and dtypes of a network's parameters, nothing allocated; tracing is slow, so results are kept."""
+    """Shapes and dtypes of a network's parameters, nothing allocated; tracing is slow, so results
+    are kept."""
     network = NETWORKS[kind]
     model = network.module(cfg)
 
@@ -347,10 +354,12 @@ def parameter_entries(kind: str, cfg) -> list[Entry]:
 
 
 def matched_tensors(kind: str, cfg, tensors: dict) -> tuple[list[Entry], dict]:
-    """The entries and exactly their tensors; a tied copy is dropped, or taken where it stands alone.
+    """The entries and exactly their tensors; a tied copy is dropped, or taken where it stands
+    alone.
 
     Raises:
-      ValueError: naming every missing, unexpected or wrongly shaped tensor, and tied ones that differ.
+      ValueError: naming every missing, unexpected or wrongly shaped tensor, and tied ones that
+        differ.
     """
     tensors, problems = dict(tensors), []
     for copy, name in NETWORKS[kind].tied:

@@ -1,5 +1,5 @@
-"""The parameters of a run: its EMA, and what a run starts from. Of LoRA runs only LoRA tensors are in checkpoints; the
-base is read from where init_from says."""
+"""The parameters of a run: its EMA, and what a run starts from. Of LoRA runs only LoRA tensors are
+in checkpoints; the base is read from where init_from says."""
 
 import dataclasses
 import pathlib
@@ -69,7 +69,8 @@ def load_base(config: config_lib.Config, target):
 
 
 def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
-    """`config` with the very checkpoint in init_from that a run with LoRA starts from: it will be read again and again.
+    """`config` with the very checkpoint in init_from that a run with LoRA starts from: it will be
+    read again and again.
 
     Raises:
       ValueError, FileNotFoundError: if init_from is empty or there is nothing.

@@ -1,4 +1,5 @@
-"""Stories: a small rendered world with exact scores (world, codec, scores) and its TFDS builder (builder)."""
+"""Stories: a small rendered world with exact scores (world, codec, scores) and its TFDS builder
+(builder)."""
 
 from mask2dit_jax.stories.builder import Stories, StoriesConfig, StorySource, load
 from mask2dit_jax.stories.codec import (

@@ -1,4 +1,5 @@
-"""TFDS builder of the stories and `load`, which builds a configuration on first use and checks it on every use."""
+"""TFDS builder of the stories and `load`, which builds a configuration on first use and checks it
+on every use."""
 
 import dataclasses
 import hashlib
@@ -43,7 +44,8 @@ class StoriesConfig(tfds.core.BuilderConfig):
 
 
 class Stories(tfds.core.GeneratorBasedBuilder):
-    """Stories as TFDS examples: the video, and the JSON text from which the Story can be rebuilt."""
+    """Stories as TFDS examples: the video, and the JSON text from which the Story can be
+    rebuilt."""
 
     VERSION = tfds.core.Version('1.0.0')
     RELEASE_NOTES = {'1.0.0': 'First release.'}  # noqa: RUF012, TFDS wants a dict
@@ -54,7 +56,8 @@ class Stories(tfds.core.GeneratorBasedBuilder):
         features = {
             'index': tfds.features.Scalar(np.int64),
             'story': tfds.features.Text(),
-            # bytes: the default encoding stores every number as a separate integer, 10 times slower to read
+            # bytes: the default encoding stores every number as a separate integer, 10 times slower
+            # to read
             'video': tfds.features.Tensor(
                 shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
             ),
@@ -91,16 +94,18 @@ def make_story(config: StoriesConfig, split: str, index: int) -> world.Story:
 
 
 class StorySource:
-    """Random access to one split: `source[i]` is dict(video=uint8 [F, H, W, 3], story=Story), for grain or a loop.
+    """Random access to one split: `source[i]` is dict(video=uint8 [F, H, W, 3], story=Story), for
+    grain or a loop.
 
     Attributes:
         config: the StoriesConfig.
-        fingerprint: hexadecimal digest of the version, the configuration and examples drawn on opening; equal for equal
-            data, so that a resumed run can check that it reads the same.
+        fingerprint: hexadecimal digest of the version, the configuration and examples drawn on
+            opening; equal for equal data, so that a resumed run can check that it reads the same.
     """
 
     def __init__(self, examples, config: StoriesConfig, split: str, folder):
-        """Wraps a TFDS data source; raises ValueError if what it holds is not what would be rendered today."""
+        """Wraps a TFDS data source; raises ValueError if what it holds is not what would be
+        rendered today."""
         self._examples, self.config = examples, config
         self.fingerprint = _check(examples, config, split, folder)
 
@@ -164,7 +169,8 @@ def load(
         num_test: examples of the test split.
 
     Raises:
-        ValueError: for another split, a count below 1, or if the stored examples differ from freshly rendered ones.
+        ValueError: for another split, a count below 1, or if the stored examples differ from
+          freshly rendered ones.
     """
     if split not in ('train', 'test'):
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'.")

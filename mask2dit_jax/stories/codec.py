@@ -1,7 +1,8 @@
-"""A fixed linear codec in the place of a VAE: space-time patches to principal components of rendered stories.
+"""A fixed linear codec in the place of a VAE: space-time patches to principal components of
+rendered stories.
 
-Component i is scaled by std_i^(-1/2), half way between raw (colours are learnt early, actions late) and whitened (the
-other way round), and all of them by one factor for unit variance overall.
+Component i is scaled by std_i^(-1/2), half way between raw (colours are learnt early, actions late)
+and whitened (the other way round), and all of them by one factor for unit variance overall.
 """
 
 import dataclasses
@@ -150,7 +151,8 @@ def encode(codec: Codec, video: np.ndarray) -> np.ndarray:
 
 
 def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
-    """Latents [..., T, H, W, C] to float32 video [..., F, H * patch_px, W * patch_px, 3], clipped to [0, 1]."""
+    """Latents [..., T, H, W, C] to float32 video [..., F, H * patch_px, W * patch_px, 3], clipped
+    to [0, 1]."""
     patches = np.asarray(latents, np.float32) / codec.scale @ codec.basis.T + codec.mean
     return np.clip(_to_video(patches, codec.patch_px, codec.patch_frames), 0, 1)
 

@@ -1,7 +1,8 @@
-"""Exact scores of generated stories: what a scene shows is measured in its pixels and compared with the story.
+"""Exact scores of generated stories: what a scene shows is measured in its pixels and compared with
+the story.
 
-Nothing is learnt: background and colour are nearest palette entries; shape and action are those of the rendering that
-fits best among all shapes, actions and starts.
+Nothing is learnt: background and colour are nearest palette entries; shape and action are those of
+the rendering that fits best among all shapes, actions and starts.
 """
 
 import functools
@@ -29,11 +30,12 @@ def measure(clips: np.ndarray) -> dict[str, np.ndarray]:
         clips: [N, F, H, W, 3] float in [0, 1], one scene each, H = W.
 
     Returns:
-        Indices 'background', 'color', 'shape', 'action' into the tuples of world.py, int [N], -1 where the scene shows
-        none of them, and 'residual' float [N]: root of the squared error between the scene and its best rendering
-        (the measured palette colours, shape and frames; centre and scale fitted per frame) over the root of the
-        squared contrast of that rendering with its background. 0 is perfect, 1 as bad as showing no character;
-        1 where no character is found.
+        Indices 'background', 'color', 'shape', 'action' into the tuples of world.py, int [N], -1
+        where the scene shows none of them, and 'residual' float [N]: root of the squared error
+        between the scene and its best rendering (the measured palette colours, shape and frames;
+        centre and scale fitted per frame) over the root of the squared contrast of that rendering
+        with its background. 0 is perfect, 1 as bad as showing no character; 1 where no character is
+        found.
     """
     clips = np.asarray(clips, np.float32)
     border = np.ones(clips.shape[2:4], bool)
@@ -81,7 +83,8 @@ def _candidates(frames: int, size: int):
     """Every shape doing every action from a grid of starts: what a scene is compared with.
 
     Returns:
-        Shapes [K] and actions [K] as indices, masks [K, F, size, size], centres [K, F, 2] and scales [K, F].
+        Shapes [K] and actions [K] as indices, masks [K, F, size, size], centres [K, F, 2] and
+        scales [K, F].
     """
     offsets = np.stack(np.meshgrid(START_GRID, START_GRID, indexing='ij'), -1).reshape(-1, 2)
     kinds = list(itertools.product(range(len(world.SHAPES)), range(len(world.ACTIONS))))
@@ -103,7 +106,8 @@ def _candidates(frames: int, size: int):
 
 
 def _recognise(alpha):
-    """Shape and action [N] whose rendering is nearest to the masks [N, F, H, W], and that rendering, refined."""
+    """Shape and action [N] whose rendering is nearest to the masks [N, F, H, W], and that
+    rendering, refined."""
     shape, action, masks, centers, scales = _candidates(alpha.shape[1], alpha.shape[2])
     flat, tried = alpha.reshape(len(alpha), -1), masks.reshape(len(masks), -1)
     overlap, energy = flat @ tried.T, np.sum(tried**2, axis=1)  # [N, K], [K]
@@ -165,17 +169,18 @@ def score(
     """Compares videos with the stories that they should show.
 
     Args:
-        videos: float in [0, 1] or uint8, [n, F, H, W, 3] or a list of [F, H, W, 3] if lengths differ.
+        videos: float in [0, 1] or uint8, [n, F, H, W, 3] or a list of [F, H, W, 3] if lengths
+          differ.
         stories: n stories of S scenes each.
         scenes: indices of the scenes to score, all if None; columns are in this order.
 
     Returns:
-        'action', 'color', 'shape', 'background', 'identity' (color and shape): bool [n, S], right or wrong.
-        'leak': bool [n, S], the action is wrong and is that of another scene of the story.
-        'residual': float [n, S], see `measure`.
+        'action', 'color', 'shape', 'background', 'identity' (color and shape): bool [n, S], right
+        or wrong. 'leak': bool [n, S], the action is wrong and is that of another scene of the
+        story. 'residual': float [n, S], see `measure`.
         'story': bool [n], action, identity and background right in all scored scenes.
-        'consistency': bool [n], the same colour, shape and background in all scenes (also those not scored), whatever
-        the story says.
+        'consistency': bool [n], the same colour, shape and background in all scenes (also those not
+        scored), whatever the story says.
 
     Raises:
         ValueError: if counts of videos, frames or scenes do not match the stories.
@@ -237,7 +242,8 @@ def _measure_all(videos, stories):
 def summarize(
     scores: dict[str, np.ndarray], scenes: tuple[int, ...] | None = None
 ) -> dict[str, float]:
-    """Means over the stories, and per scene under 'action/1', 'action/2', ... for all scores that have scenes.
+    """Means over the stories, and per scene under 'action/1', 'action/2', ... for all scores that
+    have scenes.
 
     Args:
         scores: what `score` returned.

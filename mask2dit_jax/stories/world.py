@@ -1,7 +1,8 @@
 """The world of stories: a character (shape, colour) on a background does one action in every scene.
 
-All of it is analytic and small enough that a model learns it in minutes and that a picture can be scored exactly
-(scores.py). Lengths are in units of 1/16 of the frame, so that a larger frame shows the same story with more pixels.
+All of it is analytic and small enough that a model learns it in minutes and that a picture can be
+scored exactly (scores.py). Lengths are in units of 1/16 of the frame, so that a larger frame shows
+the same story with more pixels.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ import json
 
 import numpy as np
 
-# Half height and half width at scale 1. Shapes differ at low spatial frequency: these are learnt far sooner than
-# circle / square / triangle / cross.
+# Half height and half width at scale 1. Shapes differ at low spatial frequency: these are learnt
+# far sooner than circle / square / triangle / cross.
 EXTENTS = {'ball': (3.2, 3.2), 'bar': (1.8, 4.0), 'tower': (4.0, 1.8), 'ring': (4.0, 4.0)}
 HOLE = 1.8  # inner radius of the ring at scale 1
 EDGE = 2.0  # width of the ramp from full coverage to none: soft edges lose half as much in the linear codec
@@ -32,7 +33,8 @@ BACKGROUND_RGB = {
     'brown': (0.4, 0.2, 0.0),
 }
 BACKGROUNDS = tuple(BACKGROUND_RGB)
-# Total displacement (y, x) and scale at the first and the last frame; a scene of any length shows the whole action.
+# Total displacement (y, x) and scale at the first and the last frame; a scene of any length shows
+# the whole action.
 TRAVEL = 5.0
 SMALL, LARGE = 0.75, 1.25
 JITTER = 0.6  # how far the middle of the path lies from the centre of the frame, at most; wider is learnt much later
@@ -94,7 +96,8 @@ class Story:
 
 
 def is_test(shape: str, color: str, background: str, actions: tuple[str, ...]) -> bool:
-    """True for the eighth of all combinations that is held out for the test split (a stable hash decides)."""
+    """True for the eighth of all combinations that is held out for the test split (a stable hash
+    decides)."""
     text = '|'.join((shape, color, background, *actions))
     return hashlib.sha256(text.encode()).digest()[0] % 8 == 0
 
@@ -170,8 +173,10 @@ def _ramp(inside):
 
 
 def visible_frames(action: str, frames: int) -> np.ndarray:
-    """[frames] bool: where the character is shown. A blink alternates by pairs: on, on, off, off, on, on, ..."""
-    # by pairs, so that patches of 2 frames need no component for it; by single frames in scenes of 2 or 3
+    """[frames] bool: where the character is shown. A blink alternates by pairs: on, on, off, off,
+    on, on, ..."""
+    # by pairs, so that patches of 2 frames need no component for it; by single frames in scenes of
+    # 2 or 3
     pair = min(2, frames // 2)
     return (np.arange(frames) // pair % 2 == 0) | (action != 'blinks')
 
@@ -219,8 +224,8 @@ def captions(story: Story, style: str = 'first') -> list[str]:
 
     Args:
         story: the story.
-        style: 'first' names the identity in scene 1 only ('red ring on gray moves left', then 'it grows'),
-            'every' in every scene.
+        style: 'first' names the identity in scene 1 only ('red ring on gray moves left', then 'it
+            grows'), 'every' in every scene.
 
     Raises:
         ValueError: for another style.
@@ -238,8 +243,8 @@ def parse_captions(texts: list[str]) -> tuple[str, str, str, tuple[str, ...]]:
     """Inverse of `captions`: (shape, color, background, actions).
 
     Raises:
-        ValueError: for a caption outside the grammar, for two captions that name different identities and when none
-            names one; the message shows the grammar.
+        ValueError: for a caption outside the grammar, for two captions that name different
+            identities and when none names one; the message shows the grammar.
     """
     parsed = [_parse_caption(text) for text in texts]
     identities = dict.fromkeys(
@@ -304,7 +309,8 @@ def embed_captions(texts: list[str], tokens: int = 6, dim: int = 64) -> np.ndarr
 
 
 def _word_vector(word, dim):
-    """[dim] uniform on ±sqrt(3), straight from the hash: the same on every platform and numpy version."""
+    """[dim] uniform on ±sqrt(3), straight from the hash: the same on every platform and numpy
+    version."""
     bits = np.frombuffer(hashlib.shake_256(word.encode()).digest(4 * dim), '<u4')
     return (bits / 2**32 * 2 - 1) * np.sqrt(3)
 

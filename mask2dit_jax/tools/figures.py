@@ -2,9 +2,9 @@
 
   python -m mask2dit_jax.tools.figures --out=masks.png
 
-Above, who may attend to whom, by every pattern: rows ask, columns are seen; captions of the three scenes first, then
-their video, as in the model's sequence. Below, which latent frames are given and which the loss counts, in training and
-when a story is extended again and again.
+Above, who may attend to whom, by every pattern: rows ask, columns are seen; captions of the three
+scenes first, then their video, as in the model's sequence. Below, which latent frames are given and
+which the loss counts, in training and when a story is extended again and again.
 """
 
 import pathlib
@@ -43,7 +43,8 @@ STEPS = (
 
 
 def attention_kinds(layout: SceneLayout, pattern: str) -> np.ndarray:
-    """What every pair of tokens is to each other, indices into the legend, int [L, L]; the last: masked."""
+    """What every pair of tokens is to each other, indices into the legend, int [L, L]; the last:
+    masked."""
     scene, is_text = token_scenes(layout)
     same, text = scene[:, None] == scene[None], is_text[:, None] | is_text[None]
     kinds = np.where(text, np.where(same, 0, 3), np.where(same, 1, 2))

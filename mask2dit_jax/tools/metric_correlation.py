@@ -2,18 +2,21 @@
 
   python -m mask2dit_jax.tools.metric_correlation --runs=runs/dual,runs/full,runs/isolated --out=rank
 
-Every run generates the same held-out stories (its config.eval.stories, of its first layout). They are scored exactly,
-and by the metrics on features of two encoders:
+Every run generates the same held-out stories (its config.eval.stories, of its first layout). They
+are scored exactly, and by the metrics on features of two encoders:
 
-  measured  what the exact scores see in a scene, one-hot: background, colour, shape and action; for frames, the
-            subject, without the action. Captions are all that the story says of a scene. How good the metrics are with
-            an encoder that sees everything.
-  pixels    colours of 4 x 4 blocks of four frames, and captions as their rendering with the character in the middle:
+  measured  what the exact scores see in a scene, one-hot: background, colour, shape and action; for
+  frames, the
+            subject, without the action. Captions are all that the story says of a scene. How good
+            the metrics are with an encoder that sees everything.
+  pixels    colours of 4 x 4 blocks of four frames, and captions as their rendering with the
+  character in the middle:
             an encoder that knows nothing of characters and actions.
 
---out gets rank.md and rank.json: means with 95 % bootstrap intervals, and for every exact score and the metrics that
-should follow it Spearman's correlation over all videos, and how many pairs of runs that the exact score tells apart
-(their intervals do not meet) the metric orders alike, leaves open (its intervals meet), or reverses.
+--out gets rank.md and rank.json: means with 95 % bootstrap intervals, and for every exact score and
+the metrics that should follow it Spearman's correlation over all videos, and how many pairs of runs
+that the exact score tells apart (their intervals do not meet) the metric orders alike, leaves open
+(its intervals meet), or reverses.
 """
 
 import dataclasses
@@ -55,7 +58,8 @@ def _one_hot(indices: dict, names) -> np.ndarray:
 
 
 def _measured(clips, told, story_clips):
-    """Features of one scene of n stories, (scene [n, D], caption [n, D], frames [n, F, E]); see above."""
+    """Features of one scene of n stories, (scene [n, D], caption [n, D], frames [n, F, E]); see
+    above."""
     del story_clips
     seen = scores.measure(clips)
     frames = np.repeat(_one_hot(seen, _SUBJECT)[:, None], clips.shape[1], axis=1)
@@ -82,7 +86,8 @@ ENCODERS = {'measured': _measured, 'pixels': _pixels}
 
 
 def _centred(story: world.Story, scene: int) -> np.ndarray:
-    """A rendering of one scene [F, H, W, 3] in [0, 1] with the middle of the path in the middle of the frame."""
+    """A rendering of one scene [F, H, W, 3] in [0, 1] with the middle of the path in the middle of
+    the frame."""
     travel, _ = world.MOTIONS[story.actions[scene]]
     start = tuple((8 - t / 2) * story.size_px / 16 for t in travel)
     return (
@@ -106,7 +111,8 @@ def score(videos, known: list[world.Story]) -> dict[str, dict[str, list[float]]]
       known: their stories, of one layout.
 
     Returns:
-      'exact' and each of ENCODERS: values by name, one per video; exact scores of scenes are means over them.
+      'exact' and each of ENCODERS: values by name, one per video; exact scores of scenes are means
+      over them.
     """
     frames = known[0].frames
     exact = {
@@ -147,8 +153,9 @@ def compare(exact: list[list[float]], metric: list[list[float]], seed: int = 0) 
     """How a metric follows an exact score; values of every video, run by run.
 
     Returns:
-      'correlation': Spearman's, over all videos of all runs; None if either is the same for all of them.
-      'alike', 'open', 'reversed': pairs of runs that the exact score tells apart, by the metric's order.
+      'correlation': Spearman's, over all videos of all runs; None if either is the same for all of
+      them. 'alike', 'open', 'reversed': pairs of runs that the exact score tells apart, by the
+      metric's order.
     """
     x, y = np.concatenate(exact), np.concatenate(metric)
     out = {

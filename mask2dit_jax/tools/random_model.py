@@ -1,4 +1,5 @@
-"""A model folder in the released layout with tiny, random networks, for trying commands, and for tests.
+"""A model folder in the released layout with tiny, random networks, for trying commands, and for
+tests.
 
 Everything runs on it in seconds, and nothing that comes out is worth looking at.
 
@@ -162,7 +163,8 @@ def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **
 
 
 def write_vocabulary(folder: pathlib.Path) -> int:
-    """vocab.json and merges.txt in CLIP's form; returns the number of tokens, of which the last ends a text."""
+    """vocab.json and merges.txt in CLIP's form; returns the number of tokens, of which the last
+    ends a text."""
     letters = [*string.printable[:94], *'ÃÂâ©Ġ']
     pieces = [*letters, *(c + '</w>' for c in letters), *(m.replace(' ', '') for m in _MERGES)]
     pieces += ['<|startoftext|>', '<|endoftext|>']
@@ -174,7 +176,8 @@ def write_vocabulary(folder: pathlib.Path) -> int:
 
 
 def write_encoder(folder, kind: str) -> pathlib.Path:
-    """Writes a folder of one of ENCODERS, as mask2dit_jax.evaluation.feature_encoders reads it; returns it.
+    """Writes a folder of one of ENCODERS, as mask2dit_jax.evaluation.feature_encoders reads it;
+    returns it.
 
     Raises:
       FileExistsError: if there is such a folder.

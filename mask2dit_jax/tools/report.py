@@ -1,10 +1,12 @@
-"""A page of a training run, of samples or of scores, to be read in any browser without server, network or scripts.
+"""A page of a training run, of samples or of scores, to be read in any browser without server,
+network or scripts.
 
   python -m mask2dit_jax.tools.report --run=runs/tiny --samples=samples --out=report
   python -m mask2dit_jax.tools.report --samples=samples --evaluation=scores --out=report
 
---run is a workdir, finished or not; --samples what sample wrote, in the folder or in folders in it; --evaluation what
-evaluate wrote. --out gets index.html, and pictures and videos in media/: it can be moved, zipped or put on a server.
+--run is a workdir, finished or not; --samples what sample wrote, in the folder or in folders in it;
+--evaluation what evaluate wrote. --out gets index.html, and pictures and videos in media/: it can
+be moved, zipped or put on a server.
 """
 
 import contextlib
@@ -119,7 +121,8 @@ def _percent(value) -> str:
 
 
 def table(caption: str, columns, rows, kind: str = 'numbers') -> str:
-    """A table of which the first column names the rows; `kind` 'words' aligns the others to the left."""
+    """A table of which the first column names the rows; `kind` 'words' aligns the others to the
+    left."""
     head = ''.join(f'<th scope="col">{_text(c)}</th>' for c in columns)
     body = ''.join(
         '<tr><th scope="row">'
@@ -147,7 +150,8 @@ def _settings(caption: str, record) -> str:
 
 
 def curve(name: str, steps, values) -> str:
-    """A figure of one metric over steps, in the colours of the page; what is not finite is a gap, and said."""
+    """A figure of one metric over steps, in the colours of the page; what is not finite is a gap,
+    and said."""
     title, values = _CURVES.get(name, name), np.asarray(values, np.float64)
     finite = np.isfinite(values)
     said = f'{title}: nothing finite in {len(values)} records.'
@@ -227,7 +231,8 @@ def _picture(path: pathlib.Path, out: pathlib.Path, name: str, alt: str, caption
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """Records of metrics.jsonl, none without the file; a last line that is still being written is left out.
+    """Records of metrics.jsonl, none without the file; a last line that is still being written is
+    left out.
 
     Raises:
       ValueError: naming the file if another line is no record.
@@ -323,7 +328,8 @@ def _scores(path: pathlib.Path) -> str:
 
 
 def run_sections(folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:
-    """Sheets, scores, and curves with the configuration, of a workdir; what there is not yet is said."""
+    """Sheets, scores, and curves with the configuration, of a workdir; what there is not yet is
+    said."""
     path = folder / 'config.json'
     config, records = _load(path, 'run', 'main'), read_metrics(folder / 'metrics.jsonl')
     with _reading(path):
@@ -351,7 +357,8 @@ def run_sections(folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:
 
 
 def _story(path: pathlib.Path, story: tuple, out: pathlib.Path, name: str) -> str:
-    """A video of (captions, frames, given scenes) with its scenes beside it, and its sheet, if there is one."""
+    """A video of (captions, frames, given scenes) with its scenes beside it, and its sheet, if
+    there is one."""
     (captions, frames, given), info = story, video.probe(path)
     if sum(frames) != len(info.times):
         raise ValueError(
@@ -470,7 +477,8 @@ def evaluation_sections(folder: pathlib.Path) -> dict[str, str]:
 
 
 def write(out, run=None, samples=None, evaluation=None) -> pathlib.Path:
-    """Writes index.html and its media; arguments are the flags of the command; returns the page's path.
+    """Writes index.html and its media; arguments are the flags of the command; returns the page's
+    path.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what to do.

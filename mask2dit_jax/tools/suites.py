@@ -1,4 +1,5 @@
-"""Prompts of public evaluation suites to stories, and videos to the folders that the suites' own tools score.
+"""Prompts of public evaluation suites to stories, and videos to the folders that the suites' own
+tools score.
 
 The suite's standard prompts, for numbers to compare with other models':
 
@@ -7,20 +8,23 @@ The suite's standard prompts, for numbers to compare with other models':
   python -m mask2dit_jax.tools.suites layout --suite=vbench --source=VBench/vbench/VBench_full_info.json \\
     --videos=samples --out=vbench
 
-Own stories, those metrics that need nothing but a caption; every scene is cut out as a clip with its own caption:
+Own stories, those metrics that need nothing but a caption; every scene is cut out as a clip with
+its own caption:
 
   python -m mask2dit_jax.tools.suites layout --suite=vbench --videos=samples --out=vbench
 
---source is the suite's own list of prompts: VBench_full_info.json (vbench, vbench_long), metadata.json (evalcrafter) or
-the folder meta_data (compbench). --category keeps some of its dimensions. sample.sh loads the model for every prompt
-anew, and goes on after a kill. layout prints the commands to run in a checkout of the suite, on a machine with a GPU;
-clips.json in --out says what every file is.
+--source is the suite's own list of prompts: VBench_full_info.json (vbench, vbench_long),
+metadata.json (evalcrafter) or the folder meta_data (compbench). --category keeps some of its
+dimensions. sample.sh loads the model for every prompt anew, and goes on after a kill. layout prints
+the commands to run in a checkout of the suite, on a machine with a GPU; clips.json in --out says
+what every file is.
 
-What the tools expect was read in: the package vbench 0.1.5; vbench2_beta_long of Vchitect/VBench (__init__ 4e54e75,
-eval_long 078c63d, utils 03c285a); evalcrafter/EvalCrafter (README 055dfe3, start.sh 0044a73, metrics cc66701);
-KaiyueSun98/T2V-CompBench with 1400 prompts (meta_data 193b6b0; of compbench_eval consistent_attr 6d8de07, dynamic_attr
-7696e17, action_binding 3534e6a, interaction 09539a7, spatial_relationships cdf1853, numeracy a88240c, motion_binding
-394d466, its options ff7b2a7, and motion_binding_seg 5a909ad).
+What the tools expect was read in: the package vbench 0.1.5; vbench2_beta_long of Vchitect/VBench
+(__init__ 4e54e75, eval_long 078c63d, utils 03c285a); evalcrafter/EvalCrafter (README 055dfe3,
+start.sh 0044a73, metrics cc66701); KaiyueSun98/T2V-CompBench with 1400 prompts (meta_data 193b6b0;
+of compbench_eval consistent_attr 6d8de07, dynamic_attr 7696e17, action_binding 3534e6a, interaction
+09539a7, spatial_relationships cdf1853, numeracy a88240c, motion_binding 394d466, its options
+ff7b2a7, and motion_binding_seg 5a909ad).
 """
 
 import dataclasses
@@ -96,7 +100,8 @@ for m in flow_score warping_error; do
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One of a suite's prompts: the folder of its story and samples, its text, its dimensions or categories."""
+    """One of a suite's prompts: the folder of its story and samples, its text, its dimensions or
+    categories."""
 
     key: str
     text: str
@@ -108,7 +113,8 @@ def _load(path):
 
 
 def _read_vbench(path) -> list[Prompt]:
-    """Dimensions that have a prompt in common share its videos, as VBench finds these by the prompt alone."""
+    """Dimensions that have a prompt in common share its videos, as VBench finds these by the prompt
+    alone."""
     merged = {}
     for entry in _load(path):
         merged.setdefault(entry['prompt_en'], []).extend(entry['dimension'])
@@ -138,7 +144,8 @@ class Suite:
       source: what that is.
       videos: of each of its prompts.
       own_file: of {text}, {key} and {index}, counted from 0 for each prompt.
-      own_commands: of {out}, {source}, {categories}; or by category, of {category}, {frames} and {fps} too.
+      own_commands: of {out}, {source}, {categories}; or by category, of {category}, {frames} and
+        {fps} too.
       scene_file: of {clip}, counted from `first`, or {video} and {scene}, both from 0.
       scene_commands: of {out}.
       note: what to know before comparing, of {out}.
@@ -288,7 +295,8 @@ def _write(path: pathlib.Path, content) -> None:
 
 
 def write_prompts(suite: str, source, out, *, categories=(), frames: int | None = None) -> str:
-    """Writes KEY/story.json of every prompt, one scene each, and sample.sh; returns what to do next.
+    """Writes KEY/story.json of every prompt, one scene each, and sample.sh; returns what to do
+    next.
 
     Raises:
       FileNotFoundError, ValueError: as read_prompts, and if `out` is not empty.
@@ -409,7 +417,8 @@ def _scenes(suite: str, videos, out: pathlib.Path) -> str:
 
 
 def lay_out(suite: str, videos, out, *, source=None, categories=()) -> str:
-    """Writes videos and lists as a suite's tool reads them: of its prompts if there is a source, else of any stories.
+    """Writes videos and lists as a suite's tool reads them: of its prompts if there is a source,
+    else of any stories.
 
     Returns:
       How to score them.

@@ -1,6 +1,8 @@
-"""Training metrics: one log line with speed and ETA, one JSON object per line in metrics.jsonl, score tables.
+"""Training metrics: one log line with speed and ETA, one JSON object per line in metrics.jsonl,
+score tables.
 
-Where tensorboardX is installed, the same scalars and the sample sheets go to <workdir>/tensorboard, too.
+Where tensorboardX is installed, the same scalars and the sample sheets go to <workdir>/tensorboard,
+too.
 """
 
 import collections
@@ -23,7 +25,8 @@ _WINDOW_WRITES = 10  # writes over which the speed is averaged
 
 
 def _drop_steps_after(path: pathlib.Path, step: int) -> None:
-    """Rewrites the file atomically without later steps and without a last line torn by a kill in mid-write."""
+    """Rewrites the file atomically without later steps and without a last line torn by a kill in
+    mid-write."""
     lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
     lines = [line for line in lines if line.endswith('\n')]
     try:
@@ -38,13 +41,15 @@ def _drop_steps_after(path: pathlib.Path, step: int) -> None:
 
 
 def _speed(marks: Sequence[tuple[float, int]]) -> float | None:
-    """Steps per second from the first to the last (time, step); None while there is no such span."""
+    """Steps per second from the first to the last (time, step); None while there is no such
+    span."""
     (start, first), (end, last) = marks[0], marks[-1]
     return (last - first) / (end - start) if last > first and end > start else None
 
 
 class MetricWriter:
-    """Writes metrics to log, workdir/metrics.jsonl and TensorBoard on process 0; on others it does nothing."""
+    """Writes metrics to log, workdir/metrics.jsonl and TensorBoard on process 0; on others it does
+    nothing."""
 
     def __init__(self, workdir, total_steps: int, start_step: int = 0):
         """Opens the file for appending.
@@ -52,11 +57,12 @@ class MetricWriter:
         Args:
           workdir: local folder, made if needed.
           total_steps: the step at which training ends, for the ETA.
-          start_step: the step resumed from. Records of later steps, written by a run that was killed after its
-            last checkpoint, are removed: no step appears twice.
+          start_step: the step resumed from. Records of later steps, written by a run that was
+            killed after its last checkpoint, are removed: no step appears twice.
 
         Raises:
-          ValueError: for a remote workdir, where files cannot be appended to, or a damaged metrics.jsonl.
+          ValueError: for a remote workdir, where files cannot be appended to, or a damaged
+            metrics.jsonl.
         """
         self._total_steps = total_steps
         self._marks = collections.deque(maxlen=_WINDOW_WRITES + 1)
@@ -80,8 +86,9 @@ class MetricWriter:
             return
         import tensorboardX
 
-        # TensorBoard forgets what earlier files say of purge_step and later. Its thread writes within flush_secs (its
-        # flush does not wait for the thread), so that a kill costs it a record at most.
+        # TensorBoard forgets what earlier files say of purge_step and later. Its thread writes
+        # within flush_secs (its flush does not wait for the thread), so that a kill costs it a
+        # record at most.
         self._board = tensorboardX.SummaryWriter(
             os.fspath(path.parent / 'tensorboard'), purge_step=start_step + 1, flush_secs=1
         )
@@ -89,8 +96,9 @@ class MetricWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one record and logs one line.
 
-        The speed is averaged over the last writes. It starts at the first write, so that the compilation before
-        it does not count; the first record hence has no speed. NaN and infinities become strings in the file.
+        The speed is averaged over the last writes. It starts at the first write, so that the
+        compilation before it does not count; the first record hence has no speed. NaN and
+        infinities become strings in the file.
 
         Args:
           step: the number of steps done.

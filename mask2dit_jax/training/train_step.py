@@ -1,7 +1,7 @@
 """Training: v-prediction over scenes, given scenes clean at timestep 0, on a mesh.
 
-`init_state`, `train_step` and the shardings are built from the config alone, so that the trainer, the compiler's
-check and the benchmark run the same functions.
+`init_state`, `train_step` and the shardings are built from the config alone, so that the trainer,
+the compiler's check and the benchmark run the same functions.
 """
 
 import chex
@@ -19,7 +19,8 @@ from mask2dit_jax.training.objectives import denoising
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that training carries from step to step; randomness is not in it, being a function of `step`."""
+    """Everything that training carries from step to step; randomness is not in it, being a function
+    of `step`."""
 
     step: jax.Array  # int32 [], updates done
     params: chex.ArrayTree  # what is trained: the model's parameters, or LoRA tensors

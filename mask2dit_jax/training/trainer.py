@@ -25,7 +25,8 @@ TRACED_STEPS = 3  # enough to see one that is not the first
 
 
 def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, mesh):
-    """State straight into its shardings; from a model folder or the EMA of another run if the configuration says so."""
+    """State straight into its shardings; from a model folder or the EMA of another run if the
+    configuration says so."""
     frames, m = codec.latent_frames(config.data.layouts[0]), config.model
     text = np.zeros((len(frames), m.max_text_seq_length, m.text_embed_dim), np.float32)
     inputs = np.zeros((sum(frames), *codec.latent_shape), np.float32), text, frames
@@ -81,9 +82,11 @@ def _checked_mean(values, step: int) -> float:
 def _peak_share(
     config: config_lib.Config, mesh, codec: latent_codec.LatentCodec
 ) -> dict[tuple[int, ...], float]:
-    """Model FLOPs of a step on stories of each layout, as a share of what the devices do in a second at their peak.
+    """Model FLOPs of a step on stories of each layout, as a share of what the devices do in a
+    second at their peak.
 
-    Times steps per second that is MFU: steps/s x batch_size x flops.training_flops / (devices x peak bf16 FLOP/s of one).
+    Times steps per second that is MFU: steps/s x batch_size x flops.training_flops / (devices x
+      peak bf16 FLOP/s of one).
     Nothing that is computed again counts. Empty where the device's peak is not in hardware.CHIPS.
     """
     peaks = {chip.device_kind: chip.peak_flops for chip in hardware.CHIPS.values()}
@@ -105,7 +108,8 @@ def _peak_share(
 def train_and_evaluate(
     config: config_lib.Config, workdir, trace_step: int | None = None
 ) -> list[dict] | None:
-    """Trains to the end, resuming from the newest good checkpoint of the workdir if there is one, and scores.
+    """Trains to the end, resuming from the newest good checkpoint of the workdir if there is one,
+    and scores.
 
     Args:
       config: the validated configuration.
@@ -113,13 +117,15 @@ def train_and_evaluate(
       trace_step: the step from which TRACED_STEPS are recorded by jax.profiler, if any.
 
     Returns:
-      The rows of `score_stories`, by the EMA parameters; None if SIGTERM stopped training, at a step that is saved.
+      The rows of `score_stories`, by the EMA parameters; None if SIGTERM stopped training, at a
+      step that is saved.
 
     Raises:
       FloatingPointError: if training diverges.
       RuntimeError: if a checkpoint cannot be written.
       TimeoutError: if another process hangs.
-      ValueError: if the workdir holds another run, LoRA has no base, or the steps to record are not all to be run.
+      ValueError: if the workdir holds another run, LoRA has no base, or the steps to record are not
+        all to be run.
     """
     started = time.monotonic()
     config = runs.resolve_base_checkpoint(config)

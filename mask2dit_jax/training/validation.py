@@ -46,7 +46,8 @@ def generate_held_out(
     given_scenes: int,
     desc: str,
 ) -> tuple[np.ndarray, list[world.Story]]:
-    """Videos float32 [config.eval.stories, F, H, W, 3] of held-out stories, leading scenes given; and the stories."""
+    """Videos float32 [config.eval.stories, F, H, W, 3] of held-out stories, leading scenes given;
+    and the stories."""
     size, total = config.eval.batch_size, config.eval.stories
     videos, known = [], []
     for first in tqdm.tqdm(
@@ -78,7 +79,8 @@ def generate_held_out(
 def score_stories(
     config: config_lib.Config, params, codec: latent_codec.LatentCodec, workdir
 ) -> list[dict]:
-    """Exact scores on held-out stories: generation and extension, for every layout of the configuration.
+    """Exact scores on held-out stories: generation and extension, for every layout of the
+    configuration.
 
     Returns:
       One row per task and layout, the keys of SCORE_COLUMNS and scores per scene.
@@ -101,7 +103,8 @@ def score_stories(
 
 
 def _held_out(config, workdir, codec, frames, count: int, given_scenes: int):
-    """Captions, and what the transformer gets, of `count` stories: held-out ones, with leading scenes given."""
+    """Captions, and what the transformer gets, of `count` stories: held-out ones, with leading
+    scenes given."""
     if not config.data.encoded:
         source = batches_lib.open_stories(config, workdir, frames, 'test')
         examples = [source[i] for i in range(count)]
@@ -135,9 +138,11 @@ def _tasks(frames) -> dict[str, int]:
 def write_sample_grids(
     config: config_lib.Config, params, codec: latent_codec.LatentCodec, workdir, step: int
 ) -> list[pathlib.Path]:
-    """Sample sheets of held-out stories: generated from captions, and extended from all scenes but the last.
+    """Sample sheets of held-out stories: generated from captions, and extended from all scenes but
+    the last.
 
-    Beside each picture stands a .json of its captions: {"stories": [[caption, ...], ...], "given_scenes": 0}.
+    Beside each picture stands a .json of its captions: {"stories": [[caption, ...], ...],
+    "given_scenes": 0}.
     """
     frames, count = config.data.layouts[0], config.sample.sheet_stories
     paths = []
@@ -159,7 +164,8 @@ def write_sample_grids(
 def held_out_losses(
     config: config_lib.Config, params, codec: latent_codec.LatentCodec
 ) -> list[dict]:
-    """Denoising loss of encoded clips, for generation and extension, at the same noise and timesteps every time.
+    """Denoising loss of encoded clips, for generation and extension, at the same noise and
+    timesteps every time.
 
     Returns:
       One row per task and layout: 'task', 'frames', 'loss'.

@@ -1,4 +1,5 @@
-"""The TPU's compiler on the very step and sampling loop, for a small model on a slice of four chips."""
+"""The TPU's compiler on the very step and sampling loop, for a small model on a slice of four
+chips."""
 
 import dataclasses
 
@@ -52,7 +53,8 @@ def test_train_step(train):
         train['collectives']['all-to-all']['times'] > 0
         and train['collectives']['reduce-scatter']['times'] > 0
     )
-    # No gradient of a layer is reduced in full size: the smallest kernel there has 512 x 512 bf16 values.
+    # No gradient of a layer is reduced in full size: the smallest kernel there has 512 x 512 bf16
+    # values.
     assert all(a['mb'] < 0.5 for a in train['largest_loop_all_reduces'])
     state = sum(train['arguments_gib'][k] for k in ('parameters', 'EMA', 'optimizer'))
     assert train['arguments_gib']['parameters'] == pytest.approx(state / 4, rel=1e-3)
@@ -92,8 +94,9 @@ def test_sampling_loop():
     assert sample['fits'] and 'reduce-scatter' not in sample['collectives']
 
 
-# Bundles per block of 1024 without a mask to evaluate, forward and backward: those of a prototype whose schedules were
-# looked at by hand, and what may be lost by a change of libtpu or of how the kernel is called.
+# Bundles per block of 1024 without a mask to evaluate, forward and backward: those of a prototype
+# whose schedules were looked at by hand, and what may be lost by a change of libtpu or of how the
+# kernel is called.
 @pytest.mark.parametrize(
     'topology, forward, backward',
     [('v6e:2x2', 2769, 5466), pytest.param('v5p:2x2x1', 4742, 9300, marks=pytest.mark.slow)],

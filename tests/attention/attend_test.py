@@ -1,4 +1,5 @@
-"""Every backend equals the dense mask: forward and gradients of q, k and v, every pattern, unequal scenes."""
+"""Every backend equals the dense mask: forward and gradients of q, k and v, every pattern, unequal
+scenes."""
 
 import functools
 
@@ -88,7 +89,8 @@ def test_against_float64(backend, pattern):
 
 @pytest.mark.parametrize('backend', XLA)
 def test_bfloat16_has_float32_scores(backend):
-    """Scores of up to about 30: in bfloat16 their rounding alone would be several per cent of the weights."""
+    """Scores of up to about 30: in bfloat16 their rounding alone would be several per cent of the
+    weights."""
     layout = SceneLayout((2, 1), 2, 2, 3)
     q, k, v, _ = qkv(layout, 'bfloat16')
     attend = jax.jit(attend_lib.attend, static_argnums=(3, 4, 5))
@@ -145,7 +147,8 @@ def test_errors_name_the_input():
 
 
 def test_cudnn_lowers_to_one_fused_call_per_caption_and_scene(monkeypatch):
-    """As far as this goes without a GPU: what JAX asks of cuDNN's library and of the chip is answered for them."""
+    """As far as this goes without a GPU: what JAX asks of cuDNN's library and of the chip is
+    answered for them."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)

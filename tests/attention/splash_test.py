@@ -1,4 +1,5 @@
-"""Splash kernels: the mask by brute force, and attention and its gradients as the dense reference has them."""
+"""Splash kernels: the mask by brute force, and attention and its gradients as the dense reference
+has them."""
 
 import functools
 import itertools
@@ -137,7 +138,8 @@ def test_bfloat16_and_heads_of_128(kernel):
 
 
 def test_summing_dq_in_slots_over_many_blocks():
-    """Without the model of the chip's memory this option is wrong from the fourth block of keys on."""
+    """Without the model of the chip's memory this option is wrong from the fourth block of keys
+    on."""
     assert_equals_dense((2, 1, 3, 2, 1), 'dual', 'tokamax', pltpu.InterpretParams())
 
 

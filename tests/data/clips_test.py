@@ -46,8 +46,8 @@ def test_variable_rates_are_read_at_a_constant_one(tmp_path):
 
 @pytest.mark.parametrize('at', [0.0, 0.2, 0.6, 1.0])
 def test_damage_is_not_read_over(at, tmp_path):
-    """FFmpeg alone would copy what it cannot read from the frame before. Bytes changed elsewhere can make another legal
-    video, which nobody can tell."""
+    """FFmpeg alone would copy what it cannot read from the frame before. Bytes changed elsewhere
+    can make another legal video, which nobody can tell."""
     video.write_mp4(tmp_path / 'a.mp4', panned(), 25)
     damage(tmp_path / 'a.mp4', tmp_path / 'b.mp4', at)
     info = video.probe(tmp_path / 'a.mp4')
@@ -107,7 +107,8 @@ def test_csv_manifest(tmp_path):
 
 
 def test_json_manifests(tmp_path):
-    """The reference's list, and stories with scenes of their own lengths: together, or one alone."""
+    """The reference's list, and stories with scenes of their own lengths: together, or one
+    alone."""
     path = tmp_path / 'stories.json'
     path.write_text(
         json.dumps(

@@ -1,4 +1,5 @@
-"""Videos to data sets to batches, on a tiny random model folder: what is kept, what is refused, and what goes on."""
+"""Videos to data sets to batches, on a tiny random model folder: what is kept, what is refused, and
+what goes on."""
 
 import collections
 import csv
@@ -57,7 +58,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def videos(tmp_path_factory):
-    """Seven shots, clips.csv and stories.json: two stories of three and four scenes, one of them longer."""
+    """Seven shots, clips.csv and stories.json: two stories of three and four scenes, one of them
+    longer."""
     root = tmp_path_factory.mktemp('videos')
     film = moving(40 * 7)
     for i in range(7):
@@ -155,7 +157,8 @@ def test_workers_share_the_parts(encoded, folder, videos, tmp_path):
 
 
 def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
-    """Killed when its first part is there: that part stays as it is, and the whole is what it would have been."""
+    """Killed when its first part is there: that part stays as it is, and the whole is what it would
+    have been."""
     out = tmp_path / 'out'
     command = [
         sys.executable,

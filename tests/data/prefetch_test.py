@@ -1,4 +1,5 @@
-"""Batches made ahead come in order, errors where their turn is, and nothing goes on after the end."""
+"""Batches made ahead come in order, errors where their turn is, and nothing goes on after the
+end."""
 
 import threading
 import time

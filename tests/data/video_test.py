@@ -1,4 +1,5 @@
-"""Video files keep frames, sizes and colours; sheets show every scene with its caption; errors name the file."""
+"""Video files keep frames, sizes and colours; sheets show every scene with its caption; errors name
+the file."""
 
 import av
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from mask2dit_jax.data import video
 
 
 def _frames(count=6, height=24, width=32):
-    """Smooth colours that move, so that no two frames are equal and chroma subsampling costs little."""
+    """Smooth colours that move, so that no two frames are equal and chroma subsampling costs
+    little."""
     y, x = np.mgrid[:height, :width]
     frames = [
         np.stack([x / width, y / height, np.full(x.shape, i / count)], -1) for i in range(count)

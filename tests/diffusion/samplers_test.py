@@ -61,7 +61,8 @@ def test_given_scenes_stay_and_run_at_timestep_zero(sampler):
 
     def velocity(x, t):
         seen.append(t.shape)
-        # What the model sees of the given scene, and its timestep, leak into the other scene if they are wrong.
+        # What the model sees of the given scene, and its timestep, leak into the other scene if
+        # they are wrong.
         return (
             gaussian_velocity(x, t)
             + jnp.sum(t[:, 0])

@@ -1,4 +1,5 @@
-"""Attention over meshes of eight devices equals one device's: every backend inside, every pattern, unequal scenes."""
+"""Attention over meshes of eight devices equals one device's: every backend inside, every pattern,
+unequal scenes."""
 
 import functools
 

@@ -1,4 +1,5 @@
-"""Two processes on this machine train to the numbers of one, whichever axis lies between them; they agree and stop."""
+"""Two processes on this machine train to the numbers of one, whichever axis lies between them; they
+agree and stop."""
 
 import json
 import os

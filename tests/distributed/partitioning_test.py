@@ -63,7 +63,8 @@ def lora_of(params):
 
 
 def golden_table():
-    """Markdown: how every parameter and LoRA tensor of 5B lies on every slice, and what is whole on every chip."""
+    """Markdown: how every parameter and LoRA tensor of 5B lies on every slice, and what is whole on
+    every chip."""
     configs = {name: config_lib.parse(presets.pod(name)) for name in presets.SLICES}
     params = names.abstract_params(config_lib.Config().model)
     params = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(

@@ -1,4 +1,5 @@
-"""Videos and stories to scores, end to end, on tiny random encoders and on features with known answers."""
+"""Videos and stories to scores, end to end, on tiny random encoders and on features with known
+answers."""
 
 import json
 import subprocess
@@ -41,7 +42,8 @@ def write_videos(folder, frames=(4, 7, 3)):
 
 
 def test_end_to_end_with_all_encoders(folders, tmp_path):
-    """Cuts and their absence are seen, the still video is consistent, and rescoring its features changes nothing."""
+    """Cuts and their absence are seen, the still video is consistent, and rescoring its features
+    changes nothing."""
     videos = write_videos(tmp_path / 'samples')
     result = evaluator.evaluate(
         videos,
@@ -110,7 +112,8 @@ def test_encoders_without_captions_score_what_they_can(folders, tmp_path):
 
 
 def known_features(names=('video_2', 'video_10')):
-    """Scenes along axes; of the first video captions agree, of the second they are turned by one."""
+    """Scenes along axes; of the first video captions agree, of the second they are turned by
+    one."""
     axes = np.eye(3, 5, dtype=np.float32)
     return {
         f'{names[0]}/scenes': axes,

@@ -1,4 +1,5 @@
-"""Encoders of frames, clips and captions: random tiny models of transformers' own classes give the same numbers.
+"""Encoders of frames, clips and captions: random tiny models of transformers' own classes give the
+same numbers.
 
 Most need the `oracle` extra, and are skipped without it.
 """
@@ -16,7 +17,8 @@ from mask2dit_jax.tools import random_model
 
 
 def saved(folder, model):
-    """The folder of a model whose parameters are all random, so that no zero or one hides an error."""
+    """The folder of a model whose parameters are all random, so that no zero or one hides an
+    error."""
     import torch
 
     torch.manual_seed(0)
@@ -61,7 +63,8 @@ def clip(folder, dtype=None, **changes):
 
 @pytest.mark.parametrize('fast', [False, True])
 def test_clip_is_that_of_transformers(tmp_path, fast):
-    """Pixels and captions to features, also captions too long and beyond ASCII, from either form of the tokenizer."""
+    """Pixels and captions to features, also captions too long and beyond ASCII, from either form of
+    the tokenizer."""
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     model, processor = clip(tmp_path)
@@ -122,7 +125,8 @@ def test_dino_is_that_of_transformers(tmp_path, registers, changes):
 
 @pytest.mark.parametrize('kind', ['Model', 'ForPreTraining', 'ForVideoClassification'])
 def test_videomae_is_that_of_transformers(tmp_path, kind):
-    """Encoders alone, before and after fine-tuning: means of tokens, under the norm that there is."""
+    """Encoders alone, before and after fine-tuning: means of tokens, under the norm that there
+    is."""
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     config = transformers.VideoMAEConfig(
@@ -182,7 +186,8 @@ def test_pictures_are_prepared_as_by_transformers(tmp_path, how, shape):
 
 
 def test_reading_is_strict_and_leaves_integers_of_no_use(tmp_path):
-    """A float16 file with the position_ids of old checkpoints is read; then every wrong tensor is named at once."""
+    """A float16 file with the position_ids of old checkpoints is read; then every wrong tensor is
+    named at once."""
     folder = random_model.write_encoder(tmp_path / 'clip', 'clip')
     file = folder / 'model.safetensors'
     tensors = {n: t.astype(np.float16) for n, t in safetensors.numpy.load_file(file).items()}

@@ -49,7 +49,8 @@ def test_subject_consistency_by_hand():
 @settings(**SAFE)
 @given(SEEDS, st.integers(2, 6))
 def test_shuffled_captions_are_found_out(seed, count):
-    """Features of captions plus noise that is smaller than their distance: the matrix shows the permutation."""
+    """Features of captions plus noise that is smaller than their distance: the matrix shows the
+    permutation."""
     captions = np.linalg.qr(normal(seed, 16, 16))[0][:count]
     scenes = 3 * captions + 0.1 * normal(seed + 1, count, 16)
     right = metrics.caption_cosines(scenes, captions)
@@ -62,7 +63,8 @@ def test_shuffled_captions_are_found_out(seed, count):
 
 
 def test_captions_that_leak_raise_visual_consistency_and_lower_matches():
-    """Features of character and action: that all scenes show the first caption's action looks consistent."""
+    """Features of character and action: that all scenes show the first caption's action looks
+    consistent."""
     character, actions = np.ones((3, 1)), np.eye(3)
     captions = np.concatenate([character, actions], 1)
     leaked = np.concatenate([character, actions[[0, 0, 0]]], 1)
@@ -87,7 +89,8 @@ def test_equal_captions_share_a_match():
 @settings(**SAFE)
 @given(SEEDS, st.integers(2, 5))
 def test_cosines_know_directions_alone(seed, count):
-    """Neither lengths nor a rotation of the space matter, nor, for all pairs, the order of scenes."""
+    """Neither lengths nor a rotation of the space matter, nor, for all pairs, the order of
+    scenes."""
     scenes, captions, turn = (
         normal(seed, count, 6),
         normal(seed + 1, count, 6),
@@ -136,7 +139,8 @@ def test_what_has_no_answer_is_an_error(call):
 @settings(**SAFE)
 @given(SEEDS, st.integers(1, 6))
 def test_frechet_distance_of_gaussians_in_closed_form(seed, size):
-    """Covariances with the same axes: the sum of squared differences of means and of standard deviations."""
+    """Covariances with the same axes: the sum of squared differences of means and of standard
+    deviations."""
     rng = np.random.default_rng(seed)
     axes = np.linalg.qr(rng.normal(size=(size, size)))[0]
     stds, means = rng.uniform(0, 3, (2, size)), rng.normal(size=(2, size))
@@ -171,7 +175,8 @@ def test_frechet_distance_of_few_samples_in_many_dimensions():
 @settings(**SAFE)
 @given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_streaming_is_the_whole(seed, sizes):
-    """Batches merge to numpy's mean and covariance, also far from the origin, where sums of squares would fail."""
+    """Batches merge to numpy's mean and covariance, also far from the origin, where sums of squares
+    would fail."""
     features = normal(seed, sum(sizes) + 2, 4) + 1e6
     parts = np.split(features, np.cumsum(sizes))
     merged = functools.reduce(frechet.merge, map(frechet.moments, parts))
@@ -209,7 +214,8 @@ def test_no_cuts_are_seen_as_none():
 
 
 def test_cuts_in_the_wrong_place():
-    """One cut of two is where the layout says; the other, a frame late, makes its border the stillest place."""
+    """One cut of two is where the layout says; the other, a frame late, makes its border the
+    stillest place."""
     scores = cuts.cut_scores(cuts.transitions(still([10, 90, 50], (4, 5, 3))), (4, 4, 4))
     assert scores['placed'].tolist() == [1, 0]
     assert scores['sharpness'].tolist() == [1, -1]

@@ -242,7 +242,8 @@ MESH_CONFIG = dataclasses.replace(
 
 
 def mesh_run(axes, grad_accumulation=1):
-    """Three steps of LoRA on a random base: at its initialisation nothing but proj_out has a gradient."""
+    """Three steps of LoRA on a random base: at its initialisation nothing but proj_out has a
+    gradient."""
     cfg = dataclasses.replace(
         MESH_CONFIG,
         train=dataclasses.replace(MESH_CONFIG.train, grad_accumulation=grad_accumulation),
@@ -390,7 +391,8 @@ def run_sample(out, **chosen):
 
 
 def test_sampling_merges(finished, base, tmp_path):
-    """A run of LoRA gives the frames of its base with the LoRA file, which are not those of the base."""
+    """A run of LoRA gives the frames of its base with the LoRA file, which are not those of the
+    base."""
     lora_files.write_lora(tmp_path, MODEL, ema_of(finished[0]), LORA)
     run = run_sample(tmp_path / 'run', workdir=str(finished[0]))
     alone = run_sample(tmp_path / 'alone', workdir=str(base))

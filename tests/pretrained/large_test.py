@@ -1,4 +1,5 @@
-"""Sizes of the released models: memory and time of conversion and of the VAE: pytest -m slow -s tests/large_test.py"""
+"""Sizes of the released models: memory and time of conversion and of the VAE: pytest -m slow -s
+tests/large_test.py"""
 
 import itertools
 import json
@@ -22,7 +23,8 @@ PEAK = (
 
 
 def python(code):
-    """Runs code in a fresh interpreter; returns seconds, its peak resident memory in GiB and its output."""
+    """Runs code in a fresh interpreter; returns seconds, its peak resident memory in GiB and its
+    output."""
     started = time.monotonic()
     out = subprocess.run(
         [sys.executable, '-c', textwrap.dedent(code) + '\n' + PEAK],
@@ -34,7 +36,8 @@ def python(code):
 
 
 def write_synthetic(folder):
-    """A 5B transformer in bf16 and 2 GB files; returns the sum of every tensor, taken from its values."""
+    """A 5B transformer in bf16 and 2 GB files; returns the sum of every tensor, taken from its
+    values."""
     folder.mkdir(parents=True)
     cfg = dit.DiTConfig(position_rule='reference')
     tensors = export.export_params('transformer', cfg, names.abstract_params(cfg))
@@ -90,7 +93,8 @@ def test_5b_transformer_to_orbax_and_back(tmp_path):
 @pytest.mark.parametrize('tiling', [False, True], ids=['whole', 'tiles'])
 @pytest.mark.parametrize('task', ['decode', 'encode'])
 def test_released_vae_at_480x720(task, tiling):
-    """49 frames of random video through random weights of the real channel sizes; half an hour to an hour each."""
+    """49 frames of random video through random weights of the real channel sizes; half an hour to
+    an hour each."""
     seconds, peak, out = python(f"""
         import jax, numpy as np
         from mask2dit_jax.pretrained import names

@@ -1,4 +1,5 @@
-"""A model folder in the released layout, tiny and random: sampled, extended, converted, fine-tuned, handed back."""
+"""A model folder in the released layout, tiny and random: sampled, extended, converted, fine-tuned,
+handed back."""
 
 import dataclasses
 import json
@@ -164,7 +165,8 @@ def test_loading_follows_the_sharding(folder):
 
 
 def test_fine_tuning_and_handing_back(folder, tmp_path):
-    """main on a model folder: trained on stories through its VAE and T5, sampled, exported, loaded again."""
+    """main on a model folder: trained on stories through its VAE and T5, sampled, exported, loaded
+    again."""
     cfg = config_lib.Config(
         data=config_lib.DataConfig(
             layouts=((5, 5),), height_px=32, width_px=32, num_train=8, num_test=4

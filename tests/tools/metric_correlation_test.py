@@ -1,4 +1,5 @@
-"""Metrics follow the exact scores of stories where the truth is known, and comparisons say so when they do not."""
+"""Metrics follow the exact scores of stories where the truth is known, and comparisons say so when
+they do not."""
 
 import dataclasses
 
@@ -23,7 +24,8 @@ def known():
 
 @pytest.fixture(scope='module')
 def found(known):
-    """Renderings that are right, of which every scene shows the next one's action, or another character each."""
+    """Renderings that are right, of which every scene shows the next one's action, or another
+    character each."""
 
     def leaking(story):
         return dataclasses.replace(
@@ -74,7 +76,8 @@ def test_measured_features_rank_runs_as_the_exact_scores_do(found):
 
 
 def test_an_encoder_that_sees_no_actions_does_not_tell_leaks(found):
-    """Both encoders see other characters; only one that knows actions sees that these are another scene's."""
+    """Both encoders see other characters; only one that knows actions sees that these are another
+    scene's."""
 
     def drop(kind, metric, run):
         return mean(found, 'right', kind, metric) - mean(found, run, kind, metric)

@@ -1,4 +1,5 @@
-"""The page of a run is well-formed, whole and readable, and says what is missing; a browser plays its videos."""
+"""The page of a run is well-formed, whole and readable, and says what is missing; a browser plays
+its videos."""
 
 import collections
 import html.parser
@@ -113,7 +114,8 @@ def page(tmp_path_factory):
 
 
 class Reader(html.parser.HTMLParser):
-    """All elements, in order, as (tag, attributes, text directly in them); unbalanced tags are an error."""
+    """All elements, in order, as (tag, attributes, text directly in them); unbalanced tags are an
+    error."""
 
     def __init__(self, text):
         super().__init__()
@@ -302,8 +304,8 @@ def test_command(tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason='needs chromium')
 def test_in_a_browser(page, tmp_path):
-    """Chromium decodes all videos and pictures, which its load event waits for, follows dark and light, and has
-    nothing to complain about."""
+    """Chromium decodes all videos and pictures, which its load event waits for, follows dark and
+    light, and has nothing to complain about."""
     probe = """<script>addEventListener('load', () => {
       const paint = (element, name) => getComputedStyle(document.querySelector(element))[name];
       document.body.textContent = 'SEEN' + JSON.stringify({

@@ -1,4 +1,5 @@
-"""Folders and lists, read as each suite's own tool reads them: every clip must meet its caption, and nothing else.
+"""Folders and lists, read as each suite's own tool reads them: every clip must meet its caption,
+and nothing else.
 
 Every caption ends in the gray level of its scene, so that a clip tells which caption it belongs to.
 """
@@ -74,7 +75,8 @@ SCENES = [scene for name in ('a', 'a', 'b/c') for scene in STORIES[name]]
 
 
 def vbench_standard(folder, info, dimensions):
-    """Dimension to (video, prompt): one suffix for all names, and five videos by the name of the prompt."""
+    """Dimension to (video, prompt): one suffix for all names, and five videos by the name of the
+    prompt."""
     names = os.listdir(folder)
     suffix, out = pathlib.Path(names[0]).suffix, {}
     for entry in json.loads(info.read_text()):
@@ -101,7 +103,8 @@ def vbench_custom(folder, prompts):
 
 
 def vbench_long_custom(folder):
-    """Clips by whole video, if VBench-Long takes the given clips as they are instead of cutting its own."""
+    """Clips by whole video, if VBench-Long takes the given clips as they are instead of cutting its
+    own."""
     folders = [f for f in os.listdir(folder / 'split_clip') if re.search(r'-\d+$', f)]
     assert len(folders) == len([f for f in os.listdir(folder) if f.endswith('.mp4')])
     out = {}
@@ -114,7 +117,8 @@ def vbench_long_custom(folder):
 
 
 def evalcrafter(videos, checkout):
-    """All that lies in the folder with prompts by name, and attributes by its first four characters."""
+    """All that lies in the folder with prompts by name, and attributes by its first four
+    characters."""
     metadata = json.loads((checkout / 'metadata.json').read_text())
     return [
         (

@@ -91,7 +91,8 @@ def test_resume_keeps_old_steps_and_drops_later_and_torn_ones(tmp_path):
 
 
 def _board(workdir):
-    """Events as TensorBoard shows them: {name: {step: value}}, later files purging what earlier ones have."""
+    """Events as TensorBoard shows them: {name: {step: value}}, later files purging what earlier
+    ones have."""
     from tensorboardX.proto import event_pb2
 
     shown = {}

@@ -1,4 +1,5 @@
-"""Runs of `main` that are killed, stopped, damaged, starved of disk or deserted by a peer, and what comes after."""
+"""Runs of `main` that are killed, stopped, damaged, starved of disk or deserted by a peer, and what
+comes after."""
 
 import collections
 import json
@@ -254,7 +255,8 @@ def test_killed_and_resumed_is_bit_equal(straight, base, kills, steps, started_p
 
 
 def test_a_full_disk_costs_no_checkpoint_and_sigterm_saves(straight, base, started_processes):
-    """Writes fail for real, with EFBIG instead of ENOSPC: no file may become larger than a small part of a save."""
+    """Writes fail for real, with EFBIG instead of ENOSPC: no file may become larger than a small
+    part of a save."""
     run = Run(base / 'stopped', base)
     code = 'import resource\ndisturb = lambda s: s == 5 and resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))\n'
     (process,) = run.start(disturb={0: code})
@@ -320,7 +322,8 @@ def test_one_process_is_resumed_on_two(straight, base):
         shutil.rmtree(run.workdir / f'checkpoints/{step}')
     for path in run.workdir.glob('seen.*'):
         path.unlink()
-    # One comes to its first step, which is to be compiled, later than a peer may come to others: the other one waits.
+    # One comes to its first step, which is to be compiled, later than a peer may come to others:
+    # the other one waits.
     late = 'multihost.PEER_SECONDS = 12\ndisturb = lambda s: time.sleep(16 if s == 4 else 0)\n'
     run.finish(TWO, count=2, disturb={0: 'multihost.PEER_SECONDS = 12', 1: late})
     assert f'Resuming {run.workdir}/checkpoints/4.' in run.log(1)
@@ -345,7 +348,8 @@ def test_one_process_is_resumed_on_two(straight, base):
     ],
 )
 def test_a_peer_that_is_gone_ends_the_others(base, how, victim, quick, started_processes):
-    """The shipped limits take a minute, and are tested in the slow variant; so is a kill, which leaves more traces."""
+    """The shipped limits take a minute, and are tested in the slow variant; so is a kill, which
+    leaves more traces."""
     run = Run(base / f'{how}_{victim}_{quick}', base)
     limits = 'multihost.HEARTBEAT_SECONDS = multihost.PEER_SECONDS = 10\n' if quick else ''
     hang = 'disturb = lambda step: time.sleep(1e6 if step == 5 else 0)\n' if how == 'hung' else ''

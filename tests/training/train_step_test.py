@@ -1,4 +1,5 @@
-"""Properties of one update: timesteps, given scenes, caption dropout, randomness per step, optimizers, EMA."""
+"""Properties of one update: timesteps, given scenes, caption dropout, randomness per step,
+optimizers, EMA."""
 
 import dataclasses
 import functools
@@ -51,7 +52,8 @@ def step_config(optimizer=config_lib.OptimizerConfig(), **train):  # noqa: B008 
 
 
 def random_state(cfg):
-    """All parameters random: with the zeros of initialisation the output would depend on nothing."""
+    """All parameters random: with the zeros of initialisation the output would depend on
+    nothing."""
     shapes = jax.eval_shape(
         lambda: train_step.init_state(cfg, (BATCH['latents'][0], BATCH['text'][0], FRAMES))
     )
@@ -91,7 +93,8 @@ def test_random_given():
 
 
 def test_given_scenes_are_clean_and_count_nothing():
-    """Loss and gradient depend on the given scene's latents but neither on its noise nor on its error."""
+    """Loss and gradient depend on the given scene's latents but neither on its noise nor on its
+    error."""
     params, t = random_state(step_config()).params, jnp.array([500, 20])
     given = jnp.array([[True, False], [False, False]])
 
@@ -117,7 +120,8 @@ def test_given_scenes_are_clean_and_count_nothing():
 
 
 def test_given_scenes_run_at_timestep_zero():
-    """The given scene's timestep is 0 whatever the others' is: its model is the only thing that could tell."""
+    """The given scene's timestep is 0 whatever the others' is: its model is the only thing that
+    could tell."""
     state, given = random_state(step_config()), np.array([[True, False]])
     seen = []
 
@@ -238,8 +242,8 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
     )  # a layer's update does not depend on another's scale
 
 
-# Products that the backward pass computes again in a layer: adaLN's six choices of rows and rope's two turns; the eight
-# weights; attention's two for each caption and scene.
+# Products that the backward pass computes again in a layer: adaLN's six choices of rows and rope's
+# two turns; the eight weights; attention's two for each caption and scene.
 AGAIN = {'save_matmuls': 8, 'save_attention': 8 + 8, 'full': 8 + 8 + 8}
 
 

@@ -69,7 +69,8 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def weights(finished):
-    """'params' and 'ema' of the finished run, read from its last checkpoint without the package's own functions."""
+    """'params' and 'ema' of the finished run, read from its last checkpoint without the package's
+    own functions."""
     cfg = smoke_config()
     shapes = names_lib.abstract_params(cfg.model)
     target = jax.tree.map(

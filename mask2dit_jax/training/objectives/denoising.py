@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 
 def stratified_timesteps(key, batch: int, num_timesteps: int):
-    """Integer timesteps [B], each uniform, together one in every B-th part of the range, in random order."""
+    """Integer timesteps [B], each uniform, together one in every B-th part of the range, in random
+    order."""
     offset_key, order_key = jax.random.split(key)
     u = (
         jax.random.permutation(order_key, batch) + jax.random.uniform(offset_key, (batch,))
@@ -14,8 +15,8 @@ def stratified_timesteps(key, batch: int, num_timesteps: int):
 
 
 def random_given(key, batch: int, num_scenes: int, probability: float, which: str = 'leading'):
-    """Given scenes bool [B, S]: with this probability, per story, a random number of them but never all; the 'leading'
-    ones, or 'any'."""
+    """Given scenes bool [B, S]: with this probability, per story, a random number of them but never
+    all; the 'leading' ones, or 'any'."""
     if num_scenes == 1 or not probability:
         return jnp.zeros((batch, num_scenes), bool)
     coin_key, count_key, *order_key = jax.random.split(key, 3 if which == 'any' else 2)
