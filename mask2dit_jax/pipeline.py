@@ -1,30 +1,54 @@
-"""Captions (and given scenes) to videos: the functions behind training's sheets, the scores and
-`sample`."""
+"""Captions (and given scenes) to videos, for Python, for `sample`, and for training's sample grids
+and scores.
+
+    model = mask2dit_jax.load('runs/tiny')
+    video = model.generate(['red ring on gray moves left', 'it grows', 'it blinks'])
+    video.save('samples')
+
+`load` opens whatever holds a model. Below it stand the steps that it is made of: `encode_inputs`,
+`sample_latents`, and both with decoding, `generate`.
+"""
 
 import dataclasses
 import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
+from absl import logging
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import latent_codec
+from mask2dit_jax.data import latent_codec, manifest, story_file
+from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.models import dit
-from mask2dit_jax.pretrained import names
+from mask2dit_jax.models import dit, lora
+from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.pretrained import lora_files, names, runs
+
+# The size at which small videos are written: their pixels become squares.
+_WRITTEN_SIZE_PX = 256
 
 
 @functools.cache
-def jit_sample(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sharding.Mesh):
-    """Jitted sampling loop for these latent frames per scene; one compilation per batch size and
-    step count.
+def jit_sample(
+    config: config_lib.Config,
+    frames: tuple[int, ...],
+    mesh: jax.sharding.Mesh,
+    callback: Callable[[int], None] | None = None,
+):
+    """The jitted sampling loop for these latent frames per scene; it compiles once for each batch
+    size and number of steps.
 
-    The two halves of classifier-free guidance are rows of one batch, spread over the mesh's batch
-    axes; tokens are spread over context. Everything but the parameters comes in whole on every
-    device.
+    The two halves of classifier-free guidance are rows of one batch, spread over the batch axes of
+    the mesh; tokens are spread over context. Everything but the parameters comes in whole on every
+    device. The callback is called on the host with the index of every step that is done.
     """
     model = dit.DiT(config.model)
 
@@ -43,7 +67,15 @@ def jit_sample(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sha
         noise, given = (x.reshape(*x.shape[:3], -1) for x in (noise, given))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             out = samplers.sample(
-                velocity, noise, layout, timesteps, table, guidance, given, given_scenes
+                velocity,
+                noise,
+                layout,
+                timesteps,
+                table,
+                guidance,
+                given,
+                given_scenes,
+                callback=callback,
             )
         return out.reshape(-1, *shape)
 
@@ -76,6 +108,16 @@ class Inputs:
     null_text: np.ndarray
     given: np.ndarray
     given_scenes: np.ndarray
+
+    def story(self, index: int) -> 'Inputs':
+        """The inputs of one story, as a batch of one."""
+        rows = slice(index, index + 1)
+        return dataclasses.replace(
+            self,
+            text=self.text[rows],
+            given=self.given[rows],
+            given_scenes=self.given_scenes[rows],
+        )
 
 
 def encode_inputs(
@@ -128,11 +170,20 @@ def sample_latents(
     sampler: str | None = None,
     steps: int | None = None,
     guidance=None,
+    callback: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Denoises the stories of `inputs`; arguments as in `generate`. Returns latents float32 [B, T,
-    h, w, C].
+    """Denoises the stories of `inputs`, on the mesh that `params` lie on.
 
-    The work is spread over the mesh that `params` lie on.
+    Args:
+      config, params, seed, first_index, sampler, steps, guidance: as in `generate`.
+      inputs: of `encode_inputs`.
+      callback: as in `jit_sample`.
+
+    Returns:
+      Latents float32 [B, T, h, w, C].
+
+    Raises:
+      ValueError: if guidance is neither one number nor one number for each scene.
     """
     num_scenes = len(inputs.latent_frames)
     guidance = config.sample.guidance if guidance is None else guidance
@@ -147,7 +198,7 @@ def sample_latents(
         sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
     )
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    run = jit_sample(config, inputs.latent_frames, mesh_lib.mesh_of(params))
+    run = jit_sample(config, inputs.latent_frames, mesh_lib.mesh_of(params), callback)
     return np.asarray(
         run(
             params,
@@ -181,7 +232,7 @@ def generate(
 
     Args:
       config: the model's configuration, which also holds the default sampler settings.
-      params: parameters, on one device or spread over a mesh by sharding.shardings.
+      params: parameters, on one device or spread over a mesh by partitioning.shardings.
       codec, captions, frames, given_videos: as in `encode_inputs`.
       seed: story i gets the noise of (seed, first_index + i).
       first_index: see above.
@@ -212,7 +263,389 @@ def _given_count(frames: tuple[int, ...], given_frames: int) -> int:
     ends = list(np.cumsum(frames))
     if given_frames not in ends[:-1]:
         raise ValueError(
-            f'Given clips have {given_frames} frames in all, which fills no number of leading scenes of '
-            f'{frames} and leaves one to generate.'
+            f'Given clips have {given_frames} frames in all, which fills no number of leading '
+            f'scenes of {frames} and leaves one to generate.'
         )
     return ends.index(given_frames) + 1
+
+
+def read_given(path, height_px: int, width_px: int, frames: int | None, seed: int) -> np.ndarray:
+    """Reads a given clip.
+
+    Args:
+      path: of a video file.
+      height_px, width_px: the size to which it is scaled and cropped.
+      frames: None for the whole video; otherwise so many frames are cut from it as `encode` cuts
+        the scenes of a story, at most every third, from a start that the seed draws.
+      seed: see above.
+
+    Returns:
+      uint8 [F, H, W, 3].
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and what is wrong with it.
+    """
+    if frames is None:
+        return video_lib.read_video(path, height_px=height_px, width_px=width_px)[0]
+    info = video_lib.probe(path)
+    rng = np.random.default_rng(seed)
+    try:
+        indices = manifest.choose_frames(manifest.MULTI_SCENE, len(info.times), frames, 3, rng)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return video_lib.read_frames(path, info, indices, height_px=height_px, width_px=width_px)
+
+
+def plan_frames(
+    frames: Sequence[int | None], given: Sequence[np.ndarray], default: int
+) -> tuple[int, ...]:
+    """Pixel frames of each scene: those of its given clip, else those asked for, else the default.
+
+    Raises:
+      ValueError: if there are as many given clips as scenes, or a clip contradicts what is asked.
+    """
+    if len(given) >= len(frames):
+        raise ValueError(
+            f'{len(given)} given clips and {len(frames)} captions leave no scene to generate: give '
+            'one caption per clip and at least one more.'
+        )
+    planned = []
+    for i, asked in enumerate(frames):
+        length = len(given[i]) if i < len(given) else None
+        if asked and length and asked != length:
+            raise ValueError(
+                f'Scene {i + 1} has {asked} frames in the story but its given clip has {length}.'
+            )
+        planned.append(length or asked or default)
+    return tuple(planned)
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """One generated video.
+
+    Attributes:
+      scenes: pixels of each scene, float32 in [0, 1], [F, H, W, 3]; the given ones come first.
+      captions: one for each scene.
+      num_given: how many leading scenes were given.
+      fps: frames per second.
+      record: everything that it takes to make the video again, as story.json holds it.
+    """
+
+    scenes: list[np.ndarray]
+    captions: list[str]
+    num_given: int
+    fps: float
+    record: dict
+
+    def save(self, folder) -> None:
+        """Writes what `sample` writes: video_0.mp4, video_0.gif, sheet_0.png and story.json."""
+        save([self], folder)
+
+
+def save(videos: Sequence[Video], folder) -> None:
+    """Writes videos of one story to a folder: an mp4, a gif and a contact sheet of each, and one
+    story.json."""
+    folder = pathlib.Path(folder)
+    for i, video in enumerate(videos):
+        pixels = np.concatenate(video.scenes)  # [F, H, W, 3]
+        scale = max(1, _WRITTEN_SIZE_PX // pixels.shape[1])
+        video_lib.write_mp4(folder / f'video_{i}.mp4', pixels, video.fps, scale)
+        video_lib.write_gif(folder / f'video_{i}.gif', pixels, video.fps, scale)
+
+        given = [s < video.num_given for s in range(len(video.scenes))]
+        sheet = video_lib.contact_sheet(video.scenes, video.captions, given=given)
+        video_lib.write_png(folder / f'sheet_{i}.png', sheet)
+
+    record = videos[0].record | {'num_videos': len(videos)}
+    (folder / 'story.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+
+
+class Model:
+    """A transformer with its codec, as `load` opens it. Nothing is read before it is needed.
+
+    Attributes:
+      config: config.Config.
+      codec: latent_codec.LatentCodec, between captions or pixels and latents.
+      settings: what `load` was told, for story.json.
+    """
+
+    def __init__(self, config, codec, read_params, settings: dict, keep_params: bool):
+        self.config = config
+        self.codec = codec
+        self.settings = settings
+        self._read_params = read_params
+        self._keep_params = keep_params
+        self._params = None
+
+    def params(self):
+        """Where the parameters come from, and the parameters; they are read at the first call."""
+        if self._params is None:
+            self._params = self._read_params()
+        return self._params
+
+    def generate(
+        self,
+        captions: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        frames: Sequence[int | None] | int | None = None,
+        given: Sequence = (),
+        given_frames: int | None = None,
+        seed: int = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance=None,
+        negative_caption: str = '',
+        callback: Callable[[int, int], None] | None = None,
+    ):
+        """Generates one video, or several whose scenes have the same lengths.
+
+        Args:
+          captions: one for each scene, those of given scenes included; or a list of such lists, for
+            several videos. Equal lists give different videos: each has noise of its own.
+          frames: pixel frames of a scene, or of each; None takes those that the model was trained
+            with. A given scene has the frames of its clip.
+          given: leading scenes, which all the videos continue: files, or pixels [F, H, W, 3], uint8
+            or float32 in [0, 1], of the size in `codec.size_px`.
+          given_frames: cut so many frames from each given file; None takes the whole file.
+          seed: the same seed gives the same videos; video i has the noise of (seed, i).
+          sampler, steps, guidance: None takes the settings of the model; guidance is one number, or
+            one for each scene.
+          negative_caption: what guidance leads away from, in every scene.
+          callback: called after every denoising step with its number, from 1, and the number of all
+            steps of all the videos.
+
+        Returns:
+          Video, or a list of them if captions is a list of lists.
+
+        Raises:
+          FileNotFoundError, ValueError: naming what is missing or does not fit.
+        """
+        stories = [captions] if isinstance(captions[0], str) else list(captions)
+        num_scenes = len(stories[0])
+        height_px, width_px = self.codec.size_px
+        clips = [
+            clip
+            if isinstance(clip, np.ndarray)
+            else read_given(clip, height_px, width_px, given_frames, seed)
+            for clip in given
+        ]
+        asked = list(frames) if isinstance(frames, Sequence) else [frames] * num_scenes
+        planned = plan_frames(asked, clips, self.config.data.layouts[0][0])
+        guidance = self.config.sample.guidance if guidance is None else guidance
+        sampling = {
+            'seed': seed,
+            'sampler': sampler or self.config.sample.sampler,
+            'steps': steps or self.config.sample.steps,
+            'guidance': np.asarray(guidance, float).tolist(),
+        }
+        logging.info(
+            'Sampling %d video(s) of %s frames.', len(stories), '+'.join(map(str, planned))
+        )
+
+        # One network is in memory at a time: the text encoder and the VAE in here, ...
+        given_videos = None
+        if clips:
+            given_videos = np.stack([np.concatenate(clips)] * len(stories))  # [B, F, H, W, 3]
+        inputs = encode_inputs(self.codec, stories, planned, given_videos, negative_caption)
+
+        # ... then the transformer, ...
+        path, params = self.params()
+        report = None
+        if callback is not None:
+            report = _step_counter(callback, len(stories) * sampling['steps'])
+        latents = np.concatenate(
+            [
+                sample_latents(
+                    self.config,
+                    params,
+                    inputs.story(i),
+                    first_index=i,
+                    callback=report,
+                    **sampling,
+                )
+                for i in tqdm.trange(len(stories), desc='sampling', unit='video')
+            ]
+        )
+        del params
+        if not self._keep_params:
+            self._params = None
+
+        # ... and the VAE again.
+        pixels = self.codec.decode_video(latents, inputs.latent_frames)  # [B, F, H, W, 3]
+        videos = []
+        for story, video in zip(stories, pixels):
+            record = {
+                'scenes': [{'caption': c, 'frames': f} for c, f in zip(story, planned)],
+                'checkpoint': str(path),
+                'given': [_given_record(g) for g in given],
+                'given_frames': given_frames,
+                'num_videos': 1,
+                'negative_prompt': negative_caption,
+                **sampling,
+                'model': dataclasses.asdict(self.config.model),
+                'jax': jax.__version__,
+                **self.settings,
+            }
+            scenes = story_file.split_scenes(video, planned)
+            videos.append(Video(scenes, list(story), len(clips), self.config.data.fps, record))
+        return videos[0] if isinstance(captions[0], str) else videos
+
+
+def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """A callback of the compiled loop, which counts the steps of all videos."""
+    done = 0
+
+    def report(step):
+        del step  # counted within one video
+        nonlocal done
+        done += 1
+        callback(done, total)
+
+    return report
+
+
+def _given_record(clip) -> dict:
+    """What story.json says of a given clip."""
+    if isinstance(clip, np.ndarray):
+        return {'file': None, 'sha256': hashlib.sha256(clip.tobytes()).hexdigest()}
+    content = pathlib.Path(clip).read_bytes()
+    return {'file': str(clip), 'sha256': hashlib.sha256(content).hexdigest()}
+
+
+def default_mesh(axes: tuple[int, int] | None = None) -> jax.sharding.Mesh:
+    """The mesh that videos are generated on.
+
+    Args:
+      axes: over how many devices the parameters and the halves of guidance are spread (fsdp), and
+        over how many the tokens (context); None takes all accelerators, two of them for the halves,
+        or one CPU.
+
+    Raises:
+      ValueError: if there are not so many devices.
+    """
+    count = 1
+    if axes or jax.default_backend() != 'cpu':
+        count = jax.device_count()
+    fsdp, context = axes or ((1, 1) if count == 1 else (2, count // 2))
+    config = mesh_lib.MeshConfig(fsdp=fsdp, context=context)
+    return mesh_lib.make_mesh(config, jax.devices()[:count])
+
+
+def load(
+    path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    lora_file=None,
+    keep_params: bool = True,
+    **folder_settings,
+) -> Model:
+    """Opens a model for generation.
+
+    Args:
+      path: a workdir of `main` (its newest good checkpoint is used), one checkpoint in it
+        (WORKDIR/checkpoints/STEP), or a model folder, released or converted to Orbax.
+      mesh: the devices to use; None is `default_mesh()`.
+      lora_file: LoRA tensors of diffusers' CogVideoX (.safetensors) to merge into the transformer.
+      keep_params: keep the transformer in memory between calls of `generate`; without that it is
+        let go before the VAE decodes.
+      **folder_settings: of model folders only: those of `ModelFolder`.
+
+    Returns:
+      Model.
+
+    Raises:
+      FileNotFoundError: if there is no model at that path.
+      ValueError: naming what does not fit.
+    """
+    path = pathlib.Path(path)
+    mesh = mesh or default_mesh()
+    if (path / 'transformer').is_dir():
+        settings = ModelFolder(**folder_settings)
+        config, codec, read = _open_folder(path, mesh, settings)
+        height_px, width_px = codec.size_px
+        record = dataclasses.asdict(settings) | {'height': height_px, 'width': width_px}
+    elif folder_settings:
+        raise ValueError(
+            f'{path} is not a model folder, so {", ".join(folder_settings)} mean nothing.'
+        )
+    else:
+        config, codec, read = _open_run(path, mesh)
+        record = {}
+
+    record['lora'] = str(lora_file) if lora_file else None
+    low_rank = lora_files.read_lora(lora_file, config.model) if lora_file else None
+
+    def read_params():
+        source, params = read()
+        if low_rank is not None:
+            params = lora.merge_placed(params, *low_rank)
+        return source, params
+
+    return Model(config, codec, read_params, record, keep_params)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """How a model folder is used.
+
+    Attributes:
+      height, width: pixels; None is the size that the model was trained with.
+      dtype: for computing and holding parameters; the VAE always computes in float32.
+      tiling: run the VAE in overlapping tiles, for less memory.
+      decode_rule: how the VAE batches frames, one of vae.DECODE_RULES.
+      mask_padding: hide padding from the text encoder; the reference does not.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    dtype: str = 'bfloat16'
+    tiling: bool = False
+    decode_rule: str = 'reference'
+    mask_padding: bool = False
+
+
+def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelFolder):
+    """Configuration, codec, and a function that reads the transformer and says from where."""
+    config = config_lib.Config(
+        data=config_lib.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=settings.dtype)
+    )
+    config = load_lib.with_model_from(config, folder)
+    layouts = ((config.model.sample_frames,),)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, layouts=layouts))
+
+    factor = load_lib.read_config('vae', folder / 'vae').spatial_factor
+    height_px = settings.height or config.model.sample_height * factor
+    width_px = settings.width or config.model.sample_width * factor
+    codec = latent_codec.pretrained_codec(
+        folder,
+        config.model,
+        (height_px, width_px),
+        tiling=settings.tiling,
+        decode_rule=settings.decode_rule,
+        mask_padding=settings.mask_padding,
+    )
+    abstract = names.abstract_params(config.model)
+    target = partitioning.abstract_arrays(abstract, mesh, config.model.dtype)
+
+    def read():
+        return folder, load_lib.read_params(
+            'transformer', folder / 'transformer', config.model, target
+        )
+
+    return config, codec, read
+
+
+def _open_run(path: pathlib.Path, mesh: jax.sharding.Mesh):
+    """As `_open_folder`, of a workdir or of one checkpoint in it."""
+    is_checkpoint = (path / 'ema').is_dir()
+    workdir = path.absolute().parent.parent if is_checkpoint else path.absolute()
+    config = config_lib.load(workdir / 'config.json')
+    target = partitioning.abstract_arrays(names.abstract_params(config.model), mesh)
+
+    def read():
+        if is_checkpoint:
+            return path, runs.restore(path, config, target)
+        return runs.newest(path, config, target)
+
+    return config, latent_codec.for_run(config, workdir), read
