@@ -1,5 +1,5 @@
-"""The README's commands, as they stand there, on tiny models; those of one heading after the other
-in one folder.
+"""The commands of README.md and of the pages that it links, as they stand there, on tiny models;
+those of one heading after the other in one folder.
 
 What is too large for a test is replaced as MINIATURE says, and what is not run here is run where
 ELSEWHERE says.
@@ -21,7 +21,15 @@ from mask2dit_jax.data import video
 from mask2dit_jax.tools import random_model, report
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PAGES = [
+    ROOT / 'README.md',
+    ROOT / 'launch/README.md',
+    # The stories' page describes them to TFDS.
+    *sorted(p for p in (ROOT / 'mask2dit_jax').glob('*/README.md') if p.parent.name != 'stories'),
+]
+README = PAGES[0].read_text(encoding='utf-8')
+# All pages as one; no two have the same heading.
+TEXT = '\n## End of a page\n'.join(page.read_text(encoding='utf-8') for page in PAGES)
 
 _SHORT = ' '.join(
     f'--config.{value}'
@@ -41,8 +49,10 @@ MINIATURE = {  # regular expressions
     r'configs/tiny.py:lora': f'configs/tiny.py:lora {_SHORT}',
     r'runs/unconditional|runs/dual': 'runs/tiny',
     r'runs/full,runs/isolated': 'runs/lora',
-    r'configs/sft.py:5b': 'configs/sft.py:tiny --config.train.steps=2 --config.train.conditional_from_step=0',
+    r'configs/sft.py:5b': 'configs/sft.py:tiny --config.train.steps=2 '
+    '--config.train.conditional_from_step=0',
     r'--config.lora.rank=64': '--config.lora.rank=4',
+    r'hf download .*': 'test -d models/tiny',
     r'\bDIR\b|CogVideoX-5b': 'models/tiny',
     r'clip\.mp4': 'data/videos/carphone_pristine_0.mp4',
     r'_frames=49': '_frames=9',
@@ -53,18 +63,26 @@ MINIATURE = {  # regular expressions
     r'real_videos': 'data/videos',
     r'viclip.safetensors': 'features.safetensors',
 }
-QUICK = 'First light, on a laptop', 'Your own videos', 'Scoring videos', 'Reports'
+QUICK = (
+    'First light, on a laptop',
+    'Train on your own videos',
+    'Scoring videos',
+    'Reports',
+)
 # These have tests of what they do, and take minutes as commands.
 HEADINGS = (
     *QUICK[:2],
+    'Generate with released weights',
     'Released weights, in and out',
     'LoRA',
     'What the masks do, measured',
     *QUICK[2:],
+    'Figures',
 )
 ELSEWHERE = {  # the start of a command: the file that runs it, and what stands there
     'pip install': ('.ci/run', 'pip install'),
     'ruff check': ('.ci/run', 'ruff check .'),
+    'ruff format': ('.ci/run', 'ruff format --check .'),
     'pytest': ('.ci/run', 'pytest -n 2 --dist loadfile'),
     'python -m mask2dit_jax.main --config=configs/tiny.py --config.mesh.data=2': (
         'tests/training/survival_test.py',
@@ -79,7 +97,7 @@ ELSEWHERE = {  # the start of a command: the file that runs it, and what stands 
 
 def blocks(heading: str, language: str = 'bash') -> list[str]:
     """The code blocks under a heading."""
-    section = re.split(r'\n## ', README.split(f'\n## {heading}\n')[1])[0]
+    section = re.split(r'\n## ', TEXT.split(f'\n## {heading}\n')[1])[0]
     return re.findall(rf'```{language}\n(.*?)```', section, re.DOTALL)
 
 
@@ -132,7 +150,7 @@ def miniature(heading: str) -> list[str]:
 
 def test_every_command_is_run():
     """Under headings that are run here, or where ELSEWHERE says."""
-    for heading in re.findall(r'^## (.*)$', README, re.MULTILINE):
+    for heading in set(re.findall(r'^## (.*)$', TEXT, re.MULTILINE)) - {'End of a page'}:
         for line in commands(heading):
             where = elsewhere(line)
             assert heading in HEADINGS or where, f'{heading}: nothing runs {line}'
@@ -143,6 +161,10 @@ def test_every_command_is_run():
 def was_trained(folder, out):
     assert 'Next: python -m mask2dit_jax.sample' in out
     assert len(video.read_video(folder / 'samples/video_0.mp4')[0]) == 12
+    (python,) = blocks('From Python', 'python')
+    (folder / 'five_lines.py').write_text(python)
+    assert '(4, 16, 16, 3)' in shell(['python five_lines.py'], folder)
+    assert (folder / 'samples/python/video_0.mp4').is_file()
 
 
 def was_encoded_and_tuned(folder, out):
@@ -153,6 +175,11 @@ def was_encoded_and_tuned(folder, out):
     assert len(video.read_video(folder / 'samples/extended/video_0.mp4')[0]) == 18
     for stage in 'pretrained', 'finetuned':
         assert len(list((folder / 'runs' / stage / 'sheets').glob('*.png'))) == 2
+
+
+def was_generated(folder, out):
+    assert len(video.read_video(folder / 'samples/made/video_0.mp4')[0]) == 27
+    assert len(video.read_video(folder / 'samples/extended/video_0.mp4')[0]) == 18
 
 
 def was_converted(folder, out):
@@ -183,17 +210,23 @@ def was_reported(folder, out):
     assert 'red ring on gray moves left' in page and report._METRICS['visual'] in page
 
 
+def was_drawn(folder, out):
+    assert (folder / 'masks.png').is_file()
+
+
 CHECKS = dict(
     zip(
         HEADINGS,
         (
             was_trained,
             was_encoded_and_tuned,
+            was_generated,
             was_converted,
             was_adapted,
             was_ranked,
             was_scored,
             was_reported,
+            was_drawn,
         ),
         strict=True,
     )
@@ -236,7 +269,8 @@ def test_from_python(folder):
     code = python.replace('DIR', 'models/tiny').replace('(13, 13, 13)', '(2, 2, 2)')
     before = (
         'import numpy as np\nlatents, text = np.ones((1, 6, 4, 4, 4)), np.ones((1, 3, 12, 24))\n'
-        't, ids, pixels = np.zeros((1, 3), int), np.ones((1, 12), int), np.zeros((1, 9, 32, 32, 3))\n'
+        't, ids = np.zeros((1, 3), int), np.ones((1, 12), int)\n'
+        'pixels = np.zeros((1, 9, 32, 32, 3))\n'
     )
     after = 'print(v.shape, mean.shape, pixels.shape, states.shape, len(tensors) > 20)\n'
     (folder / 'block.py').write_text(before + code + after)
@@ -306,26 +340,34 @@ def test_messages_of_troubleshooting_are_in_the_code():
         assert any(re.search('.*'.join(parts), text) for text in known), message
 
 
-def test_links_of_the_page_lead_somewhere():
-    headings = re.findall(r'^#+ (.*)$', README, re.MULTILINE)
-    anchors = {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
-    for target in re.findall(r'\]\(([^)]+)\)', README):
-        if target.startswith('#'):
-            assert target[1:] in anchors, target
-        elif not target.startswith('http'):
-            assert (ROOT / target).is_file(), target
-    files = set(
-        re.findall(
-            r'^\| (`[^|]*) \|', README.split('\n## Map\n')[1].split('\n## ')[0], re.MULTILINE
-        )
-    )
-    named = {name for cell in files for name in re.findall('`([^`]+)`', cell)}
-    assert all(
-        (ROOT / 'mask2dit_jax' / name).exists() or (ROOT / name).exists() for name in named
-    ), named
-    there = {
-        p.name + '/' * p.is_dir()
-        for p in (ROOT / 'mask2dit_jax').iterdir()
-        if p.suffix == '.py' or p.is_dir()
-    }
-    assert there - named <= {'__init__.py', '__pycache__/'}, there - named
+def anchors(page: pathlib.Path) -> set[str]:
+    headings = re.findall(r'^#+ (.*)$', page.read_text(encoding='utf-8'), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=[str(p.parent.name) for p in PAGES])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\(([^)]+)\)', page.read_text(encoding='utf-8')):
+        if target.startswith('http'):
+            continue
+        path, _, anchor = target.partition('#')
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.is_file(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_map_names_everything():
+    section = README.split('\n## Map\n')[1].split('\n## ')[0]
+    cells = re.findall(r'^\| (`[^|]*) \|', section, re.MULTILINE)
+    named = {name for cell in cells for name in re.findall('`([^`]+)`', cell)}
+    package = ROOT / 'mask2dit_jax'
+    for name in named:
+        assert any(p.exists() for p in (package / name, package / f'{name}.py', ROOT / name)), name
+    there = {p.name for p in package.iterdir() if p.suffix == '.py'} - {'__init__.py'}
+    there |= {f'{p.name}/' for p in package.iterdir() if p.is_dir()} - {'__pycache__/'}
+    lost = {name for name in there if name not in named and name.removesuffix('.py') not in named}
+    assert not lost, lost
+
+
+def test_the_page_is_short():
+    assert len(README.splitlines()) <= 250
