@@ -567,7 +567,7 @@ def load(
         record = dataclasses.asdict(settings) | {'height': height_px, 'width': width_px}
     elif folder_settings:
         raise ValueError(
-            f'{path} is not a model folder, so {", ".join(folder_settings)} mean nothing.'
+            f'{path} is not a model folder, for which alone there is {", ".join(folder_settings)}.'
         )
     else:
         config, codec, read = _open_run(path, mesh)

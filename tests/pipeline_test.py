@@ -1,16 +1,20 @@
-"""Generation: guidance, noise per story, given scenes; wrong inputs are named."""
+"""Generation: guidance, noise per story, given scenes; from Python; wrong inputs are named."""
 
 import functools
 
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
+import mask2dit_jax
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import pipeline
+from mask2dit_jax import pipeline, sample
 from mask2dit_jax.data import latent_codec
+from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
+from mask2dit_jax.tools import random_model
 
 MODEL = dit.DiTConfig(
     num_layers=1,
@@ -92,3 +96,75 @@ def test_errors_name_the_input(run):
     for frames in (6, 12):
         with pytest.raises(ValueError, match=f'Given clips have {frames} frames in all'):
             run(STORIES[:2], given_videos=np.zeros((2, frames, 16, 16, 3), np.float32))
+
+
+CAPTIONS = ['a man walks in', 'he sits down']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A model folder of tiny random networks."""
+    return random_model.write(tmp_path_factory.mktemp('models') / 'tiny')
+
+
+@pytest.fixture(scope='module')
+def model(folder):
+    return mask2dit_jax.load(folder, dtype='float32')
+
+
+def test_a_list_of_stories_gives_the_videos_of_each(model):
+    other = ['a dog', 'it barks']
+    one = model.generate(CAPTIONS, steps=2, seed=3)
+    first, second, again = model.generate([CAPTIONS, other, CAPTIONS], steps=2, seed=3)
+    assert [scene.shape for scene in one.scenes] == [(5, 32, 32, 3)] * 2
+    for ours, theirs in zip(one.scenes, first.scenes):
+        np.testing.assert_array_equal(ours, theirs)
+    assert second.captions == other
+    assert np.abs(again.scenes[0] - first.scenes[0]).max() > 0.01  # noise of its own
+
+
+def test_the_callback_hears_of_every_step_of_every_video(model):
+    heard = []
+    model.generate([CAPTIONS] * 2, steps=3, callback=lambda *step: heard.append(step))
+    assert heard == [(i, 6) for i in range(1, 7)]
+    quiet = model.generate(CAPTIONS, steps=3)
+    spoken = model.generate(CAPTIONS, steps=3, callback=lambda *step: None)
+    np.testing.assert_array_equal(quiet.scenes[1], spoken.scenes[1])
+
+
+def test_given_pixels_are_as_good_as_a_given_file(model, tmp_path):
+    clip = np.random.default_rng(0).random((9, 32, 32, 3), np.float32)
+    video_lib.write_mp4(tmp_path / 'given.mp4', clip, 8, scale=8)
+    pixels = pipeline.read_given(tmp_path / 'given.mp4', 32, 32, None, 0)
+    by_file = model.generate(CAPTIONS, given=[tmp_path / 'given.mp4'], steps=2)
+    by_pixels = model.generate(CAPTIONS, given=[pixels], steps=2)
+    assert [len(scene) for scene in by_file.scenes] == [9, 5] and by_file.num_given == 1
+    np.testing.assert_array_equal(by_file.scenes[1], by_pixels.scenes[1])
+
+
+def test_it_saves_what_sample_writes(folder, model, tmp_path):
+    model.generate(CAPTIONS, steps=2, guidance=[2, 3]).save(tmp_path / 'python')
+    flags = {'prompt': CAPTIONS, 'steps': 2, 'dtype': 'float32', 'guidance': ['2', '3']}
+    with flagsaver.flagsaver(checkpoint=str(folder), out=str(tmp_path / 'command'), **flags):
+        sample.main(['sample'])
+    written = {path.name for path in (tmp_path / 'command').iterdir()}
+    assert written == {'video_0.mp4', 'video_0.gif', 'sheet_0.png', 'story.json'}
+    for name in written:
+        ours, theirs = (tmp_path / d / name for d in ('python', 'command'))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_the_transformer_is_let_go_where_it_is_not_kept(folder, model):
+    thrifty = mask2dit_jax.load(folder, dtype='float32', keep_params=False)
+    thrifty.generate(CAPTIONS, steps=1)
+    model.generate(CAPTIONS, steps=1)
+    assert thrifty._params is None and model._params is not None
+
+
+def test_what_cannot_be_loaded_is_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'config\.json does not exist'):
+        mask2dit_jax.load(tmp_path)
+    with pytest.raises(ValueError, match='is not a model folder, for which alone there is tiling'):
+        mask2dit_jax.load(tmp_path, tiling=True)
+    with pytest.raises(TypeError, match='unexpected keyword argument'):
+        mask2dit_jax.load(folder, tilling=True)
