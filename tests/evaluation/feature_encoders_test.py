@@ -178,7 +178,7 @@ def test_pictures_are_prepared_as_by_transformers(tmp_path, how, shape):
     theirs = processor(list(pictures), return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
     config = json.loads((tmp_path / 'preprocessor_config.json').read_text())
     np.testing.assert_allclose(
-        feature_encoders.prepare(feature_encoders._preprocess(config), pictures),
+        feature_encoders.prepare(feature_encoders.parse_preprocess(config), pictures),
         theirs,
         rtol=1e-6,
         atol=1e-5,
@@ -220,7 +220,7 @@ def broken(folder, name, text=None):
     'name, text, message',
     [
         ('config.json', None, r'config\.json cannot be read'),
-        ('config.json', '[', r'config\.json is no JSON'),
+        ('config.json', '[', r'config\.json is not a JSON'),
         ('config.json', '{"model_type": "llama"}', "'llama' model: only clip, dinov2"),
         (
             'config.json',
