@@ -72,9 +72,7 @@ def cut_scores(change, frames: Sequence[int]) -> dict[str, np.ndarray]:
     inside_mean = np.array(inside_mean)  # [S - 1]
 
     total = at_border + inside_mean
-    sharpness = np.divide(
-        at_border - inside_mean, total, out=np.zeros_like(total), where=total > 0
-    )
+    sharpness = np.divide(at_border - inside_mean, total, out=np.zeros_like(total), where=total > 0)
 
     # A border has its place if fewer than S - 1 changes inside scenes are as large as it.
     rivals = (np.concatenate(inside) >= at_border[:, None]).sum(1)  # [S - 1]

@@ -216,9 +216,7 @@ class Metric(NamedTuple):
 # report_table.py prints the metric under this name, or under a label if it has one there.
 METRICS = {
     'visual': Metric(visual_consistency, ('scenes',)),
-    'visual_adjacent': Metric(
-        functools.partial(visual_consistency, pairs='adjacent'), ('scenes',)
-    ),
+    'visual_adjacent': Metric(functools.partial(visual_consistency, pairs='adjacent'), ('scenes',)),
     'confusion': Metric(caption_cosines, ('scenes', 'captions')),
     'semantic': Metric(semantic_consistency, ('scenes', 'captions')),
     'matches': Metric(caption_match_rate, ('confusion',)),

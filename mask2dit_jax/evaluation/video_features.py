@@ -108,9 +108,7 @@ def load_encoders(encoder, frame_encoder=None, video_encoder=None) -> FeatureEnc
     frames = loaded[frame_encoder or encoder]
     if frames.config.frames > 1:
         frames = None
-    return FeatureEncoders(
-        scenes=loaded[encoder], frames=frames, videos=loaded.get(video_encoder)
-    )
+    return FeatureEncoders(scenes=loaded[encoder], frames=frames, videos=loaded.get(video_encoder))
 
 
 def _spread(pixels, count: int):

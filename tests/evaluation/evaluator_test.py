@@ -220,7 +220,7 @@ def story_of(folder, scenes):
         ),
         (
             lambda d: (d / 'features.safetensors').unlink(),
-            r'features\.safetensors is no file: check --features',
+            r'features\.safetensors is not a file: check --features',
         ),
         (
             lambda d: (d / 'features.safetensors').write_bytes(b'no'),
@@ -256,7 +256,7 @@ def test_options_that_do_not_fit_are_named(tmp_path, kwargs, message):
 
 def test_clips_are_no_frames(folders, tmp_path):
     write_videos(tmp_path / 'samples')
-    with pytest.raises(ValueError, match='give --frame_encoder one of pictures'):
+    with pytest.raises(ValueError, match='give --frame_encoder an encoder of pictures'):
         call(tmp_path, encoder=folders['clip'], frame_encoder=folders['videomae'])
 
 
