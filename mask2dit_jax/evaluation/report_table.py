@@ -28,7 +28,7 @@ _LABELS = {
     'subject_within': 'subject consistency within scenes',
     'subject_between': 'subject consistency between scenes',
     'matches': 'scenes that match their own caption best (chance: 1 / scenes)',
-    'margin': 'cosine with own caption less with others',
+    'margin': 'cosine with own caption minus cosine with others',
 }
 # Scores of cuts, which stand beside every consistency.
 _CUTS = ('sharpness', 'placed')
@@ -168,23 +168,24 @@ def _other_table(result: dict) -> list[str]:
 
 def _how_to_read_cuts() -> list[str]:
     return [
-        'Cut sharpness is 100 for hard cuts between still scenes and 0 where borders change no '
-        'more than scenes do: without cuts, consistency is worth little. Cuts placed: borders that '
-        'are among the largest changes of the video. Captions that leak into other scenes make '
-        'these alike, which raises consistency too: only the matches fall.'
+        'Cut sharpness is 100 for hard cuts between still scenes, and 0 where a border changes no '
+        'more than the scenes do. Cuts placed is the share of borders that are among the largest '
+        'changes of the video. A video without cuts is consistent too: read every consistency '
+        'together with its cuts. Captions that leak into other scenes make the scenes alike: they '
+        'raise consistency, and only the matches fall.'
     ]
 
 
 def _how_to_read_fvd(distance: dict) -> list[str]:
     text = (
-        "FVD is the Fréchet distance of the video encoder's features; papers take I3D's, with "
-        f'which it does not compare. {distance["videos"]} videos against {distance["references"]} '
-        f'of the reference, features of size {distance["size"]}; no interval, as resampling biases '
-        'it.'
+        "FVD is the Fréchet distance between the video encoder's features. It cannot be compared "
+        'with the FVD of papers, which takes the features of I3D. It is computed from '
+        f'{distance["videos"]} videos and {distance["references"]} of the reference, with features '
+        f'of size {distance["size"]}. It has no interval, because resampling biases it.'
     )
     # A covariance of fewer samples than dimensions lacks full rank, which biases the distance.
     if min(distance['videos'], distance['references']) <= distance['size']:
-        text += ' Fewer samples than that: compare only numbers of these same counts.'
+        text += ' So few videos bias it as well: compare only distances with the same counts.'
     return [text]
 
 
