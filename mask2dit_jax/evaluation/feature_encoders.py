@@ -1,14 +1,17 @@
-"""Encoders of frames, clips and captions, from folders as transformers writes them: CLIP, DINOv2,
-VideoMAE.
+"""Encoders of frames, clips and captions, from folders as transformers writes them.
 
-A folder holds config.json, .safetensors, preprocessor_config.json, and for CLIP's captions
-tokenizer.json, or vocab.json and merges.txt. Loading is strict: every missing, unexpected or
-misshapen tensor is named; heads that features do not need (classifiers, VideoMAE's decoder) are not
-read.
+CLIP, DINOv2 (also with registers) and VideoMAE are implemented, as configurations of models/vit.py.
+A folder holds config.json, .safetensors files and preprocessor_config.json, and for the captions of
+CLIP tokenizer.json, or vocab.json and merges.txt. Loading is strict: every missing, unexpected or
+misshapen tensor is named. Heads that features do not need (classifiers, the decoder of VideoMAE)
+are not read.
 
     encoder = load('clip-vit-large-patch14')
-    features = encode_clips(encoder, clips)             # uint8 [N, F, H, W, 3], F =
-    encoder.cfg.frames -> [N, D] features, cut = encode_captions(encoder, captions)  # [N, D]
+    features = encode_clips(encoder, clips)  # uint8 [N, encoder.config.frames, H, W, 3] -> [N, D]
+    features, was_cut = encode_captions(encoder, captions)  # [N, D]
+
+The sections of this file: names of tensors; config.json; tensors to parameters; pictures to pixels;
+captions to token ids; a folder to an encoder; encoding.
 """
 
 import dataclasses
@@ -16,8 +19,10 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,10 +33,18 @@ from tokenizers import normalizers, pre_tokenizers
 from mask2dit_jax import tensor_io
 from mask2dit_jax.models import vit
 
-_BOS, _EOS = '<|startoftext|>', '<|endoftext|>'
-_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+# ------------------------------------------------------------------------------------------------
+# Names of tensors
 
-# (our parameter or module, reference name); '*' is the layer, stacked on axis 0 here.
+# Each table maps a parameter here, or the module that holds it, to the name in the file; '*' is the
+# number of the layer. Here the layers of a parameter are stacked on axis 0.
+
+
+def _in_layers(prefix: str, names: dict[str, str]) -> dict[str, str]:
+    """The names of a block, for all layers."""
+    return {f'blocks/{ours}': f'{prefix}.*.{theirs}' for ours, theirs in names.items()}
+
+
 _CLIP_BLOCK = {
     'norm1': 'layer_norm1',
     'q': 'self_attn.q_proj',
@@ -49,24 +62,30 @@ _CLIP_VISION = {
     'pre_norm': 'vision_model.pre_layrnorm',
     'norm': 'vision_model.post_layernorm',
     'project': 'visual_projection',
-} | {
-    f'blocks/{ours}': f'vision_model.encoder.layers.*.{theirs}'
-    for ours, theirs in _CLIP_BLOCK.items()
+    **_in_layers('vision_model.encoder.layers', _CLIP_BLOCK),
 }
 _CLIP_TEXT = {
     'tokens': 'text_model.embeddings.token_embedding',
     'positions': 'text_model.embeddings.position_embedding.weight',
     'norm': 'text_model.final_layer_norm',
     'project': 'text_projection',
-} | {
-    f'blocks/{ours}': f'text_model.encoder.layers.*.{theirs}'
-    for ours, theirs in _CLIP_BLOCK.items()
+    **_in_layers('text_model.encoder.layers', _CLIP_BLOCK),
 }
+
 _ATTENTION = {
     'q': 'attention.attention.query',
     'k': 'attention.attention.key',
     'v': 'attention.attention.value',
     'out': 'attention.output.dense',
+}
+_DINO_BLOCK = {
+    **_ATTENTION,
+    'norm1': 'norm1',
+    'scale1': 'layer_scale1.lambda1',
+    'norm2': 'norm2',
+    'fc1': 'mlp.fc1',
+    'fc2': 'mlp.fc2',
+    'scale2': 'layer_scale2.lambda1',
 }
 _DINO = {
     'patch': 'embeddings.patch_embeddings.projection',
@@ -74,43 +93,31 @@ _DINO = {
     'positions': 'embeddings.position_embeddings',
     'registers': 'embeddings.register_tokens',
     'norm': 'layernorm',
-} | {
-    f'blocks/{ours}': f'encoder.layer.*.{theirs}'
-    for ours, theirs in (
-        _ATTENTION
-        | {
-            'norm1': 'norm1',
-            'scale1': 'layer_scale1.lambda1',
-            'norm2': 'norm2',
-            'fc1': 'mlp.fc1',
-            'fc2': 'mlp.fc2',
-            'scale2': 'layer_scale2.lambda1',
-        }
-    ).items()
+    **_in_layers('encoder.layer', _DINO_BLOCK),
 }
-_SWIGLU = {
-    'blocks/fc1': 'encoder.layer.*.mlp.weights_in',
-    'blocks/fc2': 'encoder.layer.*.mlp.weights_out',
+_DINO_SWIGLU = {
+    **_DINO,
+    **_in_layers('encoder.layer', {'fc1': 'mlp.weights_in', 'fc2': 'mlp.weights_out'}),
+}
+_VIDEOMAE_BLOCK = {
+    **_ATTENTION,
+    'norm1': 'layernorm_before',
+    'q/bias': 'attention.attention.q_bias',
+    'v/bias': 'attention.attention.v_bias',
+    'norm2': 'layernorm_after',
+    'fc1': 'intermediate.dense',
+    'fc2': 'output.dense',
 }
 _VIDEOMAE = {
     'patch': 'embeddings.patch_embeddings.projection',
     'norm': 'layernorm',
-} | {
-    f'blocks/{ours}': f'encoder.layer.*.{theirs}'
-    for ours, theirs in (
-        _ATTENTION
-        | {
-            'norm1': 'layernorm_before',
-            'q/bias': 'attention.attention.q_bias',
-            'v/bias': 'attention.attention.v_bias',
-            'norm2': 'layernorm_after',
-            'fc1': 'intermediate.dense',
-            'fc2': 'output.dense',
-        }
-    ).items()
+    **_in_layers('encoder.layer', _VIDEOMAE_BLOCK),
 }
+
+# What follows the name of a module in the file, by the parameter's name here.
 _SUFFIXES = {'kernel': '.weight', 'scale': '.weight', 'embedding': '.weight', 'bias': '.bias'}
-# Tensors of a file that features do not need.
+
+# Tensors of a file that features do not need, as regular expressions by model_type.
 _UNUSED = {
     'clip': r'logit_scale|.*\.position_ids',
     'dinov2': r'(.*\.)?embeddings\.mask_token|classifier\..*',
@@ -119,119 +126,168 @@ _UNUSED = {
 }
 
 
-def _blocks(config: dict, defaults: dict, **fields) -> vit.Blocks:
-    get = (defaults | config).__getitem__
-    if fields.get('activation') != 'swiglu':
-        fields['activation'] = get('hidden_act')
-        if fields['activation'] not in vit.ACTIVATIONS:
+# ------------------------------------------------------------------------------------------------
+# config.json
+
+# Where config.json leaves a setting out, the default of transformers holds.
+
+
+class _Network(NamedTuple):
+    """A transformer and the names of its tensors."""
+
+    config: vit.ViTConfig | vit.TextConfig
+    names: dict[str, str]
+
+
+class _Networks(NamedTuple):
+    """The networks of a config.json: for pictures or clips, and for captions if there is one."""
+
+    vision: _Network
+    text: _Network | None
+
+
+def _blocks(config: dict, *, mlp: int, activation: str | None = None, **fields) -> vit.Blocks:
+    """The transformer of a config.json; `activation` replaces its hidden_act."""
+    if activation is None:
+        activation = config['hidden_act']
+        if activation not in vit.ACTIVATIONS:
             raise ValueError(
-                f'hidden_act {fields["activation"]!r} is not implemented, only '
-                f'{", ".join(vit.ACTIVATIONS)}'
+                f'hidden_act {activation!r} is not implemented, only {", ".join(vit.ACTIVATIONS)}'
             )
     if config.get('num_channels', 3) != 3:
         raise ValueError(f'num_channels is {config["num_channels"]}, only 3 are implemented')
+
     return vit.Blocks(
-        get('hidden_size'),
-        get('num_hidden_layers'),
-        get('num_attention_heads'),
-        fields.pop('mlp', None) or get('intermediate_size'),
-        eps=get('layer_norm_eps'),
+        width=config['hidden_size'],
+        layers=config['num_hidden_layers'],
+        heads=config['num_attention_heads'],
+        mlp=mlp,
+        activation=activation,
+        eps=config['layer_norm_eps'],
         **fields,
     )
 
 
-def _parse_clip(config: dict, tensors: dict):
-    # Where both are there, transformers believes the older key.
-    text, vision = (
-        config.get(f'{k}_config_dict') or config.get(f'{k}_config') or {}
-        for k in ('text', 'vision')
-    )
-    same = {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'num_hidden_layers': 12}
+def _parse_clip(config: dict, tensors: dict) -> _Networks:
+    del tensors
+    # transformers prefers the older key, *_config_dict, where a file has both.
+    vision = config.get('vision_config_dict') or config.get('vision_config') or {}
+    text = config.get('text_config_dict') or config.get('text_config') or {}
     project = config.get('projection_dim', 512)
-    blocks = _blocks(
-        vision, same | {'hidden_size': 768, 'intermediate_size': 3072, 'num_attention_heads': 12}
-    )
-    seen = vit.ViTConfig(
-        blocks,
-        vision.get('image_size', 224),
-        vision.get('patch_size', 32),
+
+    both = {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'num_hidden_layers': 12}
+    vision = {
+        **both,
+        'hidden_size': 768,
+        'intermediate_size': 3072,
+        'num_attention_heads': 12,
+        **vision,
+    }
+    text = {
+        **both,
+        'hidden_size': 512,
+        'intermediate_size': 2048,
+        'num_attention_heads': 8,
+        **text,
+    }
+
+    vision_config = vit.ViTConfig(
+        blocks=_blocks(vision, mlp=vision['intermediate_size']),
+        image_size=vision.get('image_size', 224),
+        patch_size=vision.get('patch_size', 32),
         patch_bias=False,
         pre_norm=True,
-        norm_eps=blocks.eps,
+        norm_eps=vision['layer_norm_eps'],
         project=project,
     )
-    blocks = _blocks(
-        text, same | {'hidden_size': 512, 'intermediate_size': 2048, 'num_attention_heads': 8}
+    text_config = vit.TextConfig(
+        blocks=_blocks(text, mlp=text['intermediate_size']),
+        vocab_size=text.get('vocab_size', 49408),
+        length=text.get('max_position_embeddings', 77),
+        project=project,
     )
-    said = vit.TextConfig(
-        blocks, text.get('vocab_size', 49408), text.get('max_position_embeddings', 77), project
-    )
-    return seen, _CLIP_VISION, said
+    return _Networks(_Network(vision_config, _CLIP_VISION), _Network(text_config, _CLIP_TEXT))
 
 
-def _parse_dino(config: dict, tensors: dict):
+def _parse_dino(config: dict, tensors: dict) -> _Networks:
+    del tensors
+    has_registers = config['model_type'] == 'dinov2_with_registers'
     config = {
         'hidden_size': 768,
         'num_hidden_layers': 12,
         'num_attention_heads': 12,
         'hidden_act': 'gelu',
         'layer_norm_eps': 1e-6,
-    } | config
-    registers = config['model_type'] == 'dinov2_with_registers'
-    fields, names = {'mlp': int(config['hidden_size'] * config.get('mlp_ratio', 4))}, _DINO
+        **config,
+    }
+
+    names = _DINO
+    activation = None
+    mlp = int(config['hidden_size'] * config.get('mlp_ratio', 4))
     if config.get('use_swiglu_ffn', False):
-        fields = {'mlp': (int(fields['mlp'] * 2 / 3) + 7) // 8 * 8, 'activation': 'swiglu'}
-        names = _DINO | _SWIGLU
-    blocks = _blocks(
-        config, {}, biases='qkv' if config.get('qkv_bias', True) else '', layer_scale=True, **fields
-    )
-    cfg = vit.ViTConfig(
-        blocks,
-        config.get('image_size', 224),
-        config.get('patch_size', 16 if registers else 14),
-        positions='antialiased' if registers else 'bicubic',
-        registers=config.get('num_register_tokens', 4) if registers else 0,
-        norm_eps=blocks.eps,
-    )
-    return cfg, names, None
+        names = _DINO_SWIGLU
+        activation = 'swiglu'
+        # Two thirds, since SwiGLU has three matrices instead of two; then up to a multiple of 8.
+        mlp = (int(mlp * 2 / 3) + 7) // 8 * 8
 
-
-def _parse_videomae(config: dict, tensors: dict):
     blocks = _blocks(
         config,
-        {
-            'hidden_size': 768,
-            'num_hidden_layers': 12,
-            'num_attention_heads': 12,
-            'hidden_act': 'gelu',
-            'layer_norm_eps': 1e-12,
-            'intermediate_size': 3072,
-        },
+        mlp=mlp,
+        activation=activation,
+        biases='qkv' if config.get('qkv_bias', True) else '',
+        layer_scale=True,
+    )
+    vision_config = vit.ViTConfig(
+        blocks=blocks,
+        image_size=config.get('image_size', 224),
+        patch_size=config.get('patch_size', 16 if has_registers else 14),
+        positions='antialiased' if has_registers else 'bicubic',
+        registers=config.get('num_register_tokens', 4) if has_registers else 0,
+        norm_eps=blocks.eps,
+    )
+    return _Networks(_Network(vision_config, names), None)
+
+
+def _parse_videomae(config: dict, tensors: dict) -> _Networks:
+    config = {
+        'hidden_size': 768,
+        'num_hidden_layers': 12,
+        'num_attention_heads': 12,
+        'hidden_act': 'gelu',
+        'layer_norm_eps': 1e-12,
+        'intermediate_size': 3072,
+        **config,
+    }
+    blocks = _blocks(
+        config,
+        mlp=config['intermediate_size'],
         biases='qv' if config.get('qkv_bias', True) else '',
     )
-    names, norm, eps = (
-        _VIDEOMAE,
-        'none' if config.get('use_mean_pooling', True) else 'tokens',
-        blocks.eps,
-    )
-    if (
-        norm == 'none' and 'fc_norm.weight' in tensors
-    ):  # of a classifier, with PyTorch's default eps
-        names, norm, eps = _VIDEOMAE | {'norm': 'fc_norm'}, 'feature', 1e-5
-    cfg = vit.ViTConfig(
-        blocks,
-        config.get('image_size', 224),
-        config.get('patch_size', 16),
-        config.get('num_frames', 16),
-        config.get('tubelet_size', 2),
+
+    names = _VIDEOMAE
+    norm = 'none' if config.get('use_mean_pooling', True) else 'tokens'
+    norm_eps = blocks.eps
+    if norm == 'none' and 'fc_norm.weight' in tensors:
+        # A classifier has a norm of the mean instead, with PyTorch's default eps.
+        names = {**_VIDEOMAE, 'norm': 'fc_norm'}
+        norm = 'feature'
+        norm_eps = 1e-5
+
+    vision_config = vit.ViTConfig(
+        blocks=blocks,
+        image_size=config.get('image_size', 224),
+        patch_size=config.get('patch_size', 16),
+        frames=config.get('num_frames', 16),
+        tubelet=config.get('tubelet_size', 2),
         positions='sincos',
         class_token=False,
         norm=norm,
-        norm_eps=eps,
+        norm_eps=norm_eps,
     )
-    return cfg, names, None
+    return _Networks(_Network(vision_config, names), None)
 
 
+# By model_type: config.json and the tensors of the folder to the networks.
 _PARSERS = {
     'clip': _parse_clip,
     'dinov2': _parse_dino,
@@ -240,103 +296,128 @@ _PARSERS = {
 }
 
 
-def _abstract(cfg):
+# ------------------------------------------------------------------------------------------------
+# Tensors to parameters
+
+
+class _Parameter(NamedTuple):
+    """A parameter here and its tensors in the file, one per layer if it belongs to the blocks.
+
+    Attributes:
+      path: keys in the tree of parameters.
+      names: of the tensors.
+      shape: of each tensor.
+    """
+
+    path: tuple[str, ...]
+    names: list[str]
+    shape: tuple[int, ...]
+
+
+def _abstract_params(config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Shapes of a network's parameters, by path."""
-    if isinstance(cfg, vit.TextConfig):
-        tree = jax.eval_shape(
-            vit.TextTransformer(cfg).init,
-            jax.random.key(0),
-            jnp.zeros((1, 1), jnp.int32),
-            jnp.zeros(1, jnp.int32),
-        )
+    if isinstance(config, vit.TextConfig):
+        network = vit.TextTransformer(config)
+        inputs = (jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32))
     else:
-        tree = jax.eval_shape(
-            vit.ViT(cfg).init,
-            jax.random.key(0),
-            jnp.zeros((1, cfg.frames, cfg.image_size, cfg.image_size, 3)),
-        )
-    return {
-        tuple(k.key for k in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree['params'])
-    }
+        network = vit.ViT(config)
+        inputs = (jnp.zeros((1, config.frames, config.image_size, config.image_size, 3)),)
+    variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    return flax.traverse_util.flatten_dict(variables['params'])
 
 
-def _entries(cfg, names: dict):
-    """(path here, reference names, the shape of each) of every parameter."""
-    for path, shape in _abstract(cfg).items():
-        module, suffix = '/'.join(path), ''
-        if module not in names:
-            module, suffix = '/'.join(path[:-1]), _SUFFIXES[path[-1]]
-        stacked = path[0] == 'blocks'
+def _parameters(network: _Network) -> Iterator[_Parameter]:
+    """Where in the file each parameter of a network is."""
+    for path, abstract in _abstract_params(network.config).items():
+        module = '/'.join(path)
+        suffix = ''
+        if module not in network.names:
+            module = '/'.join(path[:-1])
+            suffix = _SUFFIXES[path[-1]]
+        name = network.names[module] + suffix
+
+        names = [name]
+        shape = abstract.shape
+        if path[0] == 'blocks':
+            num_layers, *shape = shape
+            names = [name.replace('*', str(layer)) for layer in range(num_layers)]
         if path[-1] == 'kernel':
-            shape = (*shape[:stacked], shape[-1], shape[-2], *shape[stacked:-2])
-        name = names[module] + suffix
-        yield (
-            path,
-            [name.replace('*', str(i)) for i in range(shape[0])] if stacked else [name],
-            shape[stacked:],
-        )
+            # PyTorch has outputs first: [out, in, *window] where Flax has [*window, in, out].
+            *window, inputs, outputs = shape
+            shape = (outputs, inputs, *window)
+        yield _Parameter(path, names, tuple(shape))
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of an encoder, by name, of what its config.json says."""
-    cfg, names, text = _PARSERS[config['model_type']](config, {})
-    networks = [(cfg, names)] + ([(text, _CLIP_TEXT)] if text else [])
-    return {
-        name: shape
-        for network in networks
-        for _, theirs, shape in _entries(*network)
-        for name in theirs
-    }
+    """Shapes of all tensors of an encoder by name, from the contents of its config.json."""
+    networks = _PARSERS[config['model_type']](config, {})
+    return _wanted_shapes([list(_parameters(network)) for network in networks if network])
+
+
+def _wanted_shapes(networks: list[list[_Parameter]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of all networks, by name."""
+    shapes = {}
+    for parameters in networks:
+        for parameter in parameters:
+            shapes |= dict.fromkeys(parameter.names, parameter.shape)
+    return shapes
 
 
 def _squeezed(shape) -> tuple[int, ...]:
-    return tuple(
-        n for n in shape if n != 1
-    )  # (1, 1, D) for a token, or no axis of frames, mean the same
+    """The shape without axes of length 1, which files have or lack: a token may be (1, 1, D)."""
+    return tuple(size for size in shape if size != 1)
 
 
-def _read(networks, tensors: dict, folder) -> list[dict]:
-    """Parameters of networks [(cfg, names), ...], float32, that share the tensors of a folder.
+def _read(networks: list[_Network], tensors: dict, folder) -> list[dict]:
+    """Reads the parameters, float32, of networks that share the tensors of a folder.
 
     Raises:
       ValueError: naming every missing, unexpected or wrongly shaped tensor.
     """
-    entries = [list(_entries(cfg, names)) for cfg, names in networks]
-    want = {name: shape for network in entries for _, theirs, shape in network for name in theirs}
-    problems = [f'missing {n}' for n in want if n not in tensors]
-    problems += [
-        f'{n} has shape {tuple(tensors[n].shape)}, expected {shape}'
-        for n, shape in want.items()
-        if n in tensors and _squeezed(tensors[n].shape) != _squeezed(shape)
-    ]
-    problems += [f'unexpected {n}' for n in sorted(set(tensors) - set(want))]
+    parameters = [list(_parameters(network)) for network in networks]
+    wanted = _wanted_shapes(parameters)
+
+    problems = [f'missing {name}' for name in wanted if name not in tensors]
+    for name, shape in wanted.items():
+        if name in tensors and _squeezed(tensors[name].shape) != _squeezed(shape):
+            problems.append(f'{name} has shape {tuple(tensors[name].shape)}, expected {shape}')
+    problems += [f'unexpected {name}' for name in sorted(set(tensors) - set(wanted))]
     if problems:
         raise ValueError(f'{folder} does not fit its config.json: {"; ".join(problems)}.')
+
     trees = []
-    for network in entries:
-        tree = {}
-        for path, theirs, shape in network:
-            values = np.stack([np.asarray(tensors[n], np.float32).reshape(shape) for n in theirs])
-            if path[-1] == 'kernel':
-                values = np.moveaxis(values, (1, 2), (-1, -2))
-            node = tree
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            node[path[-1]] = jnp.asarray(values if path[0] == 'blocks' else values[0])
-        trees.append(tree)
+    for network_parameters in parameters:
+        flat = {p.path: _read_parameter(p, tensors) for p in network_parameters}
+        trees.append(flax.traverse_util.unflatten_dict(flat))
     return trees
+
+
+def _read_parameter(parameter: _Parameter, tensors: dict) -> jax.Array:
+    """Reads one parameter, float32."""
+    layers = [np.asarray(tensors[name], np.float32) for name in parameter.names]
+    values = np.stack([layer.reshape(parameter.shape) for layer in layers])
+    if parameter.path[-1] == 'kernel':
+        # [layers, out, in, *window] to [layers, *window, in, out]
+        values = np.moveaxis(values, (1, 2), (-1, -2))
+    if parameter.path[0] != 'blocks':
+        (values,) = values
+    return jnp.asarray(values)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures to pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """What a picture goes through, of preprocessor_config.json.
+    """How a picture is prepared, according to preprocessor_config.json.
 
     Attributes:
-      size: the shorter side is scaled to it, or (height, width); None does not scale.
+      size: length in pixels to which the shorter side is scaled, or (height, width); None does not
+        scale.
       resample: PIL's number of the filter.
-      crop: (height, width) of the centre, or None.
-      factor: of the values 0 to 255.
+      crop: (height, width) of the centre that is cut out, or None.
+      factor: multiplies the values 0 to 255.
       mean, std: per channel.
     """
 
@@ -348,8 +429,8 @@ class Preprocess:
     std: tuple[float, ...]
 
 
-def _side(value):
-    """A size of preprocessor_config.json: shortest edge, or (height, width)."""
+def _parse_size(value) -> int | tuple[int, int]:
+    """A size of preprocessor_config.json: the shorter side, or (height, width)."""
     if isinstance(value, dict) and set(value) == {'height', 'width'}:
         return value['height'], value['width']
     if isinstance(value, dict) and set(value) == {'shortest_edge'}:
@@ -359,113 +440,183 @@ def _side(value):
     raise ValueError(f'size {value} is neither a number, shortest_edge, nor height and width')
 
 
-def _preprocess(config: dict) -> Preprocess:
-    size = _side(config.get('size', 224)) if config.get('do_resize', True) else None
-    crop = _side(config.get('crop_size', 224)) if config.get('do_center_crop', True) else None
-    normal = config.get('do_normalize', True)
-    return Preprocess(
-        size,
-        config.get('resample', 3),
-        (crop, crop) if isinstance(crop, int) else crop,
-        config.get('rescale_factor', 1 / 255) if config.get('do_rescale', True) else 1,
-        tuple(config['image_mean']) if normal else (0,),
-        tuple(config['image_std']) if normal else (1,),
-    )
+def parse_preprocess(config: dict) -> Preprocess:
+    """Parses the contents of preprocessor_config.json.
+
+    Raises:
+      ValueError, TypeError, KeyError: if a size is not understood, or the mean or std is missing.
+    """
+    size = None
+    if config.get('do_resize', True):
+        size = _parse_size(config.get('size', 224))
+
+    crop = None
+    if config.get('do_center_crop', True):
+        crop = _parse_size(config.get('crop_size', 224))
+        if isinstance(crop, int):
+            crop = (crop, crop)
+
+    factor = 1
+    if config.get('do_rescale', True):
+        factor = config.get('rescale_factor', 1 / 255)
+
+    mean, std = (0,), (1,)
+    if config.get('do_normalize', True):
+        mean, std = tuple(config['image_mean']), tuple(config['image_std'])
+
+    return Preprocess(size, config.get('resample', 3), crop, factor, mean, std)
 
 
 def prepare(how: Preprocess, frames) -> np.ndarray:
-    """Frames uint8 [N, H, W, 3] to what the network takes, float32 [N, h, w, 3].
+    """Scales, crops and normalises frames as the encoder takes them.
+
+    Args:
+      how: of the encoder's folder.
+      frames: uint8 [N, H, W, 3].
+
+    Returns:
+      float32 [N, height, width, 3], of the size that `how` says.
 
     Raises:
       ValueError: if the crop is larger than the scaled frame.
     """
     height, width = frames.shape[1:3]
     if isinstance(how.size, int):
-        short = min(height, width)
-        height, width = int(how.size * height / short), int(how.size * width / short)
+        shorter = min(height, width)
+        height, width = int(how.size * height / shorter), int(how.size * width / shorter)
     elif how.size:
         height, width = how.size
-    out = np.stack(
-        [np.asarray(Image.fromarray(f).resize((width, height), how.resample)) for f in frames]
-    )
+
+    # 8-bit pictures, as in transformers: PIL rounds after scaling.
+    scaled = [Image.fromarray(frame).resize((width, height), how.resample) for frame in frames]
+    pixels = np.stack([np.asarray(picture) for picture in scaled])  # [N, height, width, 3]
+
     if how.crop:
-        if how.crop[0] > height or how.crop[1] > width:
+        crop_height, crop_width = how.crop
+        if crop_height > height or crop_width > width:
             raise ValueError(
-                f'A crop of {how.crop} px does not fit into frames scaled to {height} x {width} px: '
-                'correct preprocessor_config.json.'
+                f'A crop of {how.crop} px does not fit into frames scaled to {height} x {width} '
+                'px: correct preprocessor_config.json.'
             )
-        top, left = (height - how.crop[0]) // 2, (width - how.crop[1]) // 2
-        out = out[:, top : top + how.crop[0], left : left + how.crop[1]]
-    return ((out * how.factor - how.mean) / how.std).astype(np.float32)
+        top = (height - crop_height) // 2
+        left = (width - crop_width) // 2
+        pixels = pixels[:, top : top + crop_height, left : left + crop_width]
+
+    return ((pixels * how.factor - how.mean) / how.std).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# Captions to token ids
+
+_BEGIN = '<|startoftext|>'
+_END = '<|endoftext|>'
+_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def load_tokenizer(folder) -> Callable[[str], list[int]]:
-    """CLIP's tokenizer of a folder: caption to ids, between the tokens that begin and end a text.
+    """Loads the tokenizer of CLIP from a folder.
+
+    Returns:
+      A function from a caption to its ids, between those that begin and end a text.
 
     Raises:
-      FileNotFoundError, ValueError: if there is none, or it is damaged.
+      FileNotFoundError: if there is no tokenizer.
+      ValueError: if it is damaged, or not one of CLIP.
     """
     folder = pathlib.Path(folder)
-    fast, vocab, merges = folder / 'tokenizer.json', folder / 'vocab.json', folder / 'merges.txt'
+    fast = folder / 'tokenizer.json'
+    vocab = folder / 'vocab.json'
+    merges = folder / 'merges.txt'
     if not fast.is_file() and not (vocab.is_file() and merges.is_file()):
         raise FileNotFoundError(
             f'{folder} has neither tokenizer.json nor vocab.json and merges.txt: copy the '
             'tokenizer there.'
         )
+
     try:
         if fast.is_file():
             tokenizer = tokenizers.Tokenizer.from_file(str(fast))
             tokenizer.no_truncation()
             tokenizer.no_padding()
         else:
-            tokenizer = tokenizers.Tokenizer(
-                tokenizers.models.BPE.from_file(
-                    str(vocab), str(merges), unk_token=_EOS, end_of_word_suffix='</w>'
-                )
-            )
-            tokenizer.normalizer = normalizers.Sequence(
-                [
-                    normalizers.NFC(),
-                    normalizers.Replace(tokenizers.Regex(r'\s+'), ' '),
-                    normalizers.Lowercase(),
-                ]
-            )
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), 'removed', invert=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False),
-                ]
-            )
-            tokenizer.add_special_tokens([_BOS, _EOS])
-    except Exception as error:  # the library raises what it likes
+            tokenizer = _build_tokenizer(vocab, merges)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ValueError(
-            f'{fast if fast.is_file() else vocab} or {merges.name} is damaged ({error}): copy it again.'
+            f'{fast if fast.is_file() else vocab} or {merges.name} is damaged ({error}): copy it '
+            'again.'
         ) from error
-    begin, end = tokenizer.token_to_id(_BOS), tokenizer.token_to_id(_EOS)
+
+    begin = tokenizer.token_to_id(_BEGIN)
+    end = tokenizer.token_to_id(_END)
     if begin is None or end is None:
         raise ValueError(
-            f'The tokenizer of {folder} lacks {_BOS} or {_EOS}: copy a tokenizer of CLIP there.'
+            f'The tokenizer of {folder} lacks {_BEGIN} or {_END}: copy a tokenizer of CLIP there.'
         )
-    return lambda caption: [begin, *tokenizer.encode(caption, add_special_tokens=False).ids, end]
+
+    def tokenize(caption: str) -> list[int]:
+        return [begin, *tokenizer.encode(caption, add_special_tokens=False).ids, end]
+
+    return tokenize
+
+
+def _build_tokenizer(vocab: pathlib.Path, merges: pathlib.Path) -> tokenizers.Tokenizer:
+    """The tokenizer of CLIP, from the files of its byte pair encoding."""
+    model = tokenizers.models.BPE.from_file(
+        str(vocab), str(merges), unk_token=_END, end_of_word_suffix='</w>'
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r'\s+'), ' '),
+            normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), 'removed', invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.add_special_tokens([_BEGIN, _END])
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------
+# A folder to an encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionEncoder:
+    """CLIP's encoder of captions.
+
+    Attributes:
+      config, params: of the text transformer.
+      tokenize: a caption to its token ids.
+    """
+
+    config: vit.TextConfig
+    params: dict
+    tokenize: Callable[[str], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A loaded folder.
+    """The encoder in a folder.
 
     Attributes:
-      cfg, params: of the vision transformer.
-      preprocess: of pictures.
-      text: CLIP's configuration, parameters and tokenizer for captions, else None.
+      config, params: of the vision transformer.
+      preprocess: how its pictures are prepared.
+      text: of captions; None if the encoder has none.
     """
 
-    cfg: vit.ViTConfig
+    config: vit.ViTConfig
     params: dict
     preprocess: Preprocess
-    text: tuple[vit.TextConfig, dict, Callable[[str], list[int]]] | None
+    text: CaptionEncoder | None
 
 
-def _json(path: pathlib.Path) -> dict:
+def _read_json(path: pathlib.Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding='utf-8')))
     except OSError as error:
@@ -474,95 +625,141 @@ def _json(path: pathlib.Path) -> dict:
             'writes it.'
         ) from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f'{path} is no JSON object ({error}): copy it again.') from error
+        raise ValueError(f'{path} is not a JSON object ({error}): copy it again.') from error
 
 
 def load(folder) -> Encoder:
-    """The encoder in a folder.
+    """Loads the encoder in a folder.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is missing or does not fit.
     """
     folder = pathlib.Path(folder)
-    config, picture = _json(folder / 'config.json'), _json(folder / 'preprocessor_config.json')
+    config_path = folder / 'config.json'
+    preprocess_path = folder / 'preprocessor_config.json'
+    config = _read_json(config_path)
+    preprocess_config = _read_json(preprocess_path)
+
     kind = config.get('model_type')
     if kind not in _PARSERS:
         raise ValueError(
-            f'{folder / "config.json"} describes a {kind!r} model: only {", ".join(_PARSERS)} are '
-            'implemented.'
+            f'{config_path} describes a {kind!r} model: only {", ".join(_PARSERS)} are implemented.'
         )
-    tensors = tensor_io.open_safetensors(folder, _UNUSED[kind])
-    tensors = {re.sub(f'^{kind}\\.', '', name): tensor for name, tensor in tensors.items()}
+
+    # Checkpoints with a head, such as a classifier, have the model's name before its tensors.
+    tensors = {
+        re.sub(f'^{kind}\\.', '', name): tensor
+        for name, tensor in tensor_io.open_safetensors(folder, _UNUSED[kind]).items()
+    }
+
     try:
-        cfg, names, text = _PARSERS[kind](config, tensors)
+        vision, text = _PARSERS[kind](config, tensors)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f'{folder / "config.json"}: {error}.') from error
+        raise ValueError(f'{config_path}: {error}.') from error
     try:
-        preprocess = _preprocess(picture)
+        preprocess = parse_preprocess(preprocess_config)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f'{folder / "preprocessor_config.json"}: {error!r}.') from error
+        raise ValueError(f'{preprocess_path}: {error!r}.') from error
+
     if text is None:
-        (params,) = _read([(cfg, names)], tensors, folder)
-        return Encoder(cfg, params, preprocess, None)
+        (params,) = _read([vision], tensors, folder)
+        return Encoder(vision.config, params, preprocess, text=None)
+
     tokenize = load_tokenizer(folder)
-    params, text_params = _read([(cfg, names), (text, _CLIP_TEXT)], tensors, folder)
-    return Encoder(cfg, params, preprocess, (text, text_params, tokenize))
+    params, text_params = _read([vision, text], tensors, folder)
+    caption_encoder = CaptionEncoder(text.config, text_params, tokenize)
+    return Encoder(vision.config, params, preprocess, caption_encoder)
 
 
-@functools.partial(jax.jit, static_argnames='cfg')
-def _encode_pixels(cfg: vit.ViTConfig, params, pixels):
+# ------------------------------------------------------------------------------------------------
+# Encoding
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _encode_pixels(config: vit.ViTConfig, params, pixels):
     with jax.default_matmul_precision('float32'):
-        return vit.ViT(cfg).apply({'params': params}, pixels)
+        return vit.ViT(config).apply({'params': params}, pixels)
 
 
-@functools.partial(jax.jit, static_argnames='cfg')
-def _encode_ids(cfg: vit.TextConfig, params, ids, last):
+@functools.partial(jax.jit, static_argnames='config')
+def _encode_ids(config: vit.TextConfig, params, ids, last):
     with jax.default_matmul_precision('float32'):
-        return vit.TextTransformer(cfg).apply({'params': params}, ids, last)
+        return vit.TextTransformer(config).apply({'params': params}, ids, last)
 
 
-def _in_batches(run: Callable, batch: int, *arrays) -> np.ndarray:
-    """run of arrays' rows, always so many at once, as every other number would be compiled anew."""
-    count, rest = len(arrays[0]), -len(arrays[0]) % batch
-    arrays = (
-        [np.concatenate([a, np.zeros((rest, *a.shape[1:]), a.dtype)]) for a in arrays]
-        if rest
-        else arrays
-    )
-    parts = [np.asarray(run(*(a[i : i + batch] for a in arrays))) for i in range(0, count, batch)]
-    return np.concatenate(parts)[:count]
+def _in_batches(run: Callable, batch_size: int, *arrays) -> np.ndarray:
+    """Runs a function on all rows of the arrays, batch_size rows at a time."""
+    count = len(arrays[0])
+
+    # The last batch is filled up with zeros, since a batch of another size would be compiled anew.
+    lacking = -count % batch_size
+    if lacking:
+        arrays = [
+            np.concatenate([array, np.zeros((lacking, *array.shape[1:]), array.dtype)])
+            for array in arrays
+        ]
+
+    results = []
+    for start in range(0, count, batch_size):
+        batch = [array[start : start + batch_size] for array in arrays]
+        results.append(np.asarray(run(*batch)))
+    return np.concatenate(results)[:count]
 
 
 def encode_clips(encoder: Encoder, clips, frames_at_once: int = 8) -> np.ndarray:
-    """Clips uint8 [N, cfg.frames, H, W, 3], for pictures of one frame each, to features float32 [N,
-    D].
+    """Encodes clips, or pictures as clips of one frame.
+
+    Args:
+      encoder: of `load`.
+      clips: uint8 [N, F, H, W, 3], with F = encoder.config.frames.
+      frames_at_once: number of frames in a batch; a clip that has more is a batch of its own.
+
+    Returns:
+      float32 [N, D].
 
     Raises:
       ValueError: for another number of frames.
     """
-    cfg = encoder.cfg
-    if clips.shape[1] != cfg.frames:
-        raise ValueError(f'Clips have {clips.shape[1]} frames, the encoder takes {cfg.frames}.')
+    config = encoder.config
+    if clips.shape[1] != config.frames:
+        raise ValueError(f'Clips have {clips.shape[1]} frames, the encoder takes {config.frames}.')
 
-    def run(part):
-        pixels = prepare(encoder.preprocess, part.reshape(-1, *part.shape[2:]))
-        return _encode_pixels(
-            cfg, encoder.params, pixels.reshape(len(part), cfg.frames, *pixels.shape[1:])
-        )
+    def run(batch):
+        frames = batch.reshape(-1, *batch.shape[2:])  # [B * F, H, W, 3]
+        pixels = prepare(encoder.preprocess, frames)
+        pixels = pixels.reshape(len(batch), config.frames, *pixels.shape[1:])
+        return _encode_pixels(config, encoder.params, pixels)
 
-    return _in_batches(run, max(1, frames_at_once // cfg.frames), clips)
+    return _in_batches(run, max(1, frames_at_once // config.frames), clips)
 
 
 def encode_captions(
     encoder: Encoder, captions: Sequence[str], at_once: int = 16
 ) -> tuple[np.ndarray, list[bool]]:
-    """Captions to features float32 [N, D], and for each whether it was too long for the encoder and
-    cut off."""
-    cfg, params, tokenize = encoder.text
-    rows = [tokenize(caption) for caption in captions]
-    ids, last = np.zeros((len(rows), cfg.length), np.int32), np.zeros(len(rows), np.int32)
-    for i, row in enumerate(rows):
-        kept = [*row[: cfg.length - 1], row[-1]] if len(row) > cfg.length else row
-        ids[i, : len(kept)], last[i] = kept, len(kept) - 1
-    features = _in_batches(functools.partial(_encode_ids, cfg, params), at_once, ids, last)
-    return features, [len(row) > cfg.length for row in rows]
+    """Encodes captions.
+
+    Args:
+      encoder: of `load`; its `text` must not be None.
+      captions: N texts.
+      at_once: number of captions in a batch.
+
+    Returns:
+      Features float32 [N, D], and for each caption whether it was too long and cut off.
+    """
+    text = encoder.text
+    length = text.config.length
+    rows = [text.tokenize(caption) for caption in captions]
+
+    ids = np.zeros((len(rows), length), np.int32)  # [N, M]
+    last = np.zeros(len(rows), np.int32)  # [N], position of the token that ends the text
+    for index, row in enumerate(rows):
+        kept = row
+        if len(row) > length:
+            kept = [*row[: length - 1], row[-1]]  # the end stays, since its state is the feature
+        ids[index, : len(kept)] = kept
+        last[index] = len(kept) - 1
+
+    run = functools.partial(_encode_ids, text.config, text.params)
+    features = _in_batches(run, at_once, ids, last)
+    was_cut = [len(row) > length for row in rows]
+    return features, was_cut

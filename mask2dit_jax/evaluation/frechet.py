@@ -1,33 +1,15 @@
-"""The Fréchet distance between videos."""
+"""The Fréchet video distance (FVD) between two sets of videos.
+
+`frechet_video_distance` compares the features of two sets of videos (Unterthiner et al. 2018): it
+fits a Gaussian to either set, with `moments`, and takes the distance between the two Gaussians,
+`frechet_distance` (Dowson & Landau 1982).
+"""
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import numpy as np
-
-from mask2dit_jax.evaluation import videos as videos_lib
-
-
-def frechet_video_distance(videos: list[videos_lib.Video], features: dict) -> dict | None:
-    """Fréchet distance between all NAME/video and the reference, with the counts that it rests on;
-    None without them.
-
-    Raises:
-      ValueError: if there is a reference but not a feature of every video, or too few of either.
-    """
-    if 'reference' not in features:
-        return None
-    lost = [item.name for item in videos if f'{item.name}/video' not in features]
-    if lost:
-        raise ValueError(f'{lost[0]}/video is missing from the features, which have a reference.')
-    parts = [moments(np.atleast_2d(features[f'{item.name}/video'])) for item in videos]
-    made, real = functools.reduce(merge, parts), moments(features['reference'])
-    return {
-        'distance': frechet_distance(made, real),
-        'videos': made.count,
-        'references': real.count,
-        'size': len(real.mean),
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +17,9 @@ class Moments:
     """Mean and covariance of features, as sums that can be merged.
 
     Attributes:
-      count: features seen.
+      count: number of features.
       mean: float64 [D].
-      scatter: float64 [D, D], sum of outer products of deviations from the mean.
+      scatter: float64 [D, D], sum of the outer products of deviations from the mean.
     """
 
     count: int
@@ -46,7 +28,7 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Unbiased, [D, D]."""
+        """Unbiased covariance, [D, D]."""
         return self.scatter / (self.count - 1)
 
 
@@ -54,42 +36,61 @@ def moments(features) -> Moments:
     """Moments of features [N, D], N >= 1."""
     features = np.asarray(features, np.float64)
     mean = features.mean(0)
-    return Moments(len(features), mean, (features - mean).T @ (features - mean))
+    scatter = (features - mean).T @ (features - mean)
+    return Moments(len(features), mean, scatter)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of both sets together (Chan, Golub & LeVeque 1983), without the cancellation of sums
-    of squares."""
-    count, shift = a.count + b.count, b.mean - a.mean
-    return Moments(
-        count,
-        a.mean + shift * (b.count / count),
-        a.scatter + b.scatter + np.outer(shift, shift) * (a.count * b.count / count),
-    )
+    """Moments of two sets together (Chan, Golub & LeVeque 1983).
+
+    Sums of squares would lose their digits where the mean is far from zero; these sums do not.
+    """
+    count = a.count + b.count
+    shift = b.mean - a.mean
+    mean = a.mean + shift * (b.count / count)
+    between = np.outer(shift, shift) * (a.count * b.count / count)
+    return Moments(count, mean, a.scatter + b.scatter + between)
 
 
-def _root(covariance) -> np.ndarray:
+def _square_root(covariance) -> np.ndarray:
     """Symmetric square root of a positive semidefinite matrix."""
     values, vectors = np.linalg.eigh(covariance)
     return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982): FVD on features of videos.
+    """Squared Fréchet distance between two Gaussians (Dowson & Landau 1982).
 
-    |mean_a - mean_b|² + tr(A + B - 2 (A B)^(1/2)). The eigenvalues of (A B)^(1/2) are the singular values of
-    A^(1/2) B^(1/2), which also serves covariances without full rank, as those of few samples are.
+    |mean_a - mean_b|² + tr(A + B - 2 (A B)^(1/2)), with the covariances A and B. The eigenvalues of
+    (A B)^(1/2) are the singular values of A^(1/2) B^(1/2), which also exist for covariances without
+    full rank, such as those of few samples.
 
     Raises:
-      ValueError: for fewer than two features, or other sizes of features.
+      ValueError: if either set has fewer than two features, or their sizes differ.
     """
     if min(a.count, b.count) < 2 or a.mean.shape != b.mean.shape:
         raise ValueError(
             f'{a.count} features of size {len(a.mean)} and {b.count} of size {len(b.mean)} have no '
             'Fréchet distance: give two or more of either, of one encoder.'
         )
-    shared = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
+
+    roots = _square_root(a.covariance) @ _square_root(b.covariance)
+    shared = np.linalg.svd(roots, compute_uv=False).sum()
     shift = a.mean - b.mean
-    return max(
-        0.0, float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared)
-    )
+    distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared
+    return max(0.0, float(distance))  # rounding can turn the zero of equal sets negative
+
+
+def frechet_video_distance(generated: Iterable, reference) -> float:
+    """Fréchet video distance (Unterthiner et al. 2018) between the features of two sets of videos.
+
+    Args:
+      generated: features of the generated videos in parts of any length, each [N, D]; `evaluate`
+        passes one part per video.
+      reference: features [R, D] of the reference videos.
+
+    Raises:
+      ValueError: if either set has fewer than two videos, or their features' sizes differ.
+    """
+    generated_moments = functools.reduce(merge, map(moments, generated))
+    return frechet_distance(generated_moments, moments(reference))

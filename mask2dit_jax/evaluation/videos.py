@@ -9,7 +9,14 @@ from mask2dit_jax.data import story_file
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video file and its story: a caption and a number of frames per scene."""
+    """A video file and its story.
+
+    Attributes:
+      name: path of the file below the folder of all videos, without .mp4.
+      path: of the file.
+      captions: one per scene.
+      frames: number of frames of each scene.
+    """
 
     name: str
     path: pathlib.Path
@@ -18,12 +25,16 @@ class Video:
 
 
 def find_videos(folder, story=None) -> list[Video]:
-    """All mp4 files of a folder with one story, or, without it, beside the story.json files in and
-    below the folder.
+    """Finds the videos of a folder and the story of each.
+
+    Args:
+      folder: with `story`, its own mp4 files are taken. Without, the mp4 files beside each
+        story.json in it and in the folders below it.
+      story: path of a story file for all videos.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file that is missing, or the story that has no
-        frames or one scene.
+      FileNotFoundError: if there is no story, or no mp4 file of a story.
+      ValueError: naming the story that has only one scene, or a scene without a number of frames.
     """
     folder = pathlib.Path(folder)
     stories = [pathlib.Path(story)] if story else sorted(folder.rglob('story.json'))
@@ -32,21 +43,25 @@ def find_videos(folder, story=None) -> list[Video]:
             f'{folder} holds no story.json: give --story, {{"scenes": [{{"caption": "...", '
             '"frames": 8}, ...]}.'
         )
+
     videos = []
-    for path in stories:
-        captions, frames = story_file.read_story(path)
-        if not all(f and f > 0 for f in frames) or len(frames) < 2:
-            raise ValueError(f'{path} must have two scenes or more, and "frames" in each.')
-        files = (folder if story else path.parent).glob('*.mp4')
-        files = sorted(
-            files, key=lambda p: [int(n) if n.isdigit() else n for n in re.split(r'(\d+)', p.name)]
-        )
-        if not files:
-            raise FileNotFoundError(f'{folder if story else path.parent} holds no mp4 file.')
-        videos += [
-            Video(
-                p.relative_to(folder).with_suffix('').as_posix(), p, tuple(captions), tuple(frames)
-            )
-            for p in files
-        ]
+    for story_path in stories:
+        captions, frames = story_file.read_story(story_path)
+        if len(frames) < 2 or not all(count and count > 0 for count in frames):
+            raise ValueError(f'{story_path} must have two scenes or more, and "frames" in each.')
+
+        video_folder = folder if story else story_path.parent
+        paths = sorted(video_folder.glob('*.mp4'), key=_by_number)
+        if not paths:
+            raise FileNotFoundError(f'{video_folder} holds no mp4 file.')
+
+        for path in paths:
+            name = path.relative_to(folder).with_suffix('').as_posix()
+            videos.append(Video(name, path, tuple(captions), tuple(frames)))
     return videos
+
+
+def _by_number(path: pathlib.Path) -> list[int | str]:
+    """Sort key that puts video_2.mp4 before video_10.mp4."""
+    parts = re.split(r'(\d+)', path.name)
+    return [int(part) if part.isdigit() else part for part in parts]

@@ -2,12 +2,15 @@
 
   python -m mask2dit_jax.tools.figures --out=masks.png
 
-Above, who may attend to whom, by every pattern: rows ask, columns are seen; captions of the three
-scenes first, then their video, as in the model's sequence. Below, which latent frames are given and
-which the loss counts, in training and when a story is extended again and again.
+The upper half shows which token may attend to which, under every pattern of the symmetric attention
+mask. Rows are queries and columns are keys, in the order of the model's sequence: the captions of
+the three scenes first, then their videos. The lower half shows the segment-level conditional mask:
+which latent frames are given and which the loss counts, in training and when a story is extended
+scene by scene.
 """
 
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
@@ -18,12 +21,39 @@ from mask2dit_jax.diffusion import loss
 from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes
 
 LAYOUT = SceneLayout(frames=(3, 5, 4), height=1, width=2, text_tokens=4)
+# Titles of the attention patterns.
 PATTERNS = {
     'dual': 'dual: the symmetric attention mask',
     'full': 'full: no mask',
     'isolated': 'isolated',
 }
-_PAPER = '#ffffff'
+
+
+class Step(NamedTuple):
+    """A row of the lower half.
+
+    Attributes:
+      label: what is done.
+      scenes: for every scene, whether it is 'given' or 'made'.
+    """
+
+    label: str
+    scenes: tuple[str, ...]
+
+
+STEPS = (
+    Step('training: all scenes', ('made', 'made', 'made')),
+    Step('training: scenes given', ('given', 'given', 'made')),
+    Step('generate a story', ('made', 'made', 'made')),
+    Step('extend it', ('given', 'given', 'given', 'made')),
+    Step('and again', ('given', 'given', 'given', 'given', 'made')),
+)
+_STEP_FRAMES = (3, 5, 4, 4, 3)  # latent frames of the scenes of all steps
+
+_BACKGROUND = '#ffffff'
+_GIVEN = '#1f5fa8'
+_MADE = '#d9822b'
+# Colours of what two tokens are to each other.
 _KINDS = {
     'caption and its own scene': '#2f6f4f',
     'video and video of one scene': '#1f5fa8',
@@ -31,27 +61,32 @@ _KINDS = {
     'caption of another scene': '#d9822b',
     'masked': '#eceff2',
 }
-_GIVEN, _MADE = '#1f5fa8', '#d9822b'
-# What is done, and per scene whether it is given or made.
-STEPS = (
-    ('training: all scenes', ('made', 'made', 'made')),
-    ('training: scenes given', ('given', 'given', 'made')),
-    ('generate a story', ('made', 'made', 'made')),
-    ('extend it', ('given', 'given', 'given', 'made')),
-    ('and again', ('given', 'given', 'given', 'given', 'made')),
-)
+_OWN_CAPTION, _SAME_SCENE, _OTHER_SCENE, _OTHER_CAPTION, _MASKED = range(len(_KINDS))
 
 
 def attention_kinds(layout: SceneLayout, pattern: str) -> np.ndarray:
-    """What every pair of tokens is to each other, indices into the legend, int [L, L]; the last:
-    masked."""
-    scene, is_text = token_scenes(layout)
-    same, text = scene[:, None] == scene[None], is_text[:, None] | is_text[None]
-    kinds = np.where(text, np.where(same, 0, 3), np.where(same, 1, 2))
-    return np.where(masks.dense_mask(layout, pattern), kinds, 4)
+    """Tells what every pair of tokens is to each other.
+
+    Returns:
+      int [L, L], indices into _KINDS; rows are queries, columns are keys.
+    """
+    scene, is_text = token_scenes(layout)  # [L], [L]
+    same_scene = scene[:, None] == scene[None]
+    any_text = is_text[:, None] | is_text[None]
+
+    with_text = np.where(same_scene, _OWN_CAPTION, _OTHER_CAPTION)
+    without_text = np.where(same_scene, _SAME_SCENE, _OTHER_SCENE)
+    kinds = np.where(any_text, with_text, without_text)
+    return np.where(masks.dense_mask(layout, pattern), kinds, _MASKED)
+
+
+def _hide_frame(axes) -> None:
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def _draw_attention(axes, layout: SceneLayout, pattern: str) -> None:
+    """Draws the attention of one pattern, with a line between any two segments."""
     axes.imshow(
         attention_kinds(layout, pattern),
         cmap=colors.ListedColormap(list(_KINDS.values())),
@@ -59,51 +94,50 @@ def _draw_attention(axes, layout: SceneLayout, pattern: str) -> None:
         vmax=len(_KINDS) - 1,
         interpolation='nearest',
     )
-    ranges = [
-        f(i) for f in (layout.text_range, layout.video_range) for i in range(layout.num_scenes)
-    ]
-    names = [f'{kind} {i + 1}' for kind in ('caption', 'scene') for i in range(layout.num_scenes)]
-    middles = [(a + b - 1) / 2 for a, b in ranges]
+
+    scenes = range(layout.num_scenes)
+    text_ranges = [layout.text_range(scene) for scene in scenes]
+    video_ranges = [layout.video_range(scene) for scene in scenes]
+    ranges = text_ranges + video_ranges
     for _, end in ranges[:-1]:
-        axes.axhline(end - 0.5, color=_PAPER, lw=1.5)
-        axes.axvline(end - 0.5, color=_PAPER, lw=1.5)
-    axes.set_xticks(middles, names, rotation=60, ha='right', rotation_mode='anchor')
-    axes.set_yticks(middles, names if pattern == 'dual' else [])
-    axes.tick_params(length=0)
+        axes.axhline(end - 0.5, color=_BACKGROUND, lw=1.5)
+        axes.axvline(end - 0.5, color=_BACKGROUND, lw=1.5)
+
+    labels = [f'caption {scene + 1}' for scene in scenes]
+    labels += [f'scene {scene + 1}' for scene in scenes]
+    middles = [(start + end - 1) / 2 for start, end in ranges]
+    axes.set_xticks(middles, labels, rotation=60, ha='right', rotation_mode='anchor')
+    # The three patterns stand side by side: only the first has labels of rows.
+    axes.set_yticks(middles, labels if pattern == 'dual' else [])
     axes.set_title(PATTERNS[pattern])
-    axes.spines[:].set_visible(False)
+    _hide_frame(axes)
 
 
 def _draw_segments(axes) -> None:
-    lengths = (3, 5, 4, 4, 3)
-    for row, (_, kinds) in enumerate(STEPS):
-        layout = SceneLayout(lengths[: len(kinds)], 1, 1, 1)
-        given = np.array([kind == 'given' for kind in kinds])
-        counted, of = loss.loss_mask(layout, given), frame_scenes(layout)
+    """Draws a row of latent frames for every step."""
+    for row, step in enumerate(STEPS):
+        layout = SceneLayout(_STEP_FRAMES[: len(step.scenes)], height=1, width=1, text_tokens=1)
+        given = np.array([scene == 'given' for scene in step.scenes])  # [S]
+        counted = loss.loss_mask(layout, given)  # [T]
+        scene_of_frame = frame_scenes(layout)  # [T]
+
         for frame in range(layout.total_frames):
-            left = frame + 0.7 * of[frame]
-            axes.add_patch(
-                patches.Rectangle(
-                    (left, row), 0.94, 0.66, color=_MADE if counted[frame] else _GIVEN
-                )
-            )
+            color, timestep = (_MADE, 't') if counted[frame] else (_GIVEN, '0')
+            left = frame + 0.7 * scene_of_frame[frame]  # a gap between scenes
+            axes.add_patch(patches.Rectangle((left, row), 0.94, 0.66, color=color))
             axes.text(
-                left + 0.47,
-                row + 0.33,
-                't' if counted[frame] else '0',
-                ha='center',
-                va='center',
-                color=_PAPER,
+                left + 0.47, row + 0.33, timestep, ha='center', va='center', color=_BACKGROUND
             )
-    axes.set_yticks(np.arange(len(STEPS)) + 0.33, [label for label, _ in STEPS])
+
+    axes.set_yticks(np.arange(len(STEPS)) + 0.33, [step.label for step in STEPS])
     axes.set(
         xlim=(-0.2, 22.5),
         ylim=(len(STEPS), -0.2),
         xticks=[],
-        title='The segment-level conditional mask: latent frames of given scenes stay clean, at timestep 0',
+        title='The segment-level conditional mask: latent frames of given scenes stay clean, at '
+        'timestep 0',
     )
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    _hide_frame(axes)
     axes.legend(
         handles=[
             patches.Patch(color=_GIVEN, label='given: clean, timestep 0, not in the loss'),
@@ -119,17 +153,19 @@ def _draw_segments(axes) -> None:
 
 
 def draw(path) -> None:
-    """Writes the picture (png, svg or pdf)."""
-    canvas = figure.Figure(figsize=(13, 8.6), facecolor=_PAPER, layout='constrained')
+    """Writes the picture; the suffix decides its form: .png, .svg or .pdf."""
+    canvas = figure.Figure(figsize=(13, 8.6), facecolor=_BACKGROUND, layout='constrained')
     above, below = canvas.subfigures(2, 1, height_ratios=(1.7, 1))
+
     for axes, pattern in zip(above.subplots(1, len(PATTERNS)), PATTERNS):
         _draw_attention(axes, LAYOUT, pattern)
     above.legend(
-        handles=[patches.Patch(color=color, label=name) for name, color in _KINDS.items()],
+        handles=[patches.Patch(color=color, label=kind) for kind, color in _KINDS.items()],
         loc='outside lower center',
         ncols=len(_KINDS),
         frameon=False,
     )
+
     _draw_segments(below.subplots())
     canvas.savefig(path, dpi=110)
 
@@ -137,6 +173,7 @@ def draw(path) -> None:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
+
     path = pathlib.Path(flags.FLAGS.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path)

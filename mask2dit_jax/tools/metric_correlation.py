@@ -1,28 +1,30 @@
-"""Do the metrics of evaluate rank runs on the stories as their exact scores do?
+"""Compares the metrics of evaluate with the exact scores of stories: do they rank runs alike?
 
-  python -m mask2dit_jax.tools.metric_correlation --runs=runs/dual,runs/full,runs/isolated --out=rank
+  python -m mask2dit_jax.tools.metric_correlation --runs=runs/dual,runs/full,runs/isolated \\
+    --out=rank
 
-Every run generates the same held-out stories (its config.eval.stories, of its first layout). They
-are scored exactly, and by the metrics on features of two encoders:
+Every run generates the same held-out stories (as many as its config.eval.stories, of its first
+layout). They are scored exactly, and by the metrics on the features of two encoders:
 
-  measured  what the exact scores see in a scene, one-hot: background, colour, shape and action; for
-  frames, the
-            subject, without the action. Captions are all that the story says of a scene. How good
-            the metrics are with an encoder that sees everything.
-  pixels    colours of 4 x 4 blocks of four frames, and captions as their rendering with the
-  character in the middle:
-            an encoder that knows nothing of characters and actions.
+  measured  What the exact scores see in a scene, one-hot: background, colour, shape and action. The
+            features of frames leave out the action, and those of captions are what the story says
+            of the scene. This shows how good the metrics are with an encoder that sees everything.
+  pixels    The colours of 4 x 4 blocks of four frames. Captions are encoded as the rendering of the
+            scene with the character in the middle. This encoder knows nothing of characters and
+            actions.
 
---out gets rank.md and rank.json: means with 95 % bootstrap intervals, and for every exact score and
-the metrics that should follow it Spearman's correlation over all videos, and how many pairs of runs
-that the exact score tells apart (their intervals do not meet) the metric orders alike, leaves open
-(its intervals meet), or reverses.
+--out receives rank.md and rank.json. They hold the means with 95 % bootstrap intervals, and for
+every exact score and each metric that should follow it: Spearman's correlation over all videos, and
+the number of pairs of runs that the metric orders like the exact score, leaves open or reverses.
+Only pairs that the exact score tells apart count, because their intervals do not meet; the metric
+leaves a pair open where its own intervals meet.
 """
 
 import dataclasses
 import itertools
 import json
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -40,227 +42,332 @@ from mask2dit_jax.pretrained import runs
 from mask2dit_jax.stories import scores, world
 from mask2dit_jax.training import validation
 
+
+class Pair(NamedTuple):
+    """An exact score and a metric that should follow it."""
+
+    exact: str
+    metric: str
+
+
 FOLLOWS = (
-    ('action', 'matches'),
-    ('action', 'margin'),
-    ('action', 'semantic'),
-    ('consistency', 'subject_between'),
-    ('consistency', 'visual'),
-    ('story', 'sequence'),
-)  # (exact score, metric)
+    Pair('action', 'matches'),
+    Pair('action', 'margin'),
+    Pair('action', 'semantic'),
+    Pair('consistency', 'subject_between'),
+    Pair('consistency', 'visual'),
+    Pair('story', 'sequence'),
+)
+
+# Attributes of a scene and their values. The subject is what all scenes of a story share.
 _SUBJECT = {'background': world.BACKGROUNDS, 'color': world.COLORS, 'shape': world.SHAPES}
-_NAMES = _SUBJECT | {'action': world.ACTIONS}
+_ATTRIBUTES = {**_SUBJECT, 'action': world.ACTIONS}
+
+# ------------------------------------------------------------------------------------------------
+# Encoders
 
 
-def _one_hot(indices: dict, names) -> np.ndarray:
-    """Indices by attribute, each [n], to [n, D]; -1 is a class of its own."""
-    return np.concatenate([np.eye(len(_NAMES[name]) + 1)[indices[name]] for name in names], axis=-1)
+class SceneFeatures(NamedTuple):
+    """Features of one scene of n stories.
+
+    Attributes:
+      scene: [n, D].
+      caption: [n, D].
+      frames: [n, F, E].
+    """
+
+    scene: np.ndarray
+    caption: np.ndarray
+    frames: np.ndarray
 
 
-def _measured(clips, told, story_clips):
-    """Features of one scene of n stories, (scene [n, D], caption [n, D], frames [n, F, E]); see
-    above."""
+def _one_hot(indices: dict[str, np.ndarray], attributes) -> np.ndarray:
+    """Encodes the indices [n] of some attributes as [n, D]; -1 is a class of its own."""
+    parts = []
+    for name in attributes:
+        classes = np.eye(len(_ATTRIBUTES[name]) + 1)
+        parts.append(classes[indices[name]])  # -1 takes the last row
+    return np.concatenate(parts, axis=-1)
+
+
+def _measured(clips, told, story_clips) -> SceneFeatures:
+    """Encodes one scene of n stories as the exact scores see it.
+
+    Args:
+      clips: generated, float [n, F, H, W, 3] in [0, 1].
+      told: indices [n] of every attribute that the story names.
+      story_clips: renderings of the scene, as clips.
+    """
     del story_clips
     seen = scores.measure(clips)
-    frames = np.repeat(_one_hot(seen, _SUBJECT)[:, None], clips.shape[1], axis=1)
-    return _one_hot(seen, _NAMES), _one_hot(told, _NAMES), frames
+    frame = _one_hot(seen, _SUBJECT)  # [n, E]
+    frames = np.repeat(frame[:, None], clips.shape[1], axis=1)
+    return SceneFeatures(_one_hot(seen, _ATTRIBUTES), _one_hot(told, _ATTRIBUTES), frames)
 
 
-def _pixels(clips, told, story_clips):
-    """As _measured."""
+def _pixels(clips, told, story_clips) -> SceneFeatures:
+    """Encodes one scene of n stories by colours; the arguments are those of _measured."""
     del told
+    frames = _block_colors(clips)
+    story_frames = _block_colors(story_clips)
+    num_stories = len(clips)
+    return SceneFeatures(
+        frames.reshape(num_stories, -1), story_frames.reshape(num_stories, -1), frames
+    )
 
-    def blocks(clips):
-        clips = clips[
-            :, np.linspace(0, clips.shape[1] - 1, 4).round().astype(int)
-        ]  # scenes differ in length
-        n, frames, height, width, _ = clips.shape
-        mean = clips.reshape(n, frames, height // 4, 4, width // 4, 4, 3).mean((3, 5))
-        return mean.reshape(n, frames, -1) - 0.5  # gray has no direction
 
-    frames = blocks(clips)
-    return frames.reshape(len(clips), -1), blocks(story_clips).reshape(len(clips), -1), frames
+def _block_colors(clips) -> np.ndarray:
+    """Mean colours of the 4 x 4 blocks of four frames, [n, 4, E]."""
+    # Four frames of every scene, since scenes differ in length.
+    picked = np.linspace(0, clips.shape[1] - 1, 4).round().astype(int)
+    clips = clips[:, picked]
+
+    num_stories, num_frames, height, width, _ = clips.shape
+    blocks = clips.reshape(num_stories, num_frames, height // 4, 4, width // 4, 4, 3)
+    colors = blocks.mean((3, 5)).reshape(num_stories, num_frames, -1)
+    return colors - 0.5  # so that gray has no direction
 
 
 ENCODERS = {'measured': _measured, 'pixels': _pixels}
 
+# ------------------------------------------------------------------------------------------------
+# Scores of one run
 
-def _centred(story: world.Story, scene: int) -> np.ndarray:
-    """A rendering of one scene [F, H, W, 3] in [0, 1] with the middle of the path in the middle of
-    the frame."""
+
+def _render_centred(story: world.Story, scene: int) -> np.ndarray:
+    """Renders one scene, with the middle of the character's path in the middle of the frame.
+
+    Returns:
+      [F, H, W, 3] in [0, 1].
+    """
     travel, _ = world.MOTIONS[story.actions[scene]]
-    start = tuple((8 - t / 2) * story.size_px / 16 for t in travel)
-    return (
-        world.render(
-            dataclasses.replace(
-                story,
-                actions=(story.actions[scene],),
-                frames=(story.frames[scene],),
-                starts=(start,),
-            )
-        )
-        / 255
+    start = tuple((8 - distance / 2) * story.size_px / 16 for distance in travel)
+    centred = dataclasses.replace(
+        story, actions=(story.actions[scene],), frames=(story.frames[scene],), starts=(start,)
     )
+    return world.render(centred) / 255
+
+
+def _told(stories: list[world.Story], scene: int) -> dict[str, np.ndarray]:
+    """What the stories say of a scene: an index [n] for every attribute."""
+    told = {}
+    for name, values in _SUBJECT.items():
+        told[name] = np.array([values.index(getattr(story, name)) for story in stories])
+    told['action'] = np.array([world.ACTIONS.index(story.actions[scene]) for story in stories])
+    return told
+
+
+def _exact_scores(videos, stories: list[world.Story]) -> dict[str, list[float]]:
+    """Exact scores of every video; scores of scenes are averaged over the scenes."""
+    exact = {}
+    for name, values in scores.score(videos, stories).items():
+        per_video = np.asarray(values, float).reshape(len(stories), -1)
+        exact[name] = per_video.mean(1).tolist()
+    return exact
+
+
+def _metric_scores(
+    videos, scene_features: list[SceneFeatures], frames: tuple[int, ...]
+) -> dict[str, list[float]]:
+    """Metrics of every video on these features, one entry of scene_features per scene."""
+    rows = []
+    for index, video in enumerate(videos):
+        name = str(index)
+        item = videos_lib.Video(name, pathlib.Path(name), captions=(), frames=frames)
+        features = {
+            f'{name}/scenes': np.stack([part.scene[index] for part in scene_features]),
+            f'{name}/captions': np.stack([part.caption[index] for part in scene_features]),
+        }
+        for scene, part in enumerate(scene_features):
+            features[f'{name}/frames/{scene}'] = part.frames[index]
+
+        pixels = (video * 255).round().astype(np.uint8)
+        rows.append(evaluator.score(item, features, cuts.transitions(pixels)))
+    return {pair.metric: [row[pair.metric] for row in rows] for pair in FOLLOWS}
 
 
 def score(videos, known: list[world.Story]) -> dict[str, dict[str, list[float]]]:
-    """Exact scores and metrics of every video.
+    """Computes exact scores and metrics of every video.
 
     Args:
       videos: float [n, F, H, W, 3] in [0, 1].
       known: their stories, of one layout.
 
     Returns:
-      'exact' and each of ENCODERS: values by name, one per video; exact scores of scenes are means
-      over them.
+      'exact' and each of ENCODERS: values by name, one per video. Exact scores of scenes are means
+      over the scenes.
     """
     frames = known[0].frames
-    exact = {
-        name: np.asarray(x, float).reshape(len(known), -1).mean(1).tolist()
-        for name, x in scores.score(videos, known).items()
-    }
-    told = [
-        {
-            name: np.array([names.index(getattr(s, name)) for s in known])
-            for name, names in _SUBJECT.items()
-        }
-        | {'action': np.array([world.ACTIONS.index(s.actions[i]) for s in known])}
-        for i in range(len(frames))
+    clips = np.split(videos, np.cumsum(frames)[:-1], axis=1)  # per scene [n, F, H, W, 3]
+    told = [_told(known, scene) for scene in range(len(frames))]
+    rendered = [
+        np.stack([_render_centred(story, scene) for story in known]) for scene in range(len(frames))
     ]
-    scenes = np.split(videos, np.cumsum(frames)[:-1], axis=1)
-    out = {'exact': exact}
+
+    found = {'exact': _exact_scores(videos, known)}
     for name, encode in ENCODERS.items():
-        features = [
-            encode(clips, told[i], np.stack([_centred(s, i) for s in known]))
-            for i, clips in enumerate(scenes)
-        ]
-        rows = []
-        for n, video in enumerate(videos):
-            item = videos_lib.Video(str(n), pathlib.Path(str(n)), (), frames)
-            own = {
-                f'{n}/scenes': np.stack([scene[n] for scene, _, _ in features]),
-                f'{n}/captions': np.stack([caption[n] for _, caption, _ in features]),
-            }
-            own |= {f'{n}/frames/{i}': x[n] for i, (_, _, x) in enumerate(features)}
-            rows.append(
-                evaluator.score(item, own, cuts.transitions((video * 255).round().astype(np.uint8)))
-            )
-        out[name] = {metric: [row[metric] for row in rows] for _, metric in FOLLOWS}
-    return out
+        features = [encode(*scene) for scene in zip(clips, told, rendered)]
+        found[name] = _metric_scores(videos, features, frames)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Comparison of runs
+
+
+def _order(first, second, seed: int) -> int:
+    """1 if the interval of the first values is above that of the second, -1 if below, else 0."""
+    first_low, first_high = metrics.bootstrap(first, seed)
+    second_low, second_high = metrics.bootstrap(second, seed)
+    return int(first_low > second_high) - int(second_low > first_high)
 
 
 def compare(exact: list[list[float]], metric: list[list[float]], seed: int = 0) -> dict:
-    """How a metric follows an exact score; values of every video, run by run.
+    """Compares a metric with the exact score that it should follow.
+
+    Args:
+      exact: for every run the exact scores of its videos.
+      metric: for every run the metric of its videos.
+      seed: of the bootstrap.
 
     Returns:
-      'correlation': Spearman's, over all videos of all runs; None if either is the same for all of
-      them. 'alike', 'open', 'reversed': pairs of runs that the exact score tells apart, by the
-      metric's order.
+      'correlation': Spearman's, over all videos of all runs; None if either is constant.
+      'alike', 'open', 'reversed': number of pairs of runs that the exact score tells apart, by what
+        the metric says of their order.
     """
-    x, y = np.concatenate(exact), np.concatenate(metric)
-    out = {
-        'correlation': float(scipy.stats.spearmanr(x, y).statistic)
-        if np.ptp(x) and np.ptp(y)
-        else None,
-        'alike': 0,
-        'open': 0,
-        'reversed': 0,
-    }
+    all_exact = np.concatenate(exact)
+    all_metric = np.concatenate(metric)
+    correlation = None
+    if np.ptp(all_exact) and np.ptp(all_metric):
+        correlation = float(scipy.stats.spearmanr(all_exact, all_metric).statistic)
 
-    def order(values, a, b):
-        (low_a, high_a), (low_b, high_b) = (metrics.bootstrap(values[i], seed) for i in (a, b))
-        return int(low_a > high_b) - int(low_b > high_a)
-
-    for a, b in itertools.combinations(range(len(exact)), 2):
-        if truth := order(exact, a, b):
-            out[{1: 'alike', 0: 'open', -1: 'reversed'}[truth * order(metric, a, b)]] += 1
-    return out
+    counts = {'alike': 0, 'open': 0, 'reversed': 0}
+    for first, second in itertools.combinations(range(len(exact)), 2):
+        exact_order = _order(exact[first], exact[second], seed)
+        if exact_order == 0:
+            continue
+        metric_order = _order(metric[first], metric[second], seed)
+        verdict = {1: 'alike', 0: 'open', -1: 'reversed'}[exact_order * metric_order]
+        counts[verdict] += 1
+    return {'correlation': correlation, **counts}
 
 
-def _generated(workdir):
-    """Held-out videos of a run, and their stories."""
-    config = config_lib.load_run(workdir)
-    if config.data.encoded:
-        raise ValueError(
-            f'{workdir} was trained on encoded videos, not on the stories: only these have exact scores.'
-        )
-    codec, frames = latent_codec.for_run(config, workdir), config.data.layouts[0]
-    target = partitioning.abstract_arrays(
-        names_lib.abstract_params(config.model), mesh_lib.make_mesh(config.mesh)
-    )
-    _, params = runs.newest(workdir, config, target)
-    source = batches.open_stories(config, workdir, frames, 'test')
-    return validation.generate_held_out(
-        config, params, codec, source, frames, 0, f'generating {workdir}'
-    )
+def _comparisons(found: dict[str, dict], seed: int) -> list[dict]:
+    """`compare` for every encoder and pair of FOLLOWS."""
+    rows = []
+    for encoder in ENCODERS:
+        for pair in FOLLOWS:
+            exact = [run['exact'][pair.exact] for run in found.values()]
+            metric = [run[encoder][pair.metric] for run in found.values()]
+            row = {'encoder': encoder, **pair._asdict()}
+            rows.append(row | compare(exact, metric, seed))
+    return rows
 
 
 def report(found: dict[str, dict], seed: int = 0) -> tuple[str, list[dict]]:
-    """Markdown, and the comparisons, of what `score` returned for every run."""
+    """Writes the page.
 
-    def cell(values):
-        low, high = metrics.bootstrap(values, seed)
-        return f'{100 * np.mean(values):.1f} [{100 * low:.1f}, {100 * high:.1f}]'
+    Args:
+      found: what `score` returned, for every run.
+      seed: of the bootstrap.
 
-    count = len(next(iter(found.values()))['exact']['story'])
-    columns = list(dict.fromkeys(name for pair in FOLLOWS for name in pair))
+    Returns:
+      Markdown, and its comparisons: 'encoder', 'exact', 'metric' and what `compare` returns.
+    """
+    first_run = next(iter(found.values()))
+    num_stories = len(first_run['exact']['story'])
+    comparisons = _comparisons(found, seed)
     lines = [
         '# Metrics beside exact scores',
         '',
-        f'{count} stories of every run; percent, mean [95 % bootstrap interval].',
+        f'{num_stories} stories of every run; percent, mean [95 % bootstrap interval].',
         '',
+        *_score_table(found, seed),
+        '',
+        'Rank correlation over all videos, and the number of pairs of runs that the exact score '
+        'tells apart, by what the metric says of their order:',
+        '',
+        *_comparison_table(comparisons),
+    ]
+    return '\n'.join(lines) + '\n', comparisons
+
+
+def _score_table(found: dict[str, dict], seed: int) -> list[str]:
+    """A row for every run and kind of scores, a column for every score of FOLLOWS."""
+    columns = list(dict.fromkeys(name for pair in FOLLOWS for name in pair))
+    lines = [
         f'| run | encoder | {" | ".join(columns)} |',
         '|---|---' + '|---:' * len(columns) + '|',
     ]
     for run, kinds in found.items():
-        lines += [
-            f'| {run} | {kind} | '
-            + ' | '.join(cell(values[c]) if c in values else '' for c in columns)
-            + ' |'
-            for kind, values in kinds.items()
-        ]
-    rows = [
-        {'encoder': kind, 'exact': exact, 'metric': metric}
-        | compare(
-            [kinds['exact'][exact] for kinds in found.values()],
-            [kinds[kind][metric] for kinds in found.values()],
-            seed,
-        )
-        for kind in ENCODERS
-        for exact, metric in FOLLOWS
-    ]
-    lines += [
-        '',
-        'Rank correlation over all videos, and pairs of runs that the exact score tells apart, by what the '
-        'metric says of them:',
-        '',
+        for kind, values in kinds.items():
+            cells = [_cell(values[name], seed) if name in values else '' for name in columns]
+            lines.append(f'| {run} | {kind} | {" | ".join(cells)} |')
+    return lines
+
+
+def _cell(values: list[float], seed: int) -> str:
+    low, high = metrics.bootstrap(values, seed)
+    return f'{100 * np.mean(values):.1f} [{100 * low:.1f}, {100 * high:.1f}]'
+
+
+def _comparison_table(comparisons: list[dict]) -> list[str]:
+    lines = [
         '| encoder | exact score | metric | Spearman | alike | open | reversed |',
         '|---|---|---|---:|---:|---:|---:|',
     ]
-    lines += [
-        f'| {r["encoder"]} | {r["exact"]} | {r["metric"]} | '
-        f'{"–" if r["correlation"] is None else format(r["correlation"], ".2f")} | {r["alike"]} | {r["open"]} | '
-        f'{r["reversed"]} |'
-        for r in rows
-    ]
-    return '\n'.join(lines) + '\n', rows
+    for row in comparisons:
+        correlation = '–' if row['correlation'] is None else f'{row["correlation"]:.2f}'
+        lines.append(
+            f'| {row["encoder"]} | {row["exact"]} | {row["metric"]} | {correlation} | '
+            f'{row["alike"]} | {row["open"]} | {row["reversed"]} |'
+        )
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def _generate(workdir: pathlib.Path) -> tuple[np.ndarray, list[world.Story]]:
+    """Generates the held-out videos of a run; returns them and their stories."""
+    config = config_lib.load_run(workdir)
+    if config.data.encoded:
+        raise ValueError(
+            f'{workdir} was trained on encoded videos, not on the stories: only these have exact '
+            'scores.'
+        )
+
+    abstract_params = names_lib.abstract_params(config.model)
+    target = partitioning.abstract_arrays(abstract_params, mesh_lib.make_mesh(config.mesh))
+    _, params = runs.newest(workdir, config, target)
+
+    codec = latent_codec.for_run(config, workdir)
+    frames = config.data.layouts[0]
+    source = batches.open_stories(config, workdir, frames, 'test')
+    return validation.generate_held_out(
+        config, params, codec, source, frames, given_scenes=0, desc=f'generating {workdir}'
+    )
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     logs.quiet_libraries()
-    workdirs, out = [pathlib.Path(w) for w in flags.FLAGS.runs], pathlib.Path(flags.FLAGS.out)
-    if len({w.name for w in workdirs}) < max(2, len(workdirs)):
+
+    workdirs = [pathlib.Path(workdir) for workdir in flags.FLAGS.runs]
+    names = {workdir.name for workdir in workdirs}
+    if len(names) < max(2, len(workdirs)):
         raise app.UsageError(
             '--runs needs two workdirs or more, whose last folders have different names.'
         )
-    found = {w.name: score(*_generated(w)) for w in workdirs}
-    text, rows = report(found)
+    found = {workdir.name: score(*_generate(workdir)) for workdir in workdirs}
+    text, comparisons = report(found)
+
+    out = pathlib.Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'rank.json').write_text(
-        json.dumps({'runs': found, 'comparisons': rows}, indent=2) + '\n', encoding='utf-8'
-    )
+    result = {'runs': found, 'comparisons': comparisons}
+    (out / 'rank.json').write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
     (out / 'rank.md').write_text(text, encoding='utf-8')
     print(text, end='')
 

@@ -1,7 +1,7 @@
-"""Videos and stories to scores, end to end, on tiny random encoders and on features with known
-answers."""
+"""Videos and stories to scores, with tiny random encoders and with features of known scores."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -21,29 +21,31 @@ def folders(tmp_path_factory):
     return {kind: random_model.write_encoder(root / kind, kind) for kind in random_model.ENCODERS}
 
 
+RED = (200, 0, 0)
+GREEN = (0, 180, 0)
+BLUE = (0, 0, 220)
+
+
 def scene(color, frames):
     return np.broadcast_to(np.array(color, np.uint8), (frames, 24, 32, 3))
-
-
-RED, GREEN, BLUE = (200, 0, 0), (0, 180, 0), (0, 0, 220)
 
 
 def write_videos(folder, frames=(4, 7, 3)):
     """Two stories of scenes of unequal length: one with cuts, one without."""
     folder.mkdir(exist_ok=True)
-    scenes = [
-        {'caption': c, 'frames': f} for c, f in zip(('a red ball', 'it moves', 'it moves'), frames)
-    ]
-    (folder / 'story.json').write_text(json.dumps({'scenes': scenes, 'seed': 0, 'sampler': 'ddim'}))
-    scenes = [scene(color, count) for color, count in zip((RED, GREEN, BLUE), frames)]
-    video.write_mp4(folder / 'video_2.mp4', np.concatenate(scenes), 8)
+    captions = ('a red ball', 'it moves', 'it moves')
+    scenes = [{'caption': c, 'frames': f} for c, f in zip(captions, frames)]
+    story = {'scenes': scenes, 'seed': 0, 'sampler': 'ddim'}
+    (folder / 'story.json').write_text(json.dumps(story))
+
+    colored = [scene(color, count) for color, count in zip((RED, GREEN, BLUE), frames)]
+    video.write_mp4(folder / 'video_2.mp4', np.concatenate(colored), 8)
     video.write_mp4(folder / 'video_10.mp4', scene(GREEN, sum(frames)), 8)
     return folder
 
 
 def test_end_to_end_with_all_encoders(folders, tmp_path):
-    """Cuts and their absence are seen, the still video is consistent, and rescoring its features
-    changes nothing."""
+    """Cuts are seen, a still video is consistent, and its written features give the same scores."""
     videos = write_videos(tmp_path / 'samples')
     result = evaluator.evaluate(
         videos,
@@ -56,49 +58,52 @@ def test_end_to_end_with_all_encoders(folders, tmp_path):
     )
     cut, still = result['videos']
     assert [cut['name'], still['name']] == ['video_2', 'video_10']
-    assert cut['sharpness'] > 0.9 and cut['placed'] == 1
+
+    # The video with cuts differs between scenes, the still one nowhere.
+    assert cut['sharpness'] > 0.9
+    assert cut['placed'] == 1
     assert still['sharpness'] == still['placed'] == 0
     for name in 'visual', 'visual_adjacent', 'subject_within', 'subject_between':
         assert still[name] == pytest.approx(1, abs=1e-4)
     assert cut['subject_within'] == pytest.approx(1, abs=1e-3)
-    assert cut['visual'] < 0.999 and cut['subject_between'] < 0.999
+    assert cut['visual'] < 0.999
+    assert cut['subject_between'] < 0.999
     assert still['sequence'] == pytest.approx((still['visual'] + still['semantic']) / 2)
-    matrix = np.array(cut['confusion'])  # captions 2 and 3 are the same
-    np.testing.assert_allclose(matrix[:, 1], matrix[:, 2])
-    assert result['frechet']['distance'] == pytest.approx(
-        0, abs=1e-4
-    )  # the videos are their own reference
-    assert result['summary']['visual']['mean'] == pytest.approx(
-        (cut['visual'] + still['visual']) / 2
-    )
-    low, high = result['summary']['visual']['interval']
-    assert low == pytest.approx(cut['visual']) and high == pytest.approx(still['visual'])
-    assert json.loads((tmp_path / 'out/evaluation.json').read_text()) == json.loads(
-        json.dumps(result)
-    )
+    matrix = np.array(cut['confusion'])
+    np.testing.assert_allclose(matrix[:, 1], matrix[:, 2])  # captions 2 and 3 are the same
+    # The videos are their own reference.
+    assert result['frechet']['distance'] == pytest.approx(0, abs=1e-4)
+
+    visual = result['summary']['visual']
+    assert visual['mean'] == pytest.approx((cut['visual'] + still['visual']) / 2)
+    assert visual['interval'] == pytest.approx((cut['visual'], still['visual']))
+
+    written = json.loads((tmp_path / 'out/evaluation.json').read_text())
+    assert written == json.loads(json.dumps(result))
     again = evaluator.evaluate(
         videos, tmp_path / 'again', features=tmp_path / 'out/features.safetensors'
     )
     for key in 'summary', 'videos', 'confusion', 'frechet':
         assert again[key] == result[key]
-    table = (tmp_path / 'out/evaluation.md').read_text()
-    row = next(line for line in table.splitlines() if line.startswith('| all pairs'))
-    assert row.split('|')[2].split()[0] == f'{50 * (cut["visual"] + still["visual"]):.2f}'
-    assert table.count('caption 3') == 1 and 'Fewer samples' in table
+
+    page = (tmp_path / 'out/evaluation.md').read_text()
+    assert f'| all pairs | {100 * visual["mean"]:.2f} [' in page
+    assert page.count('caption 3') == 1
+    assert 'So few videos bias it' in page
 
 
 def test_scene_features_are_means_over_frames(folders, tmp_path):
-    """Of the frames asked for, first and last among them, whatever else is in the batch."""
+    """They average the frames asked for, from first to last, whatever else is in the batch."""
     videos = write_videos(tmp_path / 'samples')
     noise = np.random.default_rng(0).integers(0, 256, (14, 4, 4, 3), np.uint8)
     video.write_mp4(videos / 'video_2.mp4', noise, 8, scale=8)
     evaluator.evaluate(videos, tmp_path / 'out', encoder=folders['clip'], frames=2)
     features = safetensors.numpy.load_file(tmp_path / 'out/features.safetensors')
-    pixels = video.read_video(videos / 'video_2.mp4')[0]
+
+    # The second scene has the frames 4 to 10.
+    pixels, _ = video.read_video(videos / 'video_2.mp4')
     encoder = feature_encoders.load(folders['clip'])
-    frames = metrics.unit(
-        feature_encoders.encode_clips(encoder, pixels[[4, 10]][:, None])
-    )  # of scene 2
+    frames = metrics.unit(feature_encoders.encode_clips(encoder, pixels[[4, 10]][:, None]))
     np.testing.assert_allclose(features['video_2/frames/1'], frames, atol=1e-5)
     np.testing.assert_allclose(features['video_2/scenes'][1], frames.mean(0), atol=1e-5)
     assert 'video_2/video' not in features
@@ -112,8 +117,7 @@ def test_encoders_without_captions_score_what_they_can(folders, tmp_path):
 
 
 def known_features(names=('video_2', 'video_10')):
-    """Scenes along axes; of the first video captions agree, of the second they are turned by
-    one."""
+    """Scenes along axes: the captions of the first video fit, those of the second are one off."""
     axes = np.eye(3, 5, dtype=np.float32)
     return {
         f'{names[0]}/scenes': axes,
@@ -124,7 +128,7 @@ def known_features(names=('video_2', 'video_10')):
 
 
 def test_known_features_from_a_file_and_folders_of_stories(tmp_path):
-    """Through the command, on two folders below --videos; no encoder is involved."""
+    """The command scores two folders below --videos, without an encoder."""
     for name in 'a', 'b':
         write_videos(tmp_path / 'samples', (3, 3, 2)).rename(tmp_path / name)
         (tmp_path / name / 'video_10.mp4').unlink()
@@ -133,6 +137,7 @@ def test_known_features_from_a_file_and_folders_of_stories(tmp_path):
         features[key] = np.zeros((1, 2), np.float32)
     features['reference'] = np.array([[3, 4], [3, 4], [3, 4]], np.float32)
     safetensors.numpy.save_file(features, tmp_path / 'features.safetensors')
+
     done = subprocess.run(
         [
             sys.executable,
@@ -147,11 +152,10 @@ def test_known_features_from_a_file_and_folders_of_stories(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
     result = json.loads((tmp_path / 'out/evaluation.json').read_text())
-    assert {
-        n: result['summary'][n]['mean']
-        for n in ('visual', 'semantic', 'sequence', 'matches', 'margin')
-    } == {'visual': 0, 'semantic': 0.5, 'sequence': 0.25, 'matches': 0.5, 'margin': 0.25}
+    known = {'visual': 0, 'semantic': 0.5, 'sequence': 0.25, 'matches': 0.5, 'margin': 0.25}
+    assert {name: result['summary'][name]['mean'] for name in known} == known
     assert result['frechet'] == {'distance': 25, 'videos': 2, 'references': 3, 'size': 2}
     assert (
         '| all pairs | 0.00 [0.00, 0.00] | 50.00 [0.00, 100.00] | 25.00 [0.00, 50.00] | 25 | '
@@ -162,6 +166,22 @@ def test_known_features_from_a_file_and_folders_of_stories(tmp_path):
 
 def call(folder, **kwargs):
     return evaluator.evaluate(folder / 'samples', folder / 'out', **kwargs)
+
+
+def test_a_row_of_the_table_adds_a_metric(tmp_path, monkeypatch):
+    """A metric is computed wherever its features exist, and printed without a label of its own."""
+    write_videos(tmp_path / 'samples')
+    safetensors.numpy.save_file(known_features(), tmp_path / 'features.safetensors')
+    size = metrics.Metric(lambda scenes: np.linalg.norm(scenes, axis=1).mean(), ('scenes',))
+    monkeypatch.setitem(metrics.METRICS, 'scene_size', size)
+    frames = metrics.Metric(len, ('frames',))
+    monkeypatch.setitem(metrics.METRICS, 'frame_count', frames)
+
+    result = call(tmp_path, features=tmp_path / 'features.safetensors')
+    assert result['summary']['scene_size'] == {'mean': 1, 'interval': (1, 1)}
+    assert 'frame_count' not in result['summary']
+    page = (tmp_path / 'out/evaluation.md').read_text()
+    assert re.search(r'^\| scene_size \| 100\.00 \[100\.00, 100\.00\] \|', page, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +201,12 @@ def call(folder, **kwargs):
 )
 def test_features_that_do_not_fit_are_named(tmp_path, change, message):
     write_videos(tmp_path / 'samples')
-    features = {
-        k: v.astype(np.float32) for k, v in (known_features() | change).items() if v is not None
-    }
+    features = {}
+    for name, value in (known_features() | change).items():
+        if value is not None:
+            features[name] = value.astype(np.float32)
     safetensors.numpy.save_file(features, tmp_path / 'features.safetensors')
+
     with pytest.raises(ValueError, match=message) as error:
         call(tmp_path, features=tmp_path / 'features.safetensors')
     assert '\n' not in str(error.value)
@@ -220,7 +242,7 @@ def story_of(folder, scenes):
         ),
         (
             lambda d: (d / 'features.safetensors').unlink(),
-            r'features\.safetensors is no file: check --features',
+            r'features\.safetensors is not a file: check --features',
         ),
         (
             lambda d: (d / 'features.safetensors').write_bytes(b'no'),
@@ -232,6 +254,7 @@ def test_files_that_do_not_fit_are_named(tmp_path, damage, message):
     write_videos(tmp_path / 'samples')
     safetensors.numpy.save_file(known_features(), tmp_path / 'features.safetensors')
     damage(tmp_path)
+
     with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
         call(tmp_path, features=tmp_path / 'features.safetensors')
     assert '\n' not in str(error.value)
@@ -254,14 +277,15 @@ def test_options_that_do_not_fit_are_named(tmp_path, kwargs, message):
         call(tmp_path, **kwargs)
 
 
-def test_clips_are_no_frames(folders, tmp_path):
+def test_an_encoder_of_clips_does_not_encode_frames(folders, tmp_path):
     write_videos(tmp_path / 'samples')
-    with pytest.raises(ValueError, match='give --frame_encoder one of pictures'):
+    with pytest.raises(ValueError, match='give --frame_encoder an encoder of pictures'):
         call(tmp_path, encoder=folders['clip'], frame_encoder=folders['videomae'])
 
 
 def test_one_story_for_all_files_of_a_folder(tmp_path):
-    """--story does not look for story.json, and names are those of the files."""
+    """With --story no story.json is looked for, and the names are those of the files."""
     write_videos(tmp_path / 'samples').joinpath('story.json').rename(tmp_path / 'mine.json')
+
     found = videos_lib.find_videos(tmp_path / 'samples', tmp_path / 'mine.json')
     assert [(v.name, v.frames) for v in found] == [('video_2', (4, 7, 3)), ('video_10', (4, 7, 3))]

@@ -1,7 +1,6 @@
-"""Encoders of frames, clips and captions: random tiny models of transformers' own classes give the
-same numbers.
+"""Encoders of frames, clips and captions give the same numbers as those of transformers.
 
-Most need the `oracle` extra, and are skipped without it.
+The models are tiny and random. Most tests need the `oracle` extra, and are skipped without it.
 """
 
 import json
@@ -17,8 +16,7 @@ from mask2dit_jax.tools import random_model
 
 
 def saved(folder, model):
-    """The folder of a model whose parameters are all random, so that no zero or one hides an
-    error."""
+    """Saves a model whose parameters are all random, so that no zero or one hides an error."""
     import torch
 
     torch.manual_seed(0)
@@ -45,26 +43,28 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
-def clip(folder, dtype=None, **changes):
-    """A tiny CLIP and its processor, in a folder."""
+def clip(folder):
+    """Writes a tiny CLIP and its processor to a folder."""
     transformers = pytest.importorskip('transformers')
     size = random_model.write_vocabulary(folder)
-    config = {
-        'text_config': random_model.BLOCK
-        | {'vocab_size': size, 'max_position_embeddings': 12, 'eos_token_id': size - 1},
-        'vision_config': random_model.BLOCK | {'image_size': 20, 'patch_size': 5},
-        'projection_dim': 16,
-    } | changes
-    model = saved(folder, transformers.CLIPModel(transformers.CLIPConfig(**config)))
-    return model, processor_of(
-        folder, 'CLIPImageProcessor', size={'shortest_edge': 20}, crop_size=20
+    config = transformers.CLIPConfig(
+        text_config={
+            **random_model.BLOCK,
+            'vocab_size': size,
+            'max_position_embeddings': 12,
+            'eos_token_id': size - 1,
+        },
+        vision_config={**random_model.BLOCK, 'image_size': 20, 'patch_size': 5},
+        projection_dim=16,
     )
+    model = saved(folder, transformers.CLIPModel(config))
+    processor = processor_of(folder, 'CLIPImageProcessor', size={'shortest_edge': 20}, crop_size=20)
+    return model, processor
 
 
 @pytest.mark.parametrize('fast', [False, True])
 def test_clip_is_that_of_transformers(tmp_path, fast):
-    """Pixels and captions to features, also captions too long and beyond ASCII, from either form of
-    the tokenizer."""
+    """Pixels and captions, also too long and beyond ASCII, with either form of the tokenizer."""
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     model, processor = clip(tmp_path)
@@ -75,39 +75,41 @@ def test_clip_is_that_of_transformers(tmp_path, fast):
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / 'vocab.json').unlink()
     encoder = feature_encoders.load(tmp_path)
+
     pixels = frames(19)
     with torch.no_grad():
         theirs = model.get_image_features(**processor(list(pixels), return_tensors='pt'))
-        close(feature_encoders.encode_clips(encoder, pixels[:, None]), theirs)
-        captions = [
-            "A red ball's",
-            'moves\n 12 \t times!',
-            'é RED cafe\u0301',
-            '',
-            'a' * 30 + ' red ball',
-        ]
-        inputs = tokenizer(
-            captions, padding='max_length', truncation=True, max_length=12, return_tensors='pt'
-        )
-        features, cut = feature_encoders.encode_captions(encoder, captions)
-        close(features, model.get_text_features(**inputs))
-    assert cut == [False, True, False, False, True]
+    close(feature_encoders.encode_clips(encoder, pixels[:, None]), theirs)
+
+    captions = [
+        "A red ball's",
+        'moves\n 12 \t times!',
+        'é RED cafe\u0301',
+        '',
+        'a' * 30 + ' red ball',
+    ]
+    inputs = tokenizer(
+        captions, padding='max_length', truncation=True, max_length=12, return_tensors='pt'
+    )
+    with torch.no_grad():
+        theirs = model.get_text_features(**inputs)
+    features, was_cut = feature_encoders.encode_captions(encoder, captions)
+    close(features, theirs)
+    assert was_cut == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize('registers', [False, True])
 @pytest.mark.parametrize('changes', [{}, {'use_swiglu_ffn': True, 'qkv_bias': False}])
 def test_dino_is_that_of_transformers(tmp_path, registers, changes):
-    """At the size of its position table, and enlarged and shrunk to a frame that is not square."""
+    """At the size of the position table, and at sizes to which the table is shrunk or enlarged."""
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     name = 'Dinov2WithRegisters' if registers else 'Dinov2'
-    config = (
-        {k: v for k, v in random_model.BLOCK.items() if k != 'intermediate_size'}
-        | {'image_size': 35, 'patch_size': 5, 'mlp_ratio': 2}
-        | changes
-    )
-    model = getattr(transformers, f'{name}Model')(getattr(transformers, f'{name}Config')(**config))
-    saved(tmp_path, model)
+    settings = {**random_model.BLOCK, 'image_size': 35, 'patch_size': 5, 'mlp_ratio': 2, **changes}
+    del settings['intermediate_size']
+    config = getattr(transformers, f'{name}Config')(**settings)
+    model = saved(tmp_path, getattr(transformers, f'{name}Model')(config))
+
     for size, crop in (35, (35, 35)), (20, (20, 25)), (60, (45, 60)):
         processor = processor_of(
             tmp_path,
@@ -117,16 +119,13 @@ def test_dino_is_that_of_transformers(tmp_path, registers, changes):
         )
         with torch.no_grad():
             theirs = model(**processor(list(frames(3)), return_tensors='pt')).pooler_output
-        close(
-            feature_encoders.encode_clips(feature_encoders.load(tmp_path), frames(3)[:, None]),
-            theirs,
-        )
+        encoder = feature_encoders.load(tmp_path)
+        close(feature_encoders.encode_clips(encoder, frames(3)[:, None]), theirs)
 
 
 @pytest.mark.parametrize('kind', ['Model', 'ForPreTraining', 'ForVideoClassification'])
 def test_videomae_is_that_of_transformers(tmp_path, kind):
-    """Encoders alone, before and after fine-tuning: means of tokens, under the norm that there
-    is."""
+    """The encoder alone, and that of a model before and after fine-tuning, with its own norm."""
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     config = transformers.VideoMAEConfig(
@@ -147,15 +146,18 @@ def test_videomae_is_that_of_transformers(tmp_path, kind):
         size={'shortest_edge': 20},
         crop_size={'height': 20, 'width': 20},
     )
+
     clips = frames(18).reshape(3, 6, 30, 44, 3)
     with torch.no_grad():
         pixels = processor([list(c) for c in clips], return_tensors='pt')['pixel_values']
         theirs = (model if kind == 'Model' else model.videomae)(pixels)[0].mean(1)
         if kind == 'ForVideoClassification':
             theirs = model.fc_norm(theirs)
-    close(feature_encoders.encode_clips(feature_encoders.load(tmp_path), clips), theirs)
+    encoder = feature_encoders.load(tmp_path)
+    close(feature_encoders.encode_clips(encoder, clips), theirs)
+
     with pytest.raises(ValueError, match='5 frames, the encoder takes 6'):
-        feature_encoders.encode_clips(feature_encoders.load(tmp_path), clips[:, :5])
+        feature_encoders.encode_clips(encoder, clips[:, :5])
 
 
 @pytest.mark.parametrize(
@@ -176,26 +178,22 @@ def test_pictures_are_prepared_as_by_transformers(tmp_path, how, shape):
     processor = processor_of(tmp_path, 'CLIPImageProcessor', **how)
     pictures = frames(2, *shape)
     theirs = processor(list(pictures), return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
+
     config = json.loads((tmp_path / 'preprocessor_config.json').read_text())
-    np.testing.assert_allclose(
-        feature_encoders.prepare(feature_encoders._preprocess(config), pictures),
-        theirs,
-        rtol=1e-6,
-        atol=1e-5,
-    )
+    ours = feature_encoders.prepare(feature_encoders.parse_preprocess(config), pictures)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-5)
 
 
-def test_reading_is_strict_and_leaves_integers_of_no_use(tmp_path):
-    """A float16 file with the position_ids of old checkpoints is read; then every wrong tensor is
-    named at once."""
+def test_reading_names_every_wrong_tensor_and_skips_unused_ones(tmp_path):
+    """A float16 file with the position_ids of old checkpoints is read."""
     folder = random_model.write_encoder(tmp_path / 'clip', 'clip')
     file = folder / 'model.safetensors'
     tensors = {n: t.astype(np.float16) for n, t in safetensors.numpy.load_file(file).items()}
     ids = {f'{k}_model.embeddings.position_ids': np.arange(12)[None] for k in ('text', 'vision')}
     safetensors.numpy.save_file(tensors | ids, file)
-    assert np.isfinite(
-        feature_encoders.encode_clips(feature_encoders.load(folder), frames(1)[:, None])
-    ).all()
+    encoder = feature_encoders.load(folder)
+    assert np.isfinite(feature_encoders.encode_clips(encoder, frames(1)[:, None])).all()
+
     lost = tensors.pop('text_projection.weight')
     wrong = 'vision_model.encoder.layers.1.mlp.fc1.bias'
     safetensors.numpy.save_file(tensors | {'new': lost, wrong: np.zeros(3, np.float16)}, file)
@@ -220,7 +218,7 @@ def broken(folder, name, text=None):
     'name, text, message',
     [
         ('config.json', None, r'config\.json cannot be read'),
-        ('config.json', '[', r'config\.json is no JSON'),
+        ('config.json', '[', r'config\.json is not a JSON'),
         ('config.json', '{"model_type": "llama"}', "'llama' model: only clip, dinov2"),
         (
             'config.json',
@@ -252,9 +250,14 @@ def test_damaged_folders_are_errors_that_name_the_file(tmp_path, name, text, mes
 def test_a_crop_that_is_not_the_position_table_of_clip_is_an_error(tmp_path):
     folder = random_model.write_encoder(tmp_path / 'clip', 'clip')
     path = folder / 'preprocessor_config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | {'crop_size': 10}))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {'crop_size': 10}))
+    encoder = feature_encoders.load(folder)
     with pytest.raises(ValueError, match='does not fit the 2 x 2'):
-        feature_encoders.encode_clips(feature_encoders.load(folder), frames(1)[:, None])
+        feature_encoders.encode_clips(encoder, frames(1)[:, None])
+
+
+def test_a_crop_that_is_larger_than_the_frame_is_an_error():
     how = feature_encoders.Preprocess(10, 3, (20, 20), 1, (0,), (1,))
     with pytest.raises(ValueError, match='crop of'):
         feature_encoders.prepare(how, frames(1))

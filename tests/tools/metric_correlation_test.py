@@ -1,5 +1,4 @@
-"""Metrics follow the exact scores of stories where the truth is known, and comparisons say so when
-they do not."""
+"""Metrics follow the exact scores of stories, and comparisons tell when they do not."""
 
 import dataclasses
 
@@ -15,41 +14,36 @@ FRAMES = (4, 4, 8)
 @pytest.fixture(scope='module')
 def known():
     rng = np.random.default_rng(0)
-    return [
-        s
-        for s in (world.sample_story(rng, FRAMES, split='test') for _ in range(40))
-        if len(set(s.actions)) == 3
-    ][:16]
+    stories = [world.sample_story(rng, FRAMES, split='test') for _ in range(40)]
+    return [story for story in stories if len(set(story.actions)) == 3][:16]
+
+
+def render_leaking(story):
+    """A rendering whose scenes show the action of the next scene."""
+    actions = story.actions[1:] + story.actions[:1]
+    travels = [np.array(world.MOTIONS[action][0]) for action in actions]
+    starts = tuple((8 - travel / 2).tolist() for travel in travels)
+    return world.render(dataclasses.replace(story, actions=actions, starts=starts))
+
+
+def render_strangers(story):
+    """A rendering whose scenes show a character of another colour each."""
+    colors = [color for color in world.COLORS if color != story.color]
+    scenes = []
+    for scene in range(len(FRAMES)):
+        video = world.render(dataclasses.replace(story, color=colors[scene]))
+        scenes.append(np.split(video, np.cumsum(FRAMES)[:-1])[scene])
+    return np.concatenate(scenes)
 
 
 @pytest.fixture(scope='module')
 def found(known):
-    """Renderings that are right, of which every scene shows the next one's action, or another
-    character each."""
-
-    def leaking(story):
-        return dataclasses.replace(
-            story,
-            actions=story.actions[1:] + story.actions[:1],
-            starts=tuple(
-                (8 - np.array(world.MOTIONS[a][0]) / 2).tolist()
-                for a in story.actions[1:] + story.actions[:1]
-            ),
-        )
-
-    def strangers(story, i):
-        others = [c for c in world.COLORS if c != story.color]
-        cut = np.split(
-            world.render(dataclasses.replace(story, color=others[i])), np.cumsum(FRAMES)[:-1]
-        )
-        return cut[i]
-
-    videos = {
-        'right': [world.render(s) for s in known],
-        'leaking': [world.render(leaking(s)) for s in known],
-        'strangers': [np.concatenate([strangers(s, i) for i in range(3)]) for s in known],
-    }
-    return {name: metric_correlation.score(np.stack(v) / 255, known) for name, v in videos.items()}
+    renders = {'right': world.render, 'leaking': render_leaking, 'strangers': render_strangers}
+    found = {}
+    for name, render in renders.items():
+        videos = np.stack([render(story) for story in known]) / 255
+        found[name] = metric_correlation.score(videos, known)
+    return found
 
 
 def mean(found, run, kind, name):
@@ -58,46 +52,38 @@ def mean(found, run, kind, name):
 
 def test_measured_features_rank_runs_as_the_exact_scores_do(found):
     for run in found:
-        assert mean(found, run, 'measured', 'matches') == pytest.approx(
-            mean(found, run, 'exact', 'action'), abs=0.03
-        )
-    assert (
-        mean(found, 'right', 'exact', 'story') == 1
-        and mean(found, 'right', 'measured', 'semantic') > 0.999
-    )
+        action = mean(found, run, 'exact', 'action')
+        assert mean(found, run, 'measured', 'matches') == pytest.approx(action, abs=0.03)
+    assert mean(found, 'right', 'exact', 'story') == 1
+    assert mean(found, 'right', 'measured', 'semantic') > 0.999
     assert mean(found, 'leaking', 'exact', 'leak') > 0.95
+
     _, rows = metric_correlation.report(found)
-    by_name = {(r['encoder'], r['exact'], r['metric']): r for r in rows}
+    by_name = {(row['encoder'], row['exact'], row['metric']): row for row in rows}
     for pair in ('action', 'matches'), ('action', 'margin'), ('consistency', 'subject_between'):
         row = by_name['measured', *pair]
-        assert (row['alike'], row['open'], row['reversed']) == (2, 0, 0) and row[
-            'correlation'
-        ] > 0.8
+        assert (row['alike'], row['open'], row['reversed']) == (2, 0, 0)
+        assert row['correlation'] > 0.8
 
 
 def test_an_encoder_that_sees_no_actions_does_not_tell_leaks(found):
-    """Both encoders see other characters; only one that knows actions sees that these are another
-    scene's."""
+    """Both encoders see other characters, but only one sees the action of another scene."""
 
     def drop(kind, metric, run):
         return mean(found, 'right', kind, metric) - mean(found, run, kind, metric)
 
-    assert (
-        drop('pixels', 'subject_between', 'strangers')
-        > 0.1
-        < drop('measured', 'subject_between', 'strangers')
-    )
-    assert (
-        0.005
-        < drop('pixels', 'semantic', 'leaking')
-        < 0.1
-        < drop('measured', 'semantic', 'leaking')
-    )
+    assert drop('pixels', 'subject_between', 'strangers') > 0.1
+    assert drop('measured', 'subject_between', 'strangers') > 0.1
+    assert 0.005 < drop('pixels', 'semantic', 'leaking') < 0.1
+    assert drop('measured', 'semantic', 'leaking') > 0.1
 
 
 def test_compare_counts_pairs_and_correlates_ranks():
-    low, high, middle = np.arange(8) / 100, 1 - np.arange(8) / 100, 0.5 + np.arange(8) / 100
+    low = np.arange(8) / 100
+    middle = 0.5 + np.arange(8) / 100
+    high = 1 - np.arange(8) / 100
     runs = [low, middle, high]
+
     assert metric_correlation.compare(runs, [x**3 for x in runs]) == {
         'correlation': pytest.approx(1),
         'alike': 3,
@@ -121,7 +107,7 @@ def test_compare_counts_pairs_and_correlates_ranks():
 
 def test_the_page_has_a_row_for_every_run_and_pair(found):
     text, rows = metric_correlation.report(found)
-    assert all(
-        f'| {run} | {kind} |' in text for run in found for kind in ('exact', 'measured', 'pixels')
-    )
+    for run in found:
+        for kind in ('exact', 'measured', 'pixels'):
+            assert f'| {run} | {kind} |' in text
     assert len(rows) == 2 * len(metric_correlation.FOLLOWS)
