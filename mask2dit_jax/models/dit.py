@@ -523,6 +523,6 @@ class DiT(nn.Module):
             weights.columns.astype(np.float32),
             table[text_tokens:].reshape(*base, cfg.width),
             precision='highest',
-        )
+        ).reshape(-1, cfg.width)
         text = weights.text.astype(np.float32) @ table[:text_tokens]
-        return jnp.concatenate([text, video.reshape(-1, cfg.width)])
+        return jnp.concatenate([text, video])

@@ -301,7 +301,8 @@ def timestep_embedding(t, width: int, flip_sin_to_cos: bool, freq_shift: int):
     """
     half = width // 2
     frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift))
-    angles = jnp.asarray(t, jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    angles = jnp.asarray(t, jnp.float32)[..., None] * frequencies  # [..., width/2]
 
     if flip_sin_to_cos:
         parts = [jnp.cos(angles), jnp.sin(angles)]
