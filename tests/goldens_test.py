@@ -254,7 +254,7 @@ def run_pipeline(path):
     positive = case['prompt_embeds'].reshape(text_shape)
     text = np.concatenate([negative, positive])
 
-    # The reference puts the given latents into the initial noise.
+    # In these cases the initial latents of given scenes are their clean latents.
     noise = channels_last(case['init_latents'])
     if 'clip_idx' in case:
         given_scenes = np.arange(num_scenes) != int(case['clip_idx'])
