@@ -1,7 +1,7 @@
-"""Numbers of the reference implementation, within float32 rounding: the three networks, schedule,
-loss, whole loops.
+"""Numbers of the reference implementation, within float32 rounding.
 
-Cases lie in tests/goldens; set MASK2DIT_GOLDENS to run another folder of the same shape.
+The three networks, the schedule, the loss and whole sampling loops are compared. The cases are in
+tests/goldens; set MASK2DIT_GOLDENS to run another folder of the same shape.
 """
 
 import functools
@@ -65,22 +65,27 @@ def exported(kind, cfg, params):
 
 
 def scene_times(case, batch, num_scenes):
+    """Timestep of every scene; all but scene clip_idx are given if the case has one."""
     t = np.broadcast_to(case['timestep'][:, None], (batch, num_scenes))
-    return np.where(np.arange(num_scenes) == case['clip_idx'], t, 0) if 'clip_idx' in case else t
+    if 'clip_idx' not in case:
+        return t
+    return np.where(np.arange(num_scenes) == case['clip_idx'], t, 0)
 
 
 @pytest.mark.parametrize('path', FORWARD, ids=lambda p: f'{p.parent.name}-{p.stem}')
 def test_transformer_forward(path):
     case = dict(np.load(path))
     model, params = model_of(path.parent)
-    s, (b, f) = int(case['num_scenes']), case['hidden_states'].shape[:2]
-    text = case['encoder_hidden_states'].reshape(b, s, -1, model.cfg.text_embed_dim)
+    num_scenes = int(case['num_scenes'])
+    batch, total_frames = case['hidden_states'].shape[:2]
+    text = case['encoder_hidden_states'].reshape(batch, num_scenes, -1, model.cfg.text_embed_dim)
+
     out = jax.jit(model.apply, static_argnames='frames')(
         {'params': params},
         channels_last(case['hidden_states']),
         text,
-        scene_times(case, b, s),
-        frames=(f // s,) * s,
+        scene_times(case, batch, num_scenes),
+        frames=(total_frames // num_scenes,) * num_scenes,
     )
     assert_close(out, channels_last(case['output']), 5e-6)
 
@@ -89,13 +94,18 @@ def test_transformer_forward(path):
 def test_loss_and_gradients(path):
     case = dict(np.load(path))
     model, params = model_of(path.parent)
-    b, f = case['latents'].shape[:2]
-    s = f // int(case['latents_per_scene'])
-    frames, is_cond = (f // s,) * s, 'cond' in path.stem
-    given = np.broadcast_to((np.arange(s) != int(case['clip_idx'])) & is_cond, (b, s))
+    batch_size, total_frames = case['latents'].shape[:2]
+    num_scenes = total_frames // int(case['latents_per_scene'])
+    frames = (total_frames // num_scenes,) * num_scenes
+    text_shape = (batch_size, num_scenes, -1, model.cfg.text_embed_dim)
+
+    # Conditional training: all scenes but one are given.
+    is_conditional = 'cond' in path.stem
+    given = (np.arange(num_scenes) != int(case['clip_idx'])) & is_conditional
+    given = np.broadcast_to(given, (batch_size, num_scenes))
     batch = {
         'latents': channels_last(case['latents']),
-        'text': case['encoder_hidden_states'].reshape(b, s, -1, model.cfg.text_embed_dim),
+        'text': case['encoder_hidden_states'].reshape(text_shape),
     }
 
     def loss_fn(params):
@@ -113,9 +123,11 @@ def test_loss_and_gradients(path):
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
     np.testing.assert_allclose(loss, case['loss'], rtol=5e-5)
+
     grads = exported('transformer', model.cfg, grads)
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
     np.testing.assert_allclose(norm, case['global_grad_norm'], rtol=5e-5)
+
     named = [k.removeprefix('grad:') for k in case if k.startswith('grad:')]
     assert named
     for name in named:
@@ -136,18 +148,19 @@ def test_sincos_buffer():
 
 def test_schedule_tables():
     ref = np.load(GOLDENS / 'schedule/tables.npz')
-    np.testing.assert_allclose(
-        schedule_lib.Schedule().alphas_bar(), ref['alphas_cumprod_5b'], rtol=0, atol=1e-12
-    )
+    default = schedule_lib.Schedule().alphas_bar()
+    np.testing.assert_allclose(default, ref['alphas_cumprod_5b'], rtol=0, atol=1e-12)
     shifted = schedule_lib.Schedule(snr_shift_scale=3.0).alphas_bar()
     np.testing.assert_allclose(shifted, ref['alphas_cumprod_2b'], rtol=0, atol=1e-12)
     plain = schedule_lib.Schedule(rescale_betas_zero_snr=False).alphas_bar()
     np.testing.assert_allclose(plain, ref['alphas_cumprod_5b_no_rescale'], rtol=0, atol=1e-12)
+
+    # Keys are timesteps_N or timesteps_N_spacing.
     for key in ref.files:
         if key.startswith('timesteps_'):
-            _, n, *spacing = key.split('_')
+            _, num_steps, *spacing = key.split('_')
             schedule = schedule_lib.Schedule(timestep_spacing=spacing[0] if spacing else 'trailing')
-            np.testing.assert_array_equal(schedule.timesteps(int(n)), ref[key], err_msg=key)
+            np.testing.assert_array_equal(schedule.timesteps(int(num_steps)), ref[key], err_msg=key)
 
 
 def test_ddim_steps():
@@ -155,9 +168,9 @@ def test_ddim_steps():
     for key in ref.files:
         if not key.endswith('prev_sample'):
             continue
-        n, t = (int(part[1:]) for part in key.split('_')[:2])
+        num_steps, t = (int(part[1:]) for part in key.split('_')[:2])
         times, table = samplers.sampler_table(
-            'ddim', schedule_lib.Schedule(), n, reference_prev=True
+            'ddim', schedule_lib.Schedule(), num_steps, reference_prev=True
         )
         row = table[list(times).index(t)]
         x_next, x0 = samplers.step(row, ref['sample'], ref['model_output'], 0.0)
@@ -173,18 +186,17 @@ def test_add_noise_and_velocity():
 
 
 def test_bf16_rounding_of_the_reference_leaves_t0_clean():
-    x, noise = jnp.ones((1, 2), jnp.bfloat16), jnp.full((1, 2), 8.0, jnp.bfloat16)
-    rounded = schedule_lib.add_noise(
-        schedule_lib.Schedule(), x, noise, jnp.array([0]), table_dtype=jnp.bfloat16
-    )
+    schedule = schedule_lib.Schedule()
+    x = jnp.ones((1, 2), jnp.bfloat16)
+    noise = jnp.full((1, 2), 8.0, jnp.bfloat16)
+    t = jnp.array([0])
+
+    rounded = schedule_lib.add_noise(schedule, x, noise, t, table_dtype=jnp.bfloat16)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, x)
-    assert (
-        schedule_lib.add_noise(
-            schedule_lib.Schedule(), x.astype(jnp.float32), noise, jnp.array([0])
-        )[0, 0]
-        > 1.2
-    )
+
+    exact = schedule_lib.add_noise(schedule, x.astype(jnp.float32), noise, t)
+    assert exact[0, 0] > 1.2
 
 
 def test_timestep_embedding():
@@ -211,16 +223,14 @@ def test_rotary_tables():
         rows = ref[f'{name}:rows']
         np.testing.assert_allclose(cos[rows], ref[f'{name}:cos'], rtol=0, atol=5e-6, err_msg=name)
         np.testing.assert_allclose(sin[rows], ref[f'{name}:sin'], rtol=0, atol=5e-6, err_msg=name)
+
     x = np.moveaxis(ref['apply_x'], 1, 2)  # [B, L, N, D]
     out = embeddings.apply_rope(x, ref['apply_cos'], ref['apply_sin'])
     assert_close(np.moveaxis(out, 2, 1), ref['apply_out'], 5e-6)
+
     for h, w, top, left, bottom, right in ref['crop_h_w_top_left_bottom_right_base30x45']:
-        assert embeddings.fit_grid((int(h), int(w)), (30, 45)) == (
-            top,
-            left,
-            bottom - top,
-            right - left,
-        )
+        crop = embeddings.fit_grid((int(h), int(w)), (30, 45))
+        assert crop == (top, left, bottom - top, right - left)
 
 
 @functools.cache
@@ -229,26 +239,29 @@ def run_pipeline(path):
     case = dict(np.load(path))
     model, params = model_of(path.parent / 'transformer')
     schedule = load_lib.load_schedule(path.parent / 'scheduler/scheduler_config.json')
-    s, (b, f) = int(case['num_scenes']), case['init_latents'].shape[:2]
-    frames = (f // s,) * s
+    num_scenes = int(case['num_scenes'])
+    batch, total_frames = case['init_latents'].shape[:2]
+    frames = (total_frames // num_scenes,) * num_scenes
     layout = model.cfg.layout(frames, *case['init_latents'].shape[-2:])
+
     times, table = samplers.sampler_table(
         'ddim', schedule, len(case['timesteps']), reference_prev=True
     )
     np.testing.assert_array_equal(times, case['timesteps'])
-    text = np.concatenate(
-        [
-            case[k].reshape(b, s, -1, model.cfg.text_embed_dim)
-            for k in ('negative_prompt_embeds', 'prompt_embeds')
-        ]
-    )
+
+    text_shape = (batch, num_scenes, -1, model.cfg.text_embed_dim)
+    negative = case['negative_prompt_embeds'].reshape(text_shape)
+    positive = case['prompt_embeds'].reshape(text_shape)
+    text = np.concatenate([negative, positive])
+
+    # In these cases the initial latents of given scenes are their clean latents.
     noise = channels_last(case['init_latents'])
-    given = (
-        {'given': noise, 'given_scenes': np.arange(s) != int(case['clip_idx'])}
-        if 'clip_idx' in case
-        else {}
-    )
-    guidance = np.repeat(case['guidance_per_step'][:, None], s, axis=1)
+    if 'clip_idx' in case:
+        given_scenes = np.arange(num_scenes) != int(case['clip_idx'])
+        given = {'given': noise, 'given_scenes': given_scenes}
+    else:
+        given = {}
+    guidance = np.repeat(case['guidance_per_step'][:, None], num_scenes, axis=1)
 
     @jax.jit
     def run(params, noise):
@@ -264,6 +277,7 @@ def run_pipeline(path):
 def test_sampling_loops(path):
     case = dict(np.load(path))
     final, steps = run_pipeline(path)
+
     for i in range(len(case['timesteps'])):
         assert_close(steps[i], channels_last(case['latents_per_step'][i]), 5e-5)
     assert_close(final, channels_last(case['final_latents']), 5e-5)
@@ -278,12 +292,11 @@ def test_reference_noises_given_latents():
 
 
 def test_dynamic_guidance():
-    assert guidance_lib.reference_dynamic_guidance(6.0, 50, 50) == 1
-    assert guidance_lib.reference_dynamic_guidance(6.0, 0, 50) == 1 + 6
+    dynamic = guidance_lib.reference_dynamic_guidance
+    assert dynamic(6.0, 50, 50) == 1
+    assert dynamic(6.0, 0, 50) == 1 + 6
     # ((50 - t)/50)^5 = 1/2: the cosine is 0.
-    assert guidance_lib.reference_dynamic_guidance(6.0, 50 - 50 * 0.5**0.2, 50) == pytest.approx(
-        1 + 6 / 2
-    )
+    assert dynamic(6.0, 50 - 50 * 0.5**0.2, 50) == pytest.approx(1 + 6 / 2)
 
 
 @pytest.mark.parametrize('path', T5, ids=lambda p: p.stem)
@@ -297,11 +310,12 @@ def test_t5(path):
 
 def test_t5_buckets():
     case = np.load(GOLDENS / 't5/forward_226.npz')
-    rel = case['relative_positions_key_minus_query']
-    table = t5.relative_buckets(2 * int(np.abs(rel).max()) + 1, 32, 128)
-    np.testing.assert_array_equal(
-        table[np.abs(rel).max(), np.abs(rel).max() + rel], case['buckets']
-    )
+    relative = case['relative_positions_key_minus_query']
+    farthest = int(np.abs(relative).max())
+
+    # The query in the middle has keys at all distances.
+    table = t5.relative_buckets(2 * farthest + 1, 32, 128)
+    np.testing.assert_array_equal(table[farthest, farthest + relative], case['buckets'])
 
 
 @pytest.mark.parametrize('path', sorted(GOLDENS.glob('vae/encode_*.npz')), ids=lambda p: p.stem)
@@ -318,46 +332,53 @@ def test_vae_encode(path):
 @pytest.mark.parametrize('rule, key', [('reference', 'video'), ('diffusers', 'video_auto_split')])
 def test_vae_decode(path, rule, key):
     case = dict(np.load(path))
-    assert_close(
-        vae.decode(*vae_of(path.parent), video(case['latents']), rule=rule), video(case[key]), 1e-5
-    )
+    decoded = vae.decode(*vae_of(path.parent), video(case['latents']), rule=rule)
+    assert_close(decoded, video(case[key]), 1e-5)
 
 
 def test_vae_codes_scenes_apart():
     case = {k: video(v) for k, v in np.load(GOLDENS / 'vae/per_scene_2x9frames_batch2.npz').items()}
     cfg, params = vae_of(GOLDENS / 'vae')
-    latents = np.concatenate(
-        [vae.encode(cfg, params, x)[0] for x in np.split(case['video'], 2, axis=1)], axis=1
-    )
+
+    scenes = np.split(case['video'], 2, axis=1)
+    latents = [vae.encode(cfg, params, scene)[0] for scene in scenes]
+    latents = np.concatenate(latents, axis=1)
     assert_close(latents, case['latents_mode'], 1e-5)
     assert_close(latents * cfg.scaling_factor, case['latents_mode_times_scaling'], 1e-5)
-    assert_close(vae.encode(cfg, params, case['video'])[0], case['joint_latents_mode'], 1e-5)
-    decoded = [vae.decode(cfg, params, z[:1]) for z in np.split(case['latents_mode'], 2, axis=1)]
+
+    joint, _ = vae.encode(cfg, params, case['video'])
+    assert_close(joint, case['joint_latents_mode'], 1e-5)
+
+    scenes = np.split(case['latents_mode'], 2, axis=1)
+    decoded = [vae.decode(cfg, params, scene[:1]) for scene in scenes]
     assert_close(np.concatenate(decoded, axis=1), case['decoded_item0'], 1e-5)
 
 
 @pytest.mark.parametrize('path', PIPELINES, ids=lambda p: p.stem)
 def test_pipelines_to_video(path):
-    """From captions' embeddings and given clips to pixels; the random VAE amplifies, hence the
-    tolerance."""
+    """From captions' embeddings and given clips to pixels.
+
+    The random VAE amplifies errors, hence the tolerance of the pixels.
+    """
     case = dict(np.load(path))
     cfg, params = vae_of(path.parent / 'vae')
-    s = int(case['num_scenes'])
+    num_scenes = int(case['num_scenes'])
+
     if 'video_conds' in case:
-        coded = [vae.encode(cfg, params, channels_last(c[None])) for c in case['video_conds']]
-        mean, std = (
-            np.concatenate(x, axis=1) for x in zip(*[(m, np.exp(0.5 * v)) for m, v in coded])
-        )
+        posteriors = [
+            vae.encode(cfg, params, channels_last(clip[None])) for clip in case['video_conds']
+        ]
+        mean = np.concatenate([mean for mean, _ in posteriors], axis=1)
+        std = np.concatenate([np.exp(0.5 * logvar) for _, logvar in posteriors], axis=1)
         assert_close(mean, channels_last(case['posterior_mean']), 1e-5)
-        latents = (
-            mean + std * channels_last(case['posterior_noise_recovered'])
-        ) * cfg.scaling_factor
+        sampled = mean + std * channels_last(case['posterior_noise_recovered'])
+        latents = sampled * cfg.scaling_factor
         assert_close(latents, channels_last(case['cond_latents_clean']), 1e-5)
+
     final, _ = run_pipeline(path)
-    pixels = [vae.decode(cfg, params, z) for z in np.split(final / cfg.scaling_factor, s, axis=1)]
-    assert_close(
-        np.clip(np.concatenate(pixels, axis=1) / 2 + 0.5, 0, 1), video(case['video_0_1']), 5e-4
-    )
+    scenes = np.split(final / cfg.scaling_factor, num_scenes, axis=1)
+    pixels = np.concatenate([vae.decode(cfg, params, scene) for scene in scenes], axis=1)
+    assert_close(np.clip(pixels / 2 + 0.5, 0, 1), video(case['video_0_1']), 5e-4)
 
 
 NETWORKS = [('transformer', f) for f in sorted(GOLDENS.glob('transformer_*'))] + [
@@ -370,11 +391,13 @@ NETWORKS = [('transformer', f) for f in sorted(GOLDENS.glob('transformer_*'))] +
 def test_round_trip_is_bit_equal(kind, folder):
     tensors = load_file(folder / 'weights.safetensors')
     tensors.pop('encoder.embed_tokens.weight', None)  # the same as shared.weight
-    model, params = {
+    loaders = {
         'transformer': load_lib.load_transformer,
         'vae': load_lib.load_vae,
         'text_encoder': load_lib.load_t5,
-    }[kind](folder)
+    }
+    model, params = loaders[kind](folder)
+
     back = exported(kind, model.cfg, params)
     assert back.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -386,9 +409,12 @@ def test_loading_names_what_does_not_fit(kind, folder):
     cfg = load_lib.read_config(kind, folder)
     target = load_lib.on_one_device(names.abstract_params(cfg, kind))
     tensors = load_file(folder / 'weights.safetensors')
+
+    # One tensor under another name, and one of another shape.
     first, second = sorted(tensors)[:2]
     tensors['stray'] = tensors.pop(first)
     tensors[second] = tensors[second][:-1]
+
     with pytest.raises(
         ValueError, match=f'missing {first}.*{second} has shape.*expected.*unexpected stray'
     ):

@@ -1,8 +1,8 @@
-"""Random tiny models of diffusers' and transformers' own classes: the same numbers, in both
-directions.
+"""Random tiny models of diffusers' and transformers' own classes give the same numbers.
 
-Needs the `oracle` extra; skipped without it. Stock diffusers knows no dual mask: the transformer is
-compared under full attention, and under the mask by the goldens.
+Weights travel in both directions. The tests need the `oracle` extra and are skipped without it.
+Stock diffusers has no dual mask: here the transformer is compared under full attention, and under
+the mask by the goldens.
 """
 
 import dataclasses
@@ -72,23 +72,21 @@ def randomised(model):
 
 
 def forward(model, config, x, text, t):
-    frames = x.shape[1] // (config['patch_size_t'] or 1)
+    """Output of the oracle's transformer, whose caller makes the rotary tables."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
     rotary = None
     if config['use_rotary_positional_embeddings']:
-        rows, cols = config['sample_height'] // 2, config['sample_width'] // 2
-        from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
+        frames = x.shape[1] // (config['patch_size_t'] or 1)
+        grid = (config['sample_height'] // 2, config['sample_width'] // 2)
+        rule = {'grid_type': 'slice', 'max_size': grid} if config['patch_size_t'] else {}
         rotary = get_3d_rotary_pos_embed(
-            config['attention_head_dim'],
-            ((0, 0), (rows, cols)),
-            (rows, cols),
-            frames,
-            **({'grid_type': 'slice', 'max_size': (rows, cols)} if config['patch_size_t'] else {}),
+            config['attention_head_dim'], ((0, 0), grid), grid, frames, **rule
         )
+
     with torch.no_grad():
-        return model(
-            torch.tensor(x), torch.tensor(text), torch.tensor([t]), image_rotary_emb=rotary
-        ).sample.numpy()
+        out = model(torch.tensor(x), torch.tensor(text), torch.tensor([t]), image_rotary_emb=rotary)
+    return out.sample.numpy()
 
 
 def close(ours, theirs, tolerance):
@@ -113,9 +111,8 @@ def other_params(params, seed):
 
 def load_theirs(cls, folder):
     model, info = cls.from_pretrained(folder, output_loading_info=True)
-    assert not any(
-        info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs')
-    ), info
+    problems = ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs')
+    assert not any(info[problem] for problem in problems), info
     return model.eval()
 
 
@@ -141,28 +138,24 @@ def test_transformer(seed, tmp_path):
         )
         return np.moveaxis(out, -1, 2)
 
+    # Theirs in ours.
     close(ours(params), forward(theirs, config, x, text, 437), 5e-6)
+
+    # Ours in theirs.
     params = other_params(params, seed)
     save_ours(
         'transformer', tmp_path / 'ours', model.cfg, params, names.transformer_json(model.cfg)
     )
-    close(
-        ours(params),
-        forward(
-            load_theirs(diffusers.CogVideoXTransformer3DModel, tmp_path / 'ours'),
-            config,
-            x,
-            text,
-            437,
-        ),
-        5e-6,
-    )
+    theirs = load_theirs(diffusers.CogVideoXTransformer3DModel, tmp_path / 'ours')
+    close(ours(params), forward(theirs, config, x, text, 437), 5e-6)
 
 
 @pytest.mark.parametrize('seed', range(4))
 def test_lora(seed, tmp_path):
-    """Ours in diffusers and PEFT's in ours, with and without the pipeline's prefix, at scales that
-    are not 1."""
+    """Our LoRA in diffusers, and PEFT's in ours, at scales that are not 1.
+
+    PEFT's file is read with and without the pipeline's prefix.
+    """
     peft = pytest.importorskip('peft')
     config, theirs = random_transformer(seed)
     theirs.save_pretrained(tmp_path / 'base')
@@ -182,6 +175,7 @@ def test_lora(seed, tmp_path):
         )
         close(np.moveaxis(out, -1, 2), forward(theirs, config, x, text, 437), 1e-5)
 
+    # Ours in theirs.
     pipeline = diffusers.CogVideoXPipeline
     cfg = lora.LoraConfig(3, alpha=4.5, layers='kernel$')
     tree = other_params(lora.init(jax.random.key(0), params, cfg), seed)
@@ -192,6 +186,7 @@ def test_lora(seed, tmp_path):
     pipeline.load_lora_into_transformer(state, theirs, metadata=metadata, adapter_name='ours')
     compare(tree, cfg)
 
+    # Theirs in ours.
     theirs.delete_adapters('ours')
     theirs.add_adapter(
         peft.LoraConfig(r=2, lora_alpha=5, target_modules=['to_k', 'to_q', 'to_v', 'to_out.0']),
@@ -207,10 +202,10 @@ def test_lora(seed, tmp_path):
         peft.get_peft_model_state_dict(theirs, adapter_name='peft'),
         transformer_lora_adapter_metadata=theirs.peft_config['peft'].to_dict(),
     )
-    for folder in 'bare', 'named':
-        tree, cfg = lora_files.read_lora(
-            tmp_path / folder / 'pytorch_lora_weights.safetensors', model.cfg
-        )
+
+    for folder in ('bare', 'named'):
+        file = tmp_path / folder / 'pytorch_lora_weights.safetensors'
+        tree, cfg = lora_files.read_lora(file, model.cfg)
         assert (cfg.rank, lora.scale(cfg)) == (2, 2.5)
         compare(tree, cfg)
 
@@ -233,33 +228,28 @@ def test_vae(seed, tmp_path):
 
     def compare(theirs, params, frames, height, width):
         x = rng.uniform(-1, 1, (1, 3, frames, height, width)).astype(np.float32)
-        z = rng.normal(
-            size=(1, config['latent_channels'], (frames + 3) // 4, height // 8, width // 8)
-        )
-        z = z.astype(np.float32)
+        latent_size = ((frames + 3) // 4, height // 8, width // 8)
+        z = rng.normal(size=(1, config['latent_channels'], *latent_size)).astype(np.float32)
         with torch.no_grad():
-            posterior, video = (
-                theirs.encode(torch.tensor(x)).latent_dist,
-                theirs.decode(torch.tensor(z)).sample,
-            )
+            posterior = theirs.encode(torch.tensor(x)).latent_dist
+            video = theirs.decode(torch.tensor(z)).sample
+
         tiling = theirs.use_tiling
         mean, logvar = vae.encode(model.cfg, params, np.moveaxis(x, 1, -1), tiling)
         close(np.moveaxis(mean, -1, 1), posterior.mean.numpy(), 1e-5)
         close(np.moveaxis(logvar, -1, 1), posterior.logvar.numpy(), 1e-5)
+
         decoded = vae.decode(model.cfg, params, np.moveaxis(z, 1, -1), tiling, rule='diffusers')
         close(np.moveaxis(decoded, -1, 1), video.numpy(), 1e-5)
 
     compare(theirs, params, 9, 16, 24)
+
     params = other_params(params, seed)
-    save_ours(
-        'vae',
-        tmp_path / 'ours',
-        model.cfg,
-        params,
-        json.loads((tmp_path / 'theirs/config.json').read_text()),
-    )
+    config_json = json.loads((tmp_path / 'theirs/config.json').read_text())
+    save_ours('vae', tmp_path / 'ours', model.cfg, params, config_json)
     theirs = load_theirs(diffusers.AutoencoderKLCogVideoX, tmp_path / 'ours')
     compare(theirs, params, 9, 16, 24)
+
     if seed == 0:
         vae.check_tiling(model.cfg)
         theirs.enable_tiling()
@@ -287,15 +277,15 @@ def test_t5(seed, tmp_path):
     mask = ids != t5.PAD
 
     def compare(theirs, params):
-        for m in (None, mask):
+        # No mask is a mask of ones.
+        for seen in (None, mask):
+            their_mask = np.ones_like(ids) if seen is None else seen * 1
             with torch.no_grad():
-                out = theirs(
-                    torch.tensor(ids),
-                    attention_mask=torch.tensor(np.ones_like(ids) if m is None else m * 1),
-                )
-            close(t5.encode(model.cfg, params, ids, m), out.last_hidden_state.numpy(), 1e-5)
+                out = theirs(torch.tensor(ids), attention_mask=torch.tensor(their_mask))
+            close(t5.encode(model.cfg, params, ids, seen), out.last_hidden_state.numpy(), 1e-5)
 
     compare(theirs, params)
+
     params = other_params(params, seed)
     save_ours('text_encoder', tmp_path / 'ours', model.cfg, params, config.to_dict())
     compare(load_theirs(transformers.T5EncoderModel, tmp_path / 'ours'), params)
@@ -358,42 +348,47 @@ def test_the_package_never_imports_the_oracle():
 )
 def test_a_key_that_config_json_leaves_out_means_the_default_of_the_oracle(kind, cls):
     package, name = cls.split('.')
-    parameters = inspect.signature(getattr(pytest.importorskip(package), name).__init__).parameters
-    defaults = {
-        k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty
-    }
+    oracle = getattr(pytest.importorskip(package), name)
+    parse = names.NETWORKS[kind].parse
     given = {'feed_forward_proj': 'gated-gelu'} if kind == 'text_encoder' else {}
-    ours = dataclasses.asdict(names.NETWORKS[kind].parse(given))
-    theirs = dataclasses.asdict(
-        names.NETWORKS[kind].parse(
-            given
-            | {
-                k: list(v) if isinstance(v, tuple) else v
-                for k, v in defaults.items()
-                if k != 'feed_forward_proj' and (kind != 'text_encoder' or k in ours)
-            }
-        )
-    )
-    assert ours == theirs
+    ours = dataclasses.asdict(parse(given))
+
+    # config.json with all defaults of the oracle written out; tuples are lists in JSON.
+    defaults = {}
+    for key, parameter in inspect.signature(oracle.__init__).parameters.items():
+        value = parameter.default
+        if value is inspect.Parameter.empty or key == 'feed_forward_proj':
+            continue
+        if kind == 'text_encoder' and key not in ours:
+            continue
+        defaults[key] = list(value) if isinstance(value, tuple) else value
+
+    assert ours == dataclasses.asdict(parse(given | defaults))
 
 
 @pytest.mark.parametrize('what', ['forward', 'forward + backward', 'sampling'])
 def test_the_dual_mask_is_the_references_two_attention_calls(what, monkeypatch):
-    """diffusers' transformer with those calls: outputs, gradients, guided sampling; also
-    benchmark's cases."""
+    """Outputs, gradients and guided sampling equal those of diffusers' transformer with two calls.
+
+    The cases are the benchmark's, so the test also shows that it compares equal work.
+    """
 
     def small(*args, usual=worker.model_config):
         return dataclasses.replace(usual(*args), num_layers=2, num_attention_heads=2)
 
     for name, value in (('FRAMES', 2), ('HEIGHT', 4), ('WIDTH', 6), ('model_config', small)):
         monkeypatch.setattr(worker, name, value)
+
     case = {'formulation': 'blockwise', 'remat': 'save_matmuls', 'scenes': 2, 'what': what}
-    ours, theirs = worker.ours(case)[0](), worker.diffusers_with_two_calls(case)[0]()
+    ours = worker.ours(case)[0]()
+    theirs = worker.diffusers_with_two_calls(case)[0]()
     np.testing.assert_allclose(ours(), theirs(), rtol=2e-5)
     if what != 'forward':
         return
+
+    # Under another mask the numbers differ, so the comparison can fail.
     monkeypatch.setattr(
         masks, 'may_attend', lambda *args, usual=masks.may_attend: usual('full', *args[1:])
     )
     other = worker.ours(case | {'formulation': 'dense'})[0]()
-    assert abs(other() - theirs()) > 1e-3 * abs(theirs())  # under another mask it would show
+    assert abs(other() - theirs()) > 1e-3 * abs(theirs())

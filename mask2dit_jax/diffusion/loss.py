@@ -1,4 +1,4 @@
-"""The denoising loss over the scenes that are not given."""
+"""The denoising loss over the scenes that are not given (Mask²DiT, section 3.3)."""
 
 import jax.numpy as jnp
 
@@ -7,7 +7,7 @@ from mask2dit_jax.layout import SceneLayout, frame_scenes
 
 
 def loss_mask(layout: SceneLayout, given):
-    """Which latent frames the loss counts: those of scenes that are not given.
+    """Says which latent frames the loss counts: those of scenes that are not given.
 
     Args:
       layout: the story's layout.
@@ -27,21 +27,24 @@ def denoising_loss(model, params, schedule: schedule_lib.Schedule, batch, noise,
       params: its parameters.
       schedule: the noise schedule.
       batch: 'latents' [B, T, H, W, C] and 'text' [B, S, M, E].
-      noise: like the latents, standard normal, float32.
+      noise: standard normal noise in the shape of the latents, float32.
       t: int [B], one timestep for all scenes of a story that are not given.
-      given: bool [B, S]; given scenes enter clean, at timestep 0, and count nothing (Mask²DiT,
-        section 3.3).
+      given: bool [B, S]; a given scene enters clean, at timestep 0, and adds nothing to the loss.
       frames: static, latent frames per scene.
 
     Returns:
-      Sum of squared errors, float32, and the number of terms in it.
+      The sum of squared errors, float32, and the number of terms in the sum.
     """
-    x = batch['latents']
-    layout = model.cfg.layout(frames, *x.shape[2:4])
+    latents = batch['latents']
+    layout = model.cfg.layout(frames, *latents.shape[2:4])
     counts = loss_mask(layout, given)[..., None, None, None]  # [B, T, 1, 1, 1]
-    noisy = jnp.where(counts, schedule_lib.add_noise(schedule, x, noise, t), x)
-    v = model.apply(
-        {'params': params}, noisy, batch['text'], jnp.where(given, 0, t[:, None]), frames=frames
-    )
-    error = jnp.where(counts, v - schedule_lib.velocity(schedule, x, noise, t), 0.0)
-    return jnp.sum(error**2), jnp.sum(counts) * x[0, 0].size
+
+    # Given scenes stay clean, and the model is told so by their timestep.
+    noisy = jnp.where(counts, schedule_lib.add_noise(schedule, latents, noise, t), latents)
+    scene_times = jnp.where(given, 0, t[:, None])  # [B, S]
+    predicted = model.apply({'params': params}, noisy, batch['text'], scene_times, frames=frames)
+
+    target = schedule_lib.velocity(schedule, latents, noise, t)
+    error = jnp.where(counts, predicted - target, 0.0)  # [B, T, H, W, C]
+    values_per_frame = latents[0, 0].size
+    return jnp.sum(error**2), jnp.sum(counts) * values_per_frame

@@ -1,80 +1,127 @@
-"""Samplers as tables of coefficients, classifier-free guidance, and one `lax.scan` driver.
+"""Samplers as tables of coefficients, and the one `lax.scan` loop that runs them all.
 
-Every sampler here is linear in the latents x, the predicted v and the previous step's x_0 estimate,
+Noisy latents are x = alpha·x0 + sigma·noise (see schedule.py). Every sampler here is linear in the
+latents x, the predicted v and the previous step's estimate of x0:
 
-    x' = cx·x + cv·v + cp·x0_prev,    x0 = a·x - s·v,
+    x' = cx·x + cv·v + cp·x0_prev,    x0 = alpha·x - sigma·v.
 
-so a sampler is a float64 table [N, 5] of (cx, cv, cp, a, s), and the loop is the same for all:
+A sampler is therefore a float64 table [N, 5] with one row of coefficients per step, and the loop
+does not know which sampler it runs:
 
 * `ddim`: deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0), exactly the reference's
-CogVideoX DDIM.
+  CogVideoX DDIM.
 * `dpm++2m`: DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), first order at the first and last step.
-* `euler`: with a = cos(phi), s = sin(phi) the probability-flow ODE is dx/dphi = v; Euler steps on
-  phi stay finite at zero terminal SNR. (Euler in sigma = s/a would be DDIM again.)
+* `euler`: with alpha = cos(phi) and sigma = sin(phi) the probability-flow ODE is dx/dphi = v. Euler
+  steps on phi stay finite at zero terminal SNR; Euler steps on sigma/alpha would be DDIM again.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mask2dit_jax.diffusion import guidance as guidance_lib
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.layout import SceneLayout, frame_scenes
 
-SAMPLERS = ('ddim', 'dpm++2m', 'euler')
+
+class Coefficients(NamedTuple):
+    """The columns of a sampler's table, in this order.
+
+    Attributes:
+      cx, cv, cp: factors of the latents, of v and of the previous estimate of x0.
+      alpha, sigma: share of signal and of noise in the latents before the step.
+    """
+
+    cx: np.ndarray
+    cv: np.ndarray
+    cp: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
 
 
-def _ddim(a, s, a2, s2):
-    """x' = (s'/s)·x + (a' - a·s'/s)·x0 in terms of x and v."""
-    ratio = s2 / s
-    b = a2 - a * ratio
-    return ratio + b * a, -b * s, np.zeros_like(a)
+# A sampler's rule takes alpha and sigma before and after every step, float64 [N] each, and returns
+# cx, cv and cp, float64 [N] each.
 
 
-def _euler(a, s, a2, s2):
-    return np.ones_like(a), np.arctan2(s2, a2) - np.arctan2(s, a), np.zeros_like(a)
+def _ddim(alpha, sigma, next_alpha, next_sigma):
+    """x' = (sigma'/sigma)·x + (alpha' - alpha·sigma'/sigma)·x0, in terms of x and v."""
+    ratio = next_sigma / sigma
+    x0_factor = next_alpha - alpha * ratio
+    return ratio + x0_factor * alpha, -x0_factor * sigma, np.zeros_like(alpha)
 
 
-def _dpm2m(a, s, a2, s2):
-    """DDIM on the extrapolated estimate x0 + (x0 - x0_prev)·h/(2·h_prev), h the step in
-    log(a/s)."""
+def _dpm2m(alpha, sigma, next_alpha, next_sigma):
+    """DDIM on the extrapolated estimate x0 + (x0 - x0_prev)·h/(2·h_prev).
+
+    h is the step in log(alpha/sigma).
+    """
     with np.errstate(divide='ignore', invalid='ignore'):
-        log_snr, log_snr2 = np.log(a / s), np.log(a2 / s2)
-        h = log_snr2 - log_snr
-        extra = np.zeros_like(a)
+        log_snr = np.log(alpha / sigma)
+        next_log_snr = np.log(next_alpha / next_sigma)
+        h = next_log_snr - log_snr
+        extra = np.zeros_like(alpha)
         extra[1:] = h[1:] / (2 * h[:-1])
+
     # Infinite steps (from pure noise, or to clean latents) carry no second-order information.
     extra = np.where(np.isfinite(extra), extra, 0.0)
     extra[-1] = 0.0
-    ratio = s2 / s
-    b = a2 - a * ratio
-    return ratio + b * (1 + extra) * a, -b * (1 + extra) * s, -b * extra
+
+    ratio = next_sigma / sigma
+    x0_factor = next_alpha - alpha * ratio
+    cx = ratio + x0_factor * (1 + extra) * alpha
+    cv = -x0_factor * (1 + extra) * sigma
+    cp = -x0_factor * extra
+    return cx, cv, cp
+
+
+def _euler(alpha, sigma, next_alpha, next_sigma):
+    """x' = x + (phi' - phi)·v with the angle phi of (alpha, sigma)."""
+    step_in_phi = np.arctan2(next_sigma, next_alpha) - np.arctan2(sigma, alpha)
+    return np.ones_like(alpha), step_in_phi, np.zeros_like(alpha)
+
+
+SAMPLERS = {'ddim': _ddim, 'dpm++2m': _dpm2m, 'euler': _euler}
 
 
 def sampler_table(
     sampler: str, schedule: schedule_lib.Schedule, num_steps: int, reference_prev: bool = False
 ):
-    """Timesteps int64 [N] and coefficients float64 [N, 5] of a sampler.
+    """Timesteps and coefficients of a sampler.
 
     Args:
       sampler: one of SAMPLERS.
       schedule: the noise schedule.
       num_steps: N, 1...num_train_timesteps.
-      reference_prev: use the reference's prev = t - 1000//N instead of the next timestep of the
-        list; they differ where N does not divide 1000.
+      reference_prev: lead each step to t - 1000//N, as the reference does, instead of to the next
+        timestep of the list. The two differ where N does not divide 1000.
+
+    Returns:
+      Timesteps int64 [N], and a table float64 [N, 5] whose columns are `Coefficients`.
 
     Raises:
       ValueError: for an unknown sampler or step count.
     """
-    rules = {'ddim': _ddim, 'dpm++2m': _dpm2m, 'euler': _euler}
-    if sampler not in rules:
+    if sampler not in SAMPLERS:
         raise ValueError(f'Unknown sampler {sampler!r}: use one of {", ".join(SAMPLERS)}.')
-    t = schedule.timesteps(num_steps)
-    step = schedule.num_train_timesteps // num_steps
-    prev = t - step if reference_prev else np.append(t[1:], -1)
-    bar = schedule.alphas_bar()
-    bar2 = np.where(prev >= 0, bar[np.maximum(prev, 0)], 1.0)
-    a, s, a2, s2 = np.sqrt(bar[t]), np.sqrt(1 - bar[t]), np.sqrt(bar2), np.sqrt(1 - bar2)
-    return t, np.stack([*rules[sampler](a, s, a2, s2), a, s], axis=1)
+    timesteps = schedule.timesteps(num_steps)
+
+    # A timestep below 0 stands for clean latents.
+    if reference_prev:
+        next_timesteps = timesteps - schedule.num_train_timesteps // num_steps
+    else:
+        next_timesteps = np.append(timesteps[1:], -1)
+
+    alphas_bar = schedule.alphas_bar()
+    power = alphas_bar[timesteps]
+    next_power = np.where(next_timesteps >= 0, alphas_bar[np.maximum(next_timesteps, 0)], 1.0)
+
+    alpha = np.sqrt(power)
+    sigma = np.sqrt(1 - power)
+    rule = SAMPLERS[sampler]
+    cx, cv, cp = rule(alpha, sigma, np.sqrt(next_power), np.sqrt(1 - next_power))
+    return timesteps, np.stack(Coefficients(cx, cv, cp, alpha, sigma), axis=1)
 
 
 def step(row, x, v, x0_prev):
@@ -82,14 +129,16 @@ def step(row, x, v, x0_prev):
 
     Args:
       row: [5], one row of `sampler_table`.
-      x, v, x0_prev: latents, predicted velocity, and the previous step's x_0 estimate (anything
-        finite at first).
+      x, v, x0_prev: latents, predicted velocity, and the previous step's estimate of x0 (anything
+        finite at the first step).
 
     Returns:
-      The next latents and this step's x_0 estimate.
+      The next latents and this step's estimate of x0.
     """
-    cx, cv, cp, a, s = (row[i] for i in range(5))
-    return cx * x + cv * v + cp * x0_prev, a * x - s * v
+    c = Coefficients(*(row[i] for i in range(5)))
+    x_next = c.cx * x + c.cv * v + c.cp * x0_prev
+    x0 = c.alpha * x - c.sigma * v
+    return x_next, x0
 
 
 def sample(
@@ -103,54 +152,67 @@ def sample(
     given_scenes=None,
     trace: bool = False,
 ):
-    """Denoises a story from noise, holding given scenes fixed.
+    """Denoises stories from noise, and keeps given scenes clean (Mask²DiT, section 3.3).
 
     Args:
-      velocity_fn: (x [2B, T, H, W, C], t [2B, S]) -> v; the first B rows are the negative half of
-        classifier-free guidance, the second the positive one. Without guidance (None) it gets B
-        rows.
-      noise: [B, T, H, W, C] standard normal, float32; axes after T may be merged, here and in all
-        that has them.
+      velocity_fn: function of (x [2B, T, H, W, C], t [2B, S]) to v. The first B rows are the
+        negative half of classifier-free guidance, the last B rows the positive half. Without
+        guidance there are B rows.
+      noise: [B, T, H, W, C] standard normal, float32. The axes after T may be merged, here and in
+        every array that has them.
       layout: the story's layout.
       timesteps, table: from `sampler_table`.
       guidance: None, a scalar, [S] (one scale per scene) or [N, S] (also per step).
-      given: clean latents [B, T, H, W, C], read only in given scenes; they stay as they are
-        throughout, at timestep 0 (Mask²DiT, section 3.3).
+      given: clean latents [B, T, H, W, C], of which only given scenes are read.
       given_scenes: bool [S] or [B, S].
       trace: also return the latents after every step.
 
     Returns:
-      [B, T, H, W, C], or that and [N, B, T, H, W, C].
+      Latents [B, T, H, W, C]; with `trace` also [N, B, T, H, W, C].
     """
-    frame_scene = frame_scenes(layout)
-    batch, num_scenes = noise.shape[0], layout.num_scenes
-    is_given = jnp.broadcast_to(
-        jnp.zeros(num_scenes, bool) if given is None else given_scenes, (batch, num_scenes)
-    )
-    ones = (1,) * (noise.ndim - 2)
-    keep = is_given[:, frame_scene].reshape(batch, -1, *ones)  # [B, T, 1, 1, 1]
-    given = jnp.zeros_like(noise) if given is None else given
-    if guidance is not None:
-        guidance = jnp.broadcast_to(
-            jnp.asarray(guidance, jnp.float32), (len(timesteps), num_scenes)
-        )
+    batch = noise.shape[0]
+    num_scenes = layout.num_scenes
+    frame_scene = frame_scenes(layout)  # [T]
+    ones = (1,) * (noise.ndim - 2)  # the axes after T
 
-    def guided(x, t, scale):
+    # A given scene is kept clean in three places, marked (1) to (3) below.
+    if given is None:
+        given_scenes = jnp.zeros(num_scenes, bool)
+    is_given = jnp.broadcast_to(given_scenes, (batch, num_scenes))
+    keep = is_given[:, frame_scene].reshape(batch, -1, *ones)  # [B, T, 1, 1, 1]
+    if given is None:
+        given = jnp.zeros_like(noise)
+
+    if guidance is not None:
+        guidance = jnp.asarray(guidance, jnp.float32)
+        guidance = jnp.broadcast_to(guidance, (len(timesteps), num_scenes))
+
+    def guided_velocity(x, t, scale):
+        """v [B, T, H, W, C] at timesteps t [B, S] and guidance scales [S]."""
         if guidance is None:
             return velocity_fn(x, t)
+
+        # Both halves go through the model as one batch.
         v = velocity_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t])).astype(jnp.float32)
         negative, positive = jnp.split(v, 2)
-        return negative + scale[frame_scene].reshape(-1, *ones) * (positive - negative)
+        frame_scale = scale[frame_scene].reshape(-1, *ones)  # [T, 1, 1, 1]
+        return guidance_lib.classifier_free_guidance(negative, positive, frame_scale)
 
-    def body(carry, xs):
+    def body(carry, inputs):
         x, x0_prev = carry
-        t, row, scale = xs
-        v = guided(x, jnp.where(is_given, 0, t), scale)
+        t, row, scale = inputs
+
+        # (1) The model is told that given scenes are clean: their timestep is 0 at every step.
+        scene_times = jnp.where(is_given, 0, t)  # [B, S]
+        v = guided_velocity(x, scene_times, scale)
         x_next, x0 = step(row, x, v, x0_prev)
+
+        # (2) The step moved all scenes; given ones are put back.
         x_next = jnp.where(keep, given, x_next)
         return (x_next, x0), (x_next if trace else None)
 
+    # (3) The loop starts from noise only in the scenes that are to be generated.
     x = jnp.where(keep, given, noise)
-    xs = jnp.asarray(timesteps, jnp.int32), jnp.asarray(table, jnp.float32), guidance
-    (x, _), steps = jax.lax.scan(body, (x, jnp.zeros_like(x)), xs)
+    inputs = (jnp.asarray(timesteps, jnp.int32), jnp.asarray(table, jnp.float32), guidance)
+    (x, _), steps = jax.lax.scan(body, (x, jnp.zeros_like(x)), inputs)
     return (x, steps) if trace else x

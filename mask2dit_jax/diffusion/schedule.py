@@ -1,8 +1,8 @@
-"""The noise schedule of CogVideoX: scaled linear, SNR shift, zero terminal SNR; v-prediction.
+"""The noise schedule of CogVideoX: scaled linear betas, SNR shift, zero terminal SNR.
 
-Tables are float64 numpy. x_t = a·x_0 + s·noise with a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar),
-and v = a·noise - s·x_0 (Salimans & Ho 2022, appendix D; zero terminal SNR: Lin et al. 2024,
-algorithm 1).
+Noisy latents are x_t = alpha·x_0 + sigma·noise with alpha = sqrt(alpha_bar) and
+sigma = sqrt(1 - alpha_bar). The model predicts v = alpha·noise - sigma·x_0 (Salimans & Ho 2022,
+appendix D). Zero terminal SNR is Lin et al. 2024, algorithm 1. Tables are float64 numpy arrays.
 """
 
 import dataclasses
@@ -13,8 +13,18 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Scheduler settings under the names of scheduler_config.json; defaults are CogVideoX-5B's (2B:
-    shift 3.0)."""
+    """Scheduler settings under the names of scheduler_config.json.
+
+    The defaults are CogVideoX-5B's; 2B has snr_shift_scale 3.0.
+
+    Attributes:
+      num_train_timesteps: number of noise levels that the model is trained on.
+      beta_start, beta_end: first and last beta; their roots are interpolated linearly.
+      snr_shift_scale: a value above 1 makes every timestep noisier.
+      rescale_betas_zero_snr: makes the last timestep pure noise.
+      timestep_spacing: 'trailing', 'leading' or 'linspace', how a sampler picks its timesteps.
+      steps_offset: is added to the timesteps of 'leading'.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -27,63 +37,90 @@ class Schedule:
     def alphas_bar(self) -> np.ndarray:
         """Cumulative signal power per timestep, float64 [num_train_timesteps]."""
         betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
-        bar = np.cumprod(1 - betas)
-        bar = bar / (self.snr_shift_scale + (1 - self.snr_shift_scale) * bar)
+        alphas_bar = np.cumprod(1 - betas)
+
+        # With scale 1 the denominator is 1.
+        shift = self.snr_shift_scale
+        alphas_bar = alphas_bar / (shift + (1 - shift) * alphas_bar)
+
+        # The roots are shifted so that the last is 0, and scaled so that the first stays.
         if self.rescale_betas_zero_snr:
-            root = np.sqrt(bar)
-            root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-            bar = root**2
-        return bar
+            roots = np.sqrt(alphas_bar)
+            roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+            alphas_bar = roots**2
+
+        return alphas_bar
 
     def timesteps(self, num_steps: int) -> np.ndarray:
-        """Timesteps of a sampler, int64 [num_steps], from noisy to clean.
+        """Timesteps of a sampler, from noisy to clean.
+
+        Args:
+          num_steps: number of sampling steps.
+
+        Returns:
+          int64 [num_steps].
 
         Raises:
           ValueError: if num_steps is not in 1...num_train_timesteps, or the spacing is unknown.
         """
-        n = self.num_train_timesteps
-        if not 1 <= num_steps <= n:
-            raise ValueError(f'Number of sampling steps must be in 1...{n}, got {num_steps}.')
+        total = self.num_train_timesteps
+        if not 1 <= num_steps <= total:
+            raise ValueError(f'Number of sampling steps must be in 1...{total}, got {num_steps}.')
+
         if self.timestep_spacing == 'trailing':
-            return np.round(np.arange(n, 0, -n / num_steps)).astype(np.int64)[:num_steps] - 1
+            # Floating point may give one timestep too many.
+            steps = np.round(np.arange(total, 0, -total / num_steps)).astype(np.int64)
+            return steps[:num_steps] - 1
+
         if self.timestep_spacing == 'leading':
-            return np.arange(num_steps, dtype=np.int64)[::-1] * (n // num_steps) + self.steps_offset
+            steps = np.arange(num_steps, dtype=np.int64)[::-1]
+            return steps * (total // num_steps) + self.steps_offset
+
         if self.timestep_spacing == 'linspace':
-            return np.round(np.linspace(0, n - 1, num_steps)).astype(np.int64)[::-1]
+            return np.round(np.linspace(0, total - 1, num_steps)).astype(np.int64)[::-1]
+
         raise ValueError(
-            f'Unknown timestep_spacing {self.timestep_spacing!r}: use trailing, leading or linspace.'
+            f'Unknown timestep_spacing {self.timestep_spacing!r}: '
+            'use trailing, leading or linspace.'
         )
 
 
 def _roots(schedule: Schedule, t, ndim: int, table_dtype):
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t, broadcastable against ndim axes."""
+    """Returns alpha and sigma at t, with trailing axes added up to ndim."""
     if table_dtype is None:
-        bar = schedule.alphas_bar()
-        a, s = jnp.asarray(np.sqrt(bar), jnp.float32), jnp.asarray(np.sqrt(1 - bar), jnp.float32)
+        alphas_bar = schedule.alphas_bar()
+        alpha = jnp.asarray(np.sqrt(alphas_bar), jnp.float32)
+        sigma = jnp.asarray(np.sqrt(1 - alphas_bar), jnp.float32)
     else:
-        bar = jnp.asarray(schedule.alphas_bar()).astype(table_dtype)
-        a, s = jnp.sqrt(bar), jnp.sqrt(1 - bar)
+        alphas_bar = jnp.asarray(schedule.alphas_bar()).astype(table_dtype)
+        alpha = jnp.sqrt(alphas_bar)
+        sigma = jnp.sqrt(1 - alphas_bar)
+
     t = jnp.asarray(t)
     shape = t.shape + (1,) * (ndim - t.ndim)
-    return a[t].reshape(shape), s[t].reshape(shape)
+    return alpha[t].reshape(shape), sigma[t].reshape(shape)
 
 
 def add_noise(schedule: Schedule, x, noise, t, table_dtype=None):
-    """x_t = sqrt(alpha_bar_t)·x + sqrt(1 - alpha_bar_t)·noise.
+    """Noisy latents x_t = alpha_t·x + sigma_t·noise.
 
     Args:
       schedule: the noise schedule.
       x, noise: [B, T, ...] clean latents and standard normal noise.
-      t: integer timesteps, any leading part of x's shape: scalar, [B], or [B, T] for one per frame.
-      table_dtype: None for float32 roots of the float64 table. Given a dtype, alpha_bar is rounded
-        to it before the roots, as the reference does with its sample dtype (in bf16, t < 2 then
-        adds no noise at all).
+      t: integer timesteps whose shape is a leading part of x's: scalar, [B], or [B, T] for one per
+        frame.
+      table_dtype: None for float32 roots of the float64 table. With a dtype, alpha_bar is rounded
+        to it before the roots are taken, as the reference does with its sample dtype (in bfloat16,
+        t < 2 then adds no noise at all).
+
+    Returns:
+      [B, T, ...].
     """
-    a, s = _roots(schedule, t, x.ndim, table_dtype)
-    return a * x + s * noise
+    alpha, sigma = _roots(schedule, t, x.ndim, table_dtype)
+    return alpha * x + sigma * noise
 
 
 def velocity(schedule: Schedule, x, noise, t, table_dtype=None):
-    """v = sqrt(alpha_bar_t)·noise - sqrt(1 - alpha_bar_t)·x; arguments as for `add_noise`."""
-    a, s = _roots(schedule, t, x.ndim, table_dtype)
-    return a * noise - s * x
+    """The model's target v = alpha_t·noise - sigma_t·x; arguments are those of `add_noise`."""
+    alpha, sigma = _roots(schedule, t, x.ndim, table_dtype)
+    return alpha * noise - sigma * x

@@ -1,12 +1,15 @@
 """The CogVideoX transformer with the two masks of Mask²DiT, at any size.
 
-One forward serves everything: `t` holds one timestep per scene, and every token is modulated by its
-own scene's (Mask²DiT, section 3.3: given scenes are clean at timestep 0). Pretraining, conditional
-training and auto-regressive extension differ only in `t` and in the loss mask.
+One forward pass serves everything: `t` holds one timestep per scene, and every token is modulated
+by the timestep of its own scene (Mask²DiT, section 3.3: given scenes are clean, at timestep 0).
+Pretraining, conditional training and auto-regressive extension differ only in `t` and in the loss
+mask.
 """
 
 import dataclasses
 import functools
+import math
+from typing import NamedTuple
 
 import chex
 import flax.linen as nn
@@ -21,36 +24,47 @@ from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.layout import SceneLayout, token_scenes
 from mask2dit_jax.models import embeddings
 
-# What the backward pass does not compute again: names to keep on the device, names to move to the
-# host's memory.
+
+class RematNames(NamedTuple):
+    """Named values that the backward pass does not compute again."""
+
+    saved: tuple[str, ...] = ()  # on the device
+    offloaded: tuple[str, ...] = ()  # in the host's memory
+
+
+# By DiTConfig.remat; None computes nothing again. The names are those given to checkpoint_name.
 REMAT = {
     'none': None,
-    'full': ((), ()),
-    'save_attention': (('attention',), ()),
-    'save_matmuls': (('attention', 'matmul'), ()),
-    'offload_attention': ((), ('attention',)),
-    'offload_layer': ((), ('layer',)),
+    'full': RematNames(),
+    'save_attention': RematNames(saved=('attention',)),
+    'save_matmuls': RematNames(saved=('attention', 'matmul')),
+    'offload_attention': RematNames(offloaded=('attention',)),
+    'offload_layer': RematNames(offloaded=('layer',)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Architecture; defaults are CogVideoX-5B's. Names follow the released config.json where it has
-    one.
+    """Architecture of the transformer; defaults are CogVideoX-5B's.
+
+    Names follow the released config.json where it has one.
 
     Attributes:
-      pattern: attention mask, one of scenes.PATTERNS.
+      sample_height, sample_width, sample_frames: the trained latent height and width and the number
+        of pixel frames, which set the base grid.
       rotary: 3D rotary positions (5B) or, if false, fixed sin-cos ones (2B).
-      learned_positions: learned additive positions, alone or on top of rotary (5B-I2V).
+      learned_positions: learned additive positions, alone or on top of rotary ones (5B-I2V).
       position_rule: 'continuous' counts frames straight through scenes of any number and length,
         and starts a learned table anew in every scene; 'reference' stretches one clip's table over
         all scenes as the released code does. Rotary positions are the same under both.
-      sample_height, sample_width, sample_frames: the trained latent size and pixel frames, which
-      set the base grid. dtype: compute dtype; parameters are float32 whatever it is.
+      pattern: attention mask, one of masks.PATTERNS.
+      attention_backend: one of attend.BACKENDS.
+      dtype: compute dtype; parameters are always float32.
       remat: what the backward pass computes again: 'none', 'full' (every layer, from its input),
-        'save_attention' (all but attention), 'save_matmuls' (neither attention nor matmuls: on a
-        CPU faster than 'none', for moving less), 'offload_attention' (as save_attention, kept in
-        host memory) or 'offload_layer' (every layer, with its input kept in host memory).
+        'save_attention' (all but attention), 'save_matmuls' (neither attention nor matmuls; on a
+        CPU this is faster than 'none', because it moves less), 'offload_attention' (as
+        save_attention, but attention is kept in host memory) or 'offload_layer' (every layer, whose
+        input is kept in host memory).
     """
 
     num_layers: int = 42
@@ -96,12 +110,18 @@ class DiTConfig:
                 raise ValueError(
                     f'model.{field} is {getattr(self, field)!r}: use one of {", ".join(allowed)}.'
                 )
-        if self.attention_backend == 'cudnn' and 'attention' in sum(REMAT[self.remat] or (), ()):
+
+        remat = REMAT[self.remat]
+        keeps_attention = remat is not None and 'attention' in remat.saved + remat.offloaded
+        if self.attention_backend == 'cudnn' and keeps_attention:
             raise ValueError(
-                f'model.remat {self.remat!r} does not go with the cudnn backend, whose statistics cannot '
-                'be kept: use full, offload_layer or none.'
+                f'model.remat {self.remat!r} does not work with the cudnn backend, because the '
+                'statistics of its softmax cannot be kept: use full, offload_layer or none.'
             )
-        if self.attention_head_dim % 16 and (self.rotary or not self.learned_positions):
+
+        # Rotary and sin-cos features divide a head into sixteenths.
+        needs_sixteenths = self.rotary or not self.learned_positions
+        if needs_sixteenths and self.attention_head_dim % 16:
             raise ValueError(
                 f'model.attention_head_dim must be a multiple of 16, got {self.attention_head_dim}.'
             )
@@ -112,7 +132,7 @@ class DiTConfig:
 
     @property
     def base_grid(self) -> tuple[int, int, int]:
-        """Trained latent frames, token rows and columns (T0, H0, W0)."""
+        """Trained latent frames, token rows and token columns (T0, H0, W0)."""
         return (
             (self.sample_frames - 1) // self.temporal_compression_ratio + 1,
             self.sample_height // self.patch_size,
@@ -120,7 +140,14 @@ class DiTConfig:
         )
 
     def layout(self, frames: tuple[int, ...], height: int, width: int) -> SceneLayout:
-        """Layout of a story with these latent frames per scene and this latent height and width.
+        """Layout of a story in this model's token space.
+
+        Args:
+          frames: latent frames per scene.
+          height, width: latent height and width.
+
+        Returns:
+          The layout.
 
         Raises:
           ValueError: if the size is not a multiple of the patch size.
@@ -129,53 +156,73 @@ class DiTConfig:
             raise ValueError(
                 f'Latent size {height}x{width} is not a multiple of patch_size {self.patch_size}.'
             )
+
         return SceneLayout(
-            tuple(frames),
-            height // self.patch_size,
-            width // self.patch_size,
-            self.max_text_seq_length,
-            self.patch_size_t or 1,
+            frames=tuple(frames),
+            height=height // self.patch_size,
+            width=width // self.patch_size,
+            text_tokens=self.max_text_seq_length,
+            patch_t=self.patch_size_t or 1,
         )
 
 
 def patchify(x, layout: SceneLayout, patch: int):
-    """[B, T, H, W, C] to tokens [B, num_video, C·pt·p·p], features in (channel, frame, row, column)
-    order."""
-    b, _, h, w, c = x.shape
-    pt = layout.patch_t
-    if layout.frames != tuple(f * pt for f in layout.token_frames):
+    """Cuts latents into tokens.
+
+    Args:
+      x: [B, T, H, W, C].
+      layout: the story's layout, in tokens.
+      patch: rows and columns of a patch, p; the layout knows the frames of a patch, pt.
+
+    Returns:
+      [B, num_video, C·pt·p·p], features in (channel, frame, row, column) order.
+    """
+    batch, _, height, width, channels = x.shape
+    patch_t = layout.patch_t
+
+    # A patch must not reach into the next scene, so every scene is padded to whole patches.
+    if layout.frames != tuple(frames * patch_t for frames in layout.token_frames):
         starts = np.cumsum((0, *layout.frames))
-        x = jnp.concatenate(
-            [
-                jnp.pad(x[:, a : a + f], ((0, 0), (0, -f % pt), (0, 0), (0, 0), (0, 0)))
-                for a, f in zip(starts, layout.frames)
-            ],
-            axis=1,
-        )
-    x = x.reshape(b, -1, pt, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, layout.num_video, c * pt * patch * patch)
+        scenes = []
+        for start, frames in zip(starts, layout.frames):
+            scene = x[:, start : start + frames]
+            missing = -frames % patch_t
+            scenes.append(jnp.pad(scene, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0))))
+        x = jnp.concatenate(scenes, axis=1)
+
+    x = x.reshape(batch, -1, patch_t, height // patch, patch, width // patch, patch, channels)
+    x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)  # [B, T/pt, H/p, W/p, C, pt, p, p]
+    return x.reshape(batch, layout.num_video, channels * patch_t * patch * patch)
 
 
 def unpatchify(x, layout: SceneLayout, patch: int):
-    """Inverse of `patchify`, padding frames cut off: [B, num_video, C·pt·p·p] to [B, T, H, W,
-    C]."""
-    b, pt = x.shape[0], layout.patch_t
-    x = x.reshape(b, sum(layout.token_frames), layout.height, layout.width, -1, pt, patch, patch)
-    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(
-        b, -1, layout.height * patch, layout.width * patch, x.shape[4]
+    """Inverse of `patchify`; frames that only pad a scene are cut off.
+
+    Args:
+      x: [B, num_video, C·pt·p·p].
+      layout, patch: as for `patchify`.
+
+    Returns:
+      [B, T, H, W, C].
+    """
+    batch = x.shape[0]
+    patch_t = layout.patch_t
+    token_frames = sum(layout.token_frames)
+
+    x = x.reshape(batch, token_frames, layout.height, layout.width, -1, patch_t, patch, patch)
+    channels = x.shape[4]
+    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)  # [B, T/pt, pt, H/p, p, W/p, p, C]
+    x = x.reshape(batch, -1, layout.height * patch, layout.width * patch, channels)
+
+    starts = np.cumsum((0, *layout.token_frames)) * patch_t
+    keep = np.concatenate(
+        [np.arange(start, start + frames) for start, frames in zip(starts, layout.frames)]
     )
-    starts = np.cumsum((0, *layout.token_frames)) * pt
-    keep = np.concatenate([np.arange(a, a + f) for a, f in zip(starts, layout.frames)])
     return x if len(keep) == x.shape[1] else x[:, keep]
 
 
 class _Dense(nn.Module):
-    """Dense whose kernel is gathered axis by axis on a mesh.
-
-    Leading axes are flattened, since XLA's CPU backend computes the weight gradient twice as fast
-    that way, but not where both examples and tokens are spread over devices: the flattened axis
-    could not be.
-    """
+    """Dense layer whose kernel is gathered axis by axis on a mesh."""
 
     features: int
     dtype: jnp.dtype
@@ -184,21 +231,24 @@ class _Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        kernel = partitioning.gather_context(
-            kernel.astype(self.dtype), '/'.join((*self.path, 'kernel'))
-        )
-        flat = mesh_lib.mesh_axes().get('context', 1) == 1
-        y = checkpoint_name(
-            (x.reshape(-1, x.shape[-1]) if flat else x).astype(self.dtype) @ kernel, 'matmul'
-        )
+        inputs = x.shape[-1]
+        kernel = self.param('kernel', self.kernel_init, (inputs, self.features), jnp.float32)
+        name = '/'.join((*self.path, 'kernel'))
+        kernel = partitioning.gather_context(kernel.astype(self.dtype), name)
+
+        # XLA's CPU backend computes the weight gradient twice as fast if the leading axes are one.
+        # Where both examples and tokens are spread over devices, that one axis could not be spread.
+        context_devices = mesh_lib.mesh_axes().get('context', 1)
+        flat = x.reshape(-1, inputs) if context_devices == 1 else x
+        y = checkpoint_name(flat.astype(self.dtype) @ kernel, 'matmul')
+
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
-def _layer_norm(eps: float, affine: bool, name: str):
+def _layer_norm(eps: float, affine: bool, name: str | None = None):
     """LayerNorm with float32 statistics and result; the caller casts."""
     return nn.LayerNorm(
         epsilon=eps,
@@ -212,17 +262,26 @@ def _layer_norm(eps: float, affine: bool, name: str):
 
 @jax.custom_vjp
 def _pick_rows(one_hot, table):
-    """Rows of tables [B, K, E] by one-hot rows [L, K]: exact, shards over tokens, and its gradient
-    is no scatter."""
+    """Picks rows of tables [B, K, E] by one-hot rows [L, K]; returns [B, L, E].
+
+    The product is exact, shards over tokens, and its gradient needs no scatter.
+    """
     return jnp.einsum('lk,bke->ble', one_hot, table, precision='highest')
 
 
-# The derivative, but in an order of axes that needs no transposed copy of the cotangent, as that of
-# einsum does.
-_pick_rows.defvjp(
-    lambda one_hot, table: (_pick_rows(one_hot, table), one_hot),
-    lambda one_hot, d: (None, jnp.einsum('lk,ble->bke', one_hot, d, precision='highest')),
-)
+def _pick_rows_forward(one_hot, table):
+    return _pick_rows(one_hot, table), one_hot
+
+
+def _pick_rows_backward(one_hot, cotangent):
+    """The derivative, in an order of axes that needs no transposed copy of the cotangent.
+
+    The derivative that JAX makes of the einsum does need one.
+    """
+    return None, jnp.einsum('lk,ble->bke', one_hot, cotangent, precision='highest')
+
+
+_pick_rows.defvjp(_pick_rows_forward, _pick_rows_backward)
 
 
 class _Affine(nn.Module):
@@ -232,47 +291,55 @@ class _Affine(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return (
-            self.param('scale', nn.initializers.ones, (self.features,), jnp.float32),
-            self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32),
-        )
+        scale = self.param('scale', nn.initializers.ones, (self.features,), jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
+        return scale, bias
 
 
 class _AdaLayerNorm(nn.Module):
-    """adaLN: every token is shifted and scaled by the vector of its own scene.
+    """adaLN: every token is shifted and scaled by the vectors of its own scene.
 
-    Returns as many [B, L, E] vectors as `parts`: the modulated tokens, then the gate if parts is 3.
+    Returns as many [B, L, E] arrays as `parts` minus one: the modulated tokens, and the gate if
+    `parts` is 3.
     """
 
     cfg: DiTConfig
-    parts: int
+    parts: int  # vectors per scene and kind: shift and scale; 3: also a gate
     kinds: int  # 2: video and text have vectors of their own, in this order; 1: video only
 
     @nn.compact
     def __call__(self, x, emb, token_kind):
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        b, s, e = *emb.shape[:2], cfg.width
-        table = _Dense(
-            self.kinds * self.parts * e,
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.dtype)
+        batch, num_scenes = emb.shape[:2]
+        width = cfg.width
+        rows = num_scenes * self.kinds
+
+        # One table of vectors per scene and kind of token.
+        linear = _Dense(
+            self.kinds * self.parts * width,
             dtype=dtype,
             kernel_init=nn.initializers.zeros,
             name='linear',
-        )(nn.silu(emb))
-        shift, scale, *gate = jnp.moveaxis(table.reshape(b, s * self.kinds, self.parts, e), 2, 0)
+        )
+        table = linear(nn.silu(emb)).reshape(batch, rows, self.parts, width)
+        shift, scale, *gate = jnp.moveaxis(table, 2, 0)  # [B, S·kinds, E] each
         scale = 1 + scale
+
+        # The norm's own scale and bias are merged into the few vectors of the scenes, which is
+        # cheaper than to apply them to all tokens.
         if cfg.norm_elementwise_affine:
-            # Joined to the vectors of the scenes, of which there are few, and not to the tokens.
-            norm_scale, norm_bias = _Affine(e, name='norm')()
-            shift, scale = shift + scale * norm_bias, scale * norm_scale
-        one_hot = jax.nn.one_hot(token_kind, s * self.kinds, dtype=dtype)  # [L, S·kinds]
-        shift, scale, *gate = (_pick_rows(one_hot, v.astype(dtype)) for v in (shift, scale, *gate))
-        y = nn.LayerNorm(
-            epsilon=cfg.norm_eps,
-            use_bias=False,
-            use_scale=False,
-            dtype=jnp.float32,
-            use_fast_variance=False,
-        )(x)
+            norm_scale, norm_bias = _Affine(width, name='norm')()
+            shift = shift + scale * norm_bias
+            scale = scale * norm_scale
+
+        # Every token picks the vectors of its scene and kind.
+        one_hot = jax.nn.one_hot(token_kind, rows, dtype=dtype)  # [L, S·kinds]
+        shift, scale, *gate = (
+            _pick_rows(one_hot, vectors.astype(dtype)) for vectors in (shift, scale, *gate)
+        )  # [B, L, E] each
+
+        y = _layer_norm(cfg.norm_eps, affine=False)(x)
         return (y * scale + shift).astype(dtype), *gate
 
 
@@ -284,24 +351,27 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, rope):
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.dtype)
         dense = functools.partial(_Dense, cfg.width, dtype=dtype)
+
         heads = (*x.shape[:2], cfg.num_attention_heads, cfg.attention_head_dim)
-        q, k, v = (
-            dense(use_bias=cfg.attention_bias, name=n)(x).reshape(heads)
-            for n in ('to_q', 'to_k', 'to_v')
-        )
+        q = dense(use_bias=cfg.attention_bias, name='to_q')(x).reshape(heads)  # [B, L, N, D]
+        k = dense(use_bias=cfg.attention_bias, name='to_k')(x).reshape(heads)
+        v = dense(use_bias=cfg.attention_bias, name='to_v')(x).reshape(heads)
+
         q = _layer_norm(1e-6, True, 'norm_q')(q).astype(dtype)
         k = _layer_norm(1e-6, True, 'norm_k')(k).astype(dtype)
         if rope is not None:
-            q, k = embeddings.apply_rope(q, *rope), embeddings.apply_rope(k, *rope)
-        if (
-            self.is_initializing()
-        ):  # attention has no parameters, and its kernels ask for their chip
+            q = embeddings.apply_rope(q, *rope)
+            k = embeddings.apply_rope(k, *rope)
+
+        # Attention has no parameters, and some kernels run only on their chip, while parameters are
+        # also made on other devices.
+        if self.is_initializing():
             out = v
         else:
-            pattern, backend = cfg.pattern, cfg.attention_backend
-            out = attend.attend(q, k, v, self.layout, pattern, backend)
+            out = attend.attend(q, k, v, self.layout, cfg.pattern, cfg.attention_backend)
         return dense(name='to_out')(out.reshape(x.shape))
 
 
@@ -313,27 +383,37 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, emb, rope, token_kind):
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        x = checkpoint_name(partitioning.constrain_tokens(x), 'layer')
-        h, gate = _AdaLayerNorm(cfg, 3, 2, name='norm1')(x, emb, token_kind)
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.dtype)
+        x = checkpoint_name(partitioning.constrain_tokens(x), 'layer')  # [B, L, E]
+
+        h, gate = _AdaLayerNorm(cfg, parts=3, kinds=2, name='norm1')(x, emb, token_kind)
         x = x + gate * _Attention(cfg, self.layout, name='attn')(h, rope)
-        h, gate = _AdaLayerNorm(cfg, 3, 2, name='norm2')(x, emb, token_kind)
-        h = nn.gelu(_Dense(4 * cfg.width, dtype=dtype, name='ff_in')(h), approximate=True)
-        return x + gate * _Dense(cfg.width, dtype=dtype, name='ff_out')(h), None
+
+        h, gate = _AdaLayerNorm(cfg, parts=3, kinds=2, name='norm2')(x, emb, token_kind)
+        h = _Dense(4 * cfg.width, dtype=dtype, name='ff_in')(h)
+        h = nn.gelu(h, approximate=True)
+        x = x + gate * _Dense(cfg.width, dtype=dtype, name='ff_out')(h)
+
+        return x, None  # carry and output of the scan over layers
 
 
 def _block_stack(cfg: DiTConfig):
     """The block as a scan over layers: one compiled body, parameters stacked on axis 0."""
     block = _Block
-    if REMAT[cfg.remat] is not None:
-        saved, offloaded = REMAT[cfg.remat]
+
+    remat = REMAT[cfg.remat]
+    if remat is not None:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=saved,
-            names_which_can_be_offloaded=offloaded,
+            names_which_can_be_saved=remat.saved,
+            names_which_can_be_offloaded=remat.offloaded,
             offload_src='device',
             offload_dst='pinned_host',
         )
+        # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barriers
+        # that prevent_cse would add are not needed.
         block = nn.remat(block, policy=policy, prevent_cse=False)
+
     return nn.scan(
         block,
         variable_axes={'params': 0},
@@ -344,84 +424,75 @@ def _block_stack(cfg: DiTConfig):
 
 
 class DiT(nn.Module):
-    """Multi-scene diffusion transformer; `cfg` says its size.
-
-    Call with
-      latents: [B, T, H, W, C], scenes concatenated along T.
-      text: [B, S, M, text_embed_dim] caption embeddings.
-      t: [B, S], one timestep per scene (0 for given scenes).
-      frames: static tuple, latent frames per scene, summing to T.
-
-    Returns the predicted v, float32 [B, T, H, W, out_channels].
-    """
+    """Multi-scene diffusion transformer; `cfg` says its size."""
 
     cfg: DiTConfig
 
     @nn.compact
     def __call__(self, latents, text, t, frames: tuple[int, ...]):
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        """Predicts the velocity.
+
+        Args:
+          latents: [B, T, H, W, C], scenes concatenated along T.
+          text: [B, S, M, text_embed_dim] caption embeddings.
+          t: [B, S], one timestep per scene (0 for given scenes).
+          frames: static, latent frames per scene; their sum is T.
+
+        Returns:
+          The predicted v, float32 [B, T, H, W, out_channels].
+        """
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.dtype)
         layout = cfg.layout(frames, *latents.shape[2:4])
-        b, s = latents.shape[0], layout.num_scenes
-        chex.assert_shape(latents, (b, layout.total_frames, None, None, cfg.in_channels))
-        chex.assert_shape(text, (b, s, cfg.max_text_seq_length, cfg.text_embed_dim))
-        chex.assert_shape(t, (b, s))
+        batch = latents.shape[0]
+        num_scenes = layout.num_scenes
+        num_text = layout.num_text
+        chex.assert_shape(latents, (batch, layout.total_frames, None, None, cfg.in_channels))
+        chex.assert_shape(text, (batch, num_scenes, cfg.max_text_seq_length, cfg.text_embed_dim))
+        chex.assert_shape(t, (batch, num_scenes))
 
-        emb = embeddings.timestep_embedding(
-            t, cfg.width, cfg.flip_sin_to_cos, cfg.freq_shift
-        ).astype(dtype)
-        emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_in')(emb)
-        emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_out')(nn.silu(emb))  # [B, S, Et]
+        # One embedding per scene, of its timestep.
+        emb = embeddings.timestep_embedding(t, cfg.width, cfg.flip_sin_to_cos, cfg.freq_shift)
+        emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_in')(emb.astype(dtype))
+        emb = nn.silu(emb)
+        emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_out')(emb)  # [B, S, Et]
 
-        bias = cfg.patch_bias or cfg.patch_size_t is not None
+        # The joint sequence: all text tokens, then all video tokens.
         video = patchify(latents.astype(dtype), layout, cfg.patch_size)
-        video = _Dense(cfg.width, use_bias=bias, dtype=dtype, name='patch')(video)
-        text = _Dense(cfg.width, dtype=dtype, name='text')(text.astype(dtype)).reshape(
-            b, layout.num_text, -1
-        )
+        patch_bias = cfg.patch_bias or cfg.patch_size_t is not None
+        video = _Dense(cfg.width, use_bias=patch_bias, dtype=dtype, name='patch')(video)
+        text = _Dense(cfg.width, dtype=dtype, name='text')(text.astype(dtype))
+        text = text.reshape(batch, num_text, -1)
         x = jnp.concatenate([text, video], axis=1)  # [B, L, E]
         x = self._add_positions(x, layout)
 
+        # Row of the adaLN tables that a token picks: (scene 0, video), (scene 0, text), ...
         scene, is_text = token_scenes(layout)
+        token_kind = 2 * scene + is_text  # [L]
         rope = self._rope(layout) if cfg.rotary else None
-        x, _ = _block_stack(cfg)(cfg, layout, name='blocks')(x, emb, rope, 2 * scene + is_text)
+        x, _ = _block_stack(cfg)(cfg, layout, name='blocks')(x, emb, rope, token_kind)
 
-        x = _layer_norm(cfg.norm_eps, cfg.norm_elementwise_affine, 'norm_final')(
-            x[:, layout.num_text :]
-        )
-        (x,) = _AdaLayerNorm(cfg, 2, 1, name='norm_out')(
-            x.astype(dtype), emb, scene[layout.num_text :]
-        )
+        # Only video tokens are predicted.
+        x = x[:, num_text:]
+        x = _layer_norm(cfg.norm_eps, cfg.norm_elementwise_affine, 'norm_final')(x).astype(dtype)
+        (x,) = _AdaLayerNorm(cfg, parts=2, kinds=1, name='norm_out')(x, emb, scene[num_text:])
         features = cfg.out_channels * layout.patch_t * cfg.patch_size**2
         x = _Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name='proj_out')(x)
         return unpatchify(x, layout, cfg.patch_size).astype(jnp.float32)
 
     def _rope(self, layout):
-        """Rotary tables over the joint sequence; text is not rotated."""
-        rule = 'linspace' if self.cfg.patch_size_t is None else 'slice'
-        cos, sin = embeddings.rope_table(
-            layout, self.cfg.attention_head_dim, rule, self.cfg.base_grid[1:]
-        )
-        pad = ((layout.num_text, 0), (0, 0))
-        return np.pad(cos, pad, constant_values=1), np.pad(sin, pad)
+        """Rotary tables, float32 [L, D] each, over the joint sequence; text is not rotated."""
+        cfg = self.cfg
+        rule = 'linspace' if cfg.patch_size_t is None else 'slice'
+        cos, sin = embeddings.rope_table(layout, cfg.attention_head_dim, rule, cfg.base_grid[1:])
+        text_rows = ((layout.num_text, 0), (0, 0))
+        return np.pad(cos, text_rows, constant_values=1), np.pad(sin, text_rows)
 
     def _add_positions(self, x, layout):
         """Adds sin-cos (2B) or learned (5B-I2V, tiny) positions, if the model has any."""
         cfg = self.cfg
         if cfg.learned_positions:
-            t0, h0, w0 = cfg.base_grid
-            m, e = cfg.max_text_seq_length, cfg.width
-            table = self.param(
-                'positions', nn.initializers.normal(0.02), (m + t0 * h0 * w0, e), jnp.float32
-            )
-            share = cfg.position_rule == 'continuous'
-            text, time, rows, cols = embeddings.resample_positions(layout, (t0, h0, w0), share)
-            video = jnp.einsum(
-                'at,bh,cw,thwe->abce',
-                *(m.astype(np.float32) for m in (time, rows, cols)),
-                table[m:].reshape(t0, h0, w0, e),
-                precision='highest',
-            ).reshape(-1, e)
-            positions = jnp.concatenate([text.astype(np.float32) @ table[:m], video])
+            positions = self._learned_positions(layout)
         elif not cfg.rotary:
             positions = embeddings.sincos_positions(
                 layout,
@@ -434,3 +505,24 @@ class DiT(nn.Module):
         else:
             return x
         return x + positions.astype(x.dtype)
+
+    def _learned_positions(self, layout):
+        """The learned table [M + T0·H0·W0, E], resampled to the joint sequence [L, E]."""
+        cfg = self.cfg
+        base = cfg.base_grid
+        text_tokens = cfg.max_text_seq_length
+        shape = (text_tokens + math.prod(base), cfg.width)
+        table = self.param('positions', nn.initializers.normal(0.02), shape, jnp.float32)
+
+        scenes_share = cfg.position_rule == 'continuous'
+        weights = embeddings.resample_positions(layout, base, scenes_share)
+        video = jnp.einsum(
+            'at,bh,cw,thwe->abce',
+            weights.time.astype(np.float32),
+            weights.rows.astype(np.float32),
+            weights.columns.astype(np.float32),
+            table[text_tokens:].reshape(*base, cfg.width),
+            precision='highest',
+        ).reshape(-1, cfg.width)
+        text = weights.text.astype(np.float32) @ table[:text_tokens]
+        return jnp.concatenate([text, video])

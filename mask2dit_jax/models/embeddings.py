@@ -1,147 +1,238 @@
-"""Where each token stands, and at which timestep: rotary and sin-cos positions, and the timestep
-embedding."""
+"""Where each token stands, and at which timestep.
+
+Rotary and sin-cos positions (both in numpy, since they depend only on the layout), resampling of
+learned positions, and the timestep embedding.
+"""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from mask2dit_jax.layout import SceneLayout
 
-# Positions -----------------------------------------------------------------------------------------------------
+
+class PositionWeights(NamedTuple):
+    """Interpolation matrices from a trained position table to a layout, float64.
+
+    Attributes:
+      text: [S*M, M].
+      time: [token frames, T0].
+      rows: [H, H0].
+      columns: [W, W0].
+    """
+
+    text: np.ndarray
+    time: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
 
 
 def fit_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[int, int, int, int]:
     """Fits a token grid into the trained one, keeping its aspect ratio (CogVideoX 1.0 rotary crop).
 
+    Args:
+      grid: rows and columns of the token grid.
+      base: rows and columns of the trained token grid.
+
     Returns:
-      (top, left, height, width) of the crop in units of the base grid; Python's round-half-to-even
-      throughout.
+      (top, left, height, width) of the crop in units of the base grid. Halves are rounded to even
+      numbers, as the reference's Python does.
     """
-    (gh, gw), (bh, bw) = grid, base
-    rh, rw = (bh, round(bh / gh * gw)) if gh / gw > bh / bw else (round(bw / gw * gh), bw)
-    return round((bh - rh) / 2), round((bw - rw) / 2), rh, rw
+    rows, columns = grid
+    base_rows, base_columns = base
+
+    if rows / columns > base_rows / base_columns:
+        height = base_rows
+        width = round(base_rows / rows * columns)
+    else:
+        height = round(base_columns / columns * rows)
+        width = base_columns
+
+    top = round((base_rows - height) / 2)
+    left = round((base_columns - width) / 2)
+    return top, left, height, width
 
 
 def rope_table(
     layout: SceneLayout, head_dim: int, rule: str, base: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of 3D rotary positions on one timeline that runs straight through all
-    scenes.
+    """3D rotary positions on one timeline that runs straight through all scenes.
 
     Args:
       layout: the story's layout.
-      head_dim: D; a quarter turns with time, three eighths each with row and column.
+      head_dim: D; a quarter of it turns with time, three eighths each with row and column.
       rule: 'linspace' (CogVideoX 1.0: any resolution is squeezed into the base grid) or 'slice'
-        (1.5: integers).
+        (1.5: rows and columns are counted).
       base: rows and columns of the trained token grid.
 
     Returns:
-      cos and sin, float32 [num_video, D], each value repeated for the two members of its pair.
+      Cosines and sines, float32 [num_video, D], each value repeated for the two members of its
+      pair.
 
     Raises:
-      ValueError: if head_dim does not split, the rule is unknown, or a 'slice' grid exceeds the
-        base grid.
+      ValueError: if head_dim is not a multiple of 16, the rule is unknown, or a 'slice' grid
+        exceeds the base grid.
     """
     if head_dim % 16:
         raise ValueError(f'Rotary positions need head_dim to be a multiple of 16, got {head_dim}.')
-    gh, gw = layout.height, layout.width
+
+    height = layout.height
+    width = layout.width
     if rule == 'linspace':
-        top, left, rh, rw = fit_grid((gh, gw), base)
-        rows, cols = top + np.arange(gh) * rh / gh, left + np.arange(gw) * rw / gw
+        top, left, crop_height, crop_width = fit_grid((height, width), base)
+        rows = top + np.arange(height) * crop_height / height
+        columns = left + np.arange(width) * crop_width / width
     elif rule == 'slice':
-        if gh > base[0] or gw > base[1]:
+        if height > base[0] or width > base[1]:
             raise ValueError(
-                f'Token grid {gh}x{gw} exceeds the trained {base[0]}x{base[1]}, past which "slice" '
-                'rotary positions do not go: generate at a smaller size.'
+                f'Token grid {height}x{width} exceeds the trained {base[0]}x{base[1]}, beyond '
+                'which there are no "slice" rotary positions: generate at a smaller size.'
             )
-        rows, cols = np.arange(gh, dtype=np.float64), np.arange(gw, dtype=np.float64)
+        rows = np.arange(height, dtype=np.float64)
+        columns = np.arange(width, dtype=np.float64)
     else:
         raise ValueError(f'Unknown rotary rule {rule!r}: use "linspace" or "slice".')
+
+    # Each axis of the grid turns its own share of the head.
     times = np.arange(sum(layout.token_frames), dtype=np.float64)
-    widths = head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3
-    grid = np.meshgrid(times, rows, cols, indexing='ij')
-    angles = [
-        np.repeat(p.reshape(-1, 1) * 10000.0 ** (-np.arange(0, m, 2) / m), 2, axis=1)
-        for p, m in zip(grid, widths)
-    ]
+    grid = np.meshgrid(times, rows, columns, indexing='ij')
+    shares = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
+    angles = []
+    for positions, share in zip(grid, shares):
+        frequencies = 10000.0 ** (-np.arange(0, share, 2) / share)
+        pair_angles = positions.reshape(-1, 1) * frequencies  # [num_video, share/2]
+        angles.append(np.repeat(pair_angles, 2, axis=1))
     angles = np.concatenate(angles, axis=1)  # [num_video, D]
+
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def apply_rope(x, cos, sin):
+    """Rotates adjacent pairs (2i, 2i + 1) of features, in float32.
+
+    Args:
+      x: [B, L, N, D].
+      cos, sin: tables [L, D].
+
+    Returns:
+      [B, L, N, D] in x's dtype.
+    """
+    # (a, b) turns into (-b, a) by a product with a signed permutation, which is exact. An axis of
+    # pairs would leave the TPU's lanes empty, and a roll there writes shifted copies in float32.
+    size = x.shape[-1]
+    even = np.arange(0, size, 2)
+    turn = np.zeros((size, size), np.float32)
+    turn[even + 1, even] = -1
+    turn[even, even + 1] = 1
+    turned = jnp.einsum('blnd,de->blne', x, turn.astype(x.dtype), precision='highest')
+
+    rotated = x.astype(jnp.float32) * cos[:, None] + turned.astype(jnp.float32) * sin[:, None]
+    return rotated.astype(x.dtype)
 
 
 def _sincos(positions: np.ndarray, width: int) -> np.ndarray:
     """[sin | cos] features, float64 [n, width]."""
-    omega = 10000.0 ** (-np.arange(width // 2) / (width / 2))
-    angles = positions.reshape(-1, 1) * omega
+    frequencies = 10000.0 ** (-np.arange(width // 2) / (width / 2))
+    angles = positions.reshape(-1, 1) * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 def sincos_grid(
     times, rows, cols, width: int, time_scale: float = 1.0, space_scale: float = 1.875
 ) -> np.ndarray:
-    """Sin-cos embedding of a (time, row, column) grid, float64 [T*H*W, width], ordered [time |
-    column | row]."""
+    """Sin-cos embedding of a (time, row, column) grid.
+
+    Args:
+      times, rows, cols: coordinates along each axis, [T], [H] and [W].
+      width: E, a multiple of 16.
+      time_scale, space_scale: divisors of the coordinates.
+
+    Returns:
+      float64 [T*H*W, width], features ordered [time | column | row].
+
+    Raises:
+      ValueError: if the width is not a multiple of 16.
+    """
     if width % 16:
         raise ValueError(f'Sin-cos positions need a width that is a multiple of 16, got {width}.')
-    t, r, c = np.meshgrid(
+
+    time, row, column = np.meshgrid(
         np.asarray(times) / time_scale,
         np.asarray(rows) / space_scale,
         np.asarray(cols) / space_scale,
         indexing='ij',
     )
-    return np.concatenate(
-        [_sincos(t, width // 4), _sincos(c, width // 8 * 3), _sincos(r, width // 8 * 3)], axis=1
-    )
+    parts = [
+        _sincos(time, width // 4),
+        _sincos(column, width // 8 * 3),
+        _sincos(row, width // 8 * 3),
+    ]
+    return np.concatenate(parts, axis=1)
 
 
 def _half_pixel(size: int, base: int) -> np.ndarray:
-    """Coordinates of `size` samples on a line of `base` points: half-pixel centres, clamped at the
-    ends."""
+    """Coordinates of `size` samples on a line of `base` points.
+
+    Samples stand at half-pixel centres and are clamped at the ends.
+    """
     return np.clip((np.arange(size) + 0.5) * base / size - 0.5, 0, base - 1)
 
 
 def _linear_weights(size: int, base: int) -> np.ndarray:
-    """Matrix [size, base] of linear interpolation from `base` to `size` points (align_corners
-    false)."""
-    x = _half_pixel(size, base)
-    low = np.floor(x).astype(int)
+    """Linear interpolation from `base` to `size` points (align_corners false), [size, base]."""
+    coordinates = _half_pixel(size, base)
+    low = np.floor(coordinates).astype(int)
+    high = np.minimum(low + 1, base - 1)
+    fraction = coordinates - low
+
+    # At the last point low and high are the same, so the second share is added to the first.
     weights = np.zeros((size, base))
-    weights[np.arange(size), low] = 1 - (x - low)
-    weights[np.arange(size), np.minimum(low + 1, base - 1)] += x - low
+    samples = np.arange(size)
+    weights[samples, low] = 1 - fraction
+    weights[samples, high] += fraction
     return weights
 
 
 def resample_positions(
     layout: SceneLayout, base: tuple[int, int, int], scenes_share: bool
-) -> list[np.ndarray]:
+) -> PositionWeights:
     """Interpolation matrices from a trained position table to a layout.
 
     Args:
       layout: the story's layout.
       base: (T0, H0, W0), the trained grid.
-      scenes_share: False for the reference's rule (one clip's table stretched over T0*S frames and
-        cut), True to start the table anew in every scene, resampled to that scene's length.
+      scenes_share: False for the reference's rule (one clip's table is stretched over T0*S frames
+        and cut), True to start the table anew in every scene, resampled to that scene's length.
 
     Returns:
-      float64 matrices for text [S*M, M], time [token frames, T0], rows [h, H0] and columns [w, W0].
+      The matrices.
 
     Raises:
       ValueError: if the reference's rule is asked for more frames than its T0*S.
     """
-    t0, h0, w0 = base
-    s, m, frames = layout.num_scenes, layout.text_tokens, layout.token_frames
-    rows, cols = _linear_weights(layout.height, h0), _linear_weights(layout.width, w0)
+    base_frames, base_rows, base_columns = base
+    num_scenes = layout.num_scenes
+    text_tokens = layout.text_tokens
+    rows = _linear_weights(layout.height, base_rows)
+    columns = _linear_weights(layout.width, base_columns)
+
     if scenes_share:
-        return [
-            np.tile(np.eye(m), (s, 1)),
-            np.concatenate([_linear_weights(f, t0) for f in frames]),
-            rows,
-            cols,
-        ]
-    if sum(frames) > t0 * s:
+        text = np.tile(np.eye(text_tokens), (num_scenes, 1))
+        scenes = [_linear_weights(frames, base_frames) for frames in layout.token_frames]
+        return PositionWeights(text, np.concatenate(scenes), rows, columns)
+
+    total_frames = sum(layout.token_frames)
+    stretched_frames = base_frames * num_scenes
+    if total_frames > stretched_frames:
         raise ValueError(
-            f'The reference timeline holds {t0} latent frames per scene ({t0 * s} in all), got '
-            f'{sum(frames)}: shorten the scenes or use position_rule="continuous".'
+            f'The reference timeline holds {base_frames} latent frames per scene '
+            f'({stretched_frames} in all), got {total_frames}: shorten the scenes or use '
+            'position_rule="continuous".'
         )
-    return [_linear_weights(s * m, m), _linear_weights(t0 * s, t0)[: sum(frames)], rows, cols]
+    text = _linear_weights(num_scenes * text_tokens, text_tokens)
+    time = _linear_weights(stretched_frames, base_frames)[:total_frames]
+    return PositionWeights(text, time, rows, columns)
 
 
 def sincos_positions(
@@ -152,59 +243,69 @@ def sincos_positions(
     time_scale: float = 1.0,
     space_scale: float = 1.875,
 ) -> np.ndarray:
-    """Sin-cos positions of the joint sequence (zeros for text), float32 [L, width].
+    """Sin-cos positions of the joint sequence; text gets zeros.
 
-    'reference' resamples the trained clip's table to T0*S frames and cuts it, as the released code
-    does; 'continuous' counts frames straight through all scenes of whatever length, and equals it
-    for one clip of T0 frames on the base grid.
+    Args:
+      layout: the story's layout.
+      width: E, a multiple of 16.
+      base: (T0, H0, W0), the trained grid.
+      rule: 'reference' resamples the trained clip's table to T0*S frames and cuts it, as the
+        released code does. 'continuous' counts frames straight through scenes of any length. Both
+        are the same for one clip of T0 frames on the base grid.
+      time_scale, space_scale: divisors of the coordinates.
+
+    Returns:
+      float32 [L, width].
     """
-    t0, h0, w0 = base
+    base_frames, base_rows, base_columns = base
+
     if rule == 'continuous':
         video = sincos_grid(
             np.arange(sum(layout.token_frames)),
-            _half_pixel(layout.height, h0),
-            _half_pixel(layout.width, w0),
+            _half_pixel(layout.height, base_rows),
+            _half_pixel(layout.width, base_columns),
             width,
             time_scale,
             space_scale,
         )
     else:
         table = sincos_grid(
-            np.arange(t0), np.arange(h0), np.arange(w0), width, time_scale, space_scale
+            np.arange(base_frames),
+            np.arange(base_rows),
+            np.arange(base_columns),
+            width,
+            time_scale,
+            space_scale,
         )
-        _, time, rows, cols = resample_positions(layout, base, scenes_share=False)
-        table = table.astype(np.float32).reshape(t0, h0, w0, width)
-        video = np.einsum('at,bh,cw,thwd->abcd', time, rows, cols, table, optimize=True).reshape(
-            -1, width
-        )
-    return np.concatenate([np.zeros((layout.num_text, width)), video]).astype(np.float32)
+        table = table.astype(np.float32).reshape(*base, width)  # as rounded as the released buffer
+        weights = resample_positions(layout, base, scenes_share=False)
+        video = np.einsum(
+            'at,bh,cw,thwd->abcd', weights.time, weights.rows, weights.columns, table, optimize=True
+        ).reshape(-1, width)
+
+    text = np.zeros((layout.num_text, width))
+    return np.concatenate([text, video]).astype(np.float32)
 
 
 def timestep_embedding(t, width: int, flip_sin_to_cos: bool, freq_shift: int):
-    """Sinusoids of the timestep, float32 [..., width]."""
-    half = width // 2
-    omega = jnp.asarray(
-        np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift)), jnp.float32
-    )
-    angles = jnp.asarray(t, jnp.float32)[..., None] * omega
-    parts = (
-        [jnp.cos(angles), jnp.sin(angles)]
-        if flip_sin_to_cos
-        else [jnp.sin(angles), jnp.cos(angles)]
-    )
-    return jnp.concatenate(parts, axis=-1)
+    """Sinusoids of the timestep.
 
+    Args:
+      t: timesteps [...].
+      width: number of features, an even number.
+      flip_sin_to_cos: puts cosines before sines.
+      freq_shift: shortens the geometric series of frequencies, as in the released config.json.
 
-def apply_rope(x, cos, sin):
-    """Rotates adjacent pairs (2i, 2i + 1) of [B, L, N, D] by tables [L, D], in float32.
-
-    Neighbours come from a product with a signed permutation, which is exact: an axis of pairs would
-    leave the TPU's lanes empty, and a roll there writes shifted copies in float32.
+    Returns:
+      float32 [..., width].
     """
-    even = np.arange(0, x.shape[-1], 2)
-    turn = np.zeros((x.shape[-1],) * 2, np.float32)
-    turn[even + 1, even], turn[even, even + 1] = -1, 1
-    turned = jnp.einsum('blnd,de->blne', x, turn.astype(x.dtype), precision='highest')
-    return (
-        x.astype(jnp.float32) * cos[:, None] + turned.astype(jnp.float32) * sin[:, None]
-    ).astype(x.dtype)
+    half = width // 2
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift))
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    angles = jnp.asarray(t, jnp.float32)[..., None] * frequencies  # [..., width/2]
+
+    if flip_sin_to_cos:
+        parts = [jnp.cos(angles), jnp.sin(angles)]
+    else:
+        parts = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(parts, axis=-1)

@@ -1,9 +1,11 @@
-"""The causal 3D VAE of CogVideoX, frame batching included.
+"""The causal 3D VAE of CogVideoX, which codes a scene in chunks of frames.
 
-A scene is coded in chunks of frames. Every causal convolution keeps the last two frames that it saw
-in the 'cache' collection; the first chunk of a scene finds that collection empty. Group norm
-statistics are those of one chunk, so that the chunk borders are part of the function. Scenes know
-nothing of each other.
+Every causal convolution keeps the last two frames that it saw in the 'cache' collection, and the
+next chunk starts from them; the first chunk of a scene finds that collection empty. Group norm
+statistics are those of one chunk, so the chunk borders are part of the function: other borders give
+other numbers. Scenes are coded independently of each other.
+
+Latents have size h x w, pixels H x W = 8h x 8w.
 """
 
 import dataclasses
@@ -16,19 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ENCODE_CHUNK, _DECODE_CHUNK = 8, 2  # frames of `encode`, latents of `decode`
-_TILE_OVERLAP = 1 / 6, 1 / 5  # share of a tile's height and width
+_ENCODE_CHUNK = 8  # frames
+_DECODE_CHUNK = 2  # latents
+_TILE_OVERLAP = (1 / 6, 1 / 5)  # share of a tile's height and width
 DECODE_RULES = ('reference', 'diffusers')
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Architecture; defaults are CogVideoX-5B's, names those of the released config.json.
+    """Architecture of the VAE; defaults are CogVideoX-5B's.
+
+    Names are those of the released config.json.
 
     Attributes:
       sample_height, sample_width: trained size in pixels; tiles are half of it.
-      scaling_factor: what the transformer sees is the posterior times this.
-      dtype: compute dtype; group norm statistics are float32 whatever it is.
+      scaling_factor: the transformer works on the posterior times this factor.
+      dtype: compute dtype; group norm statistics are always float32.
     """
 
     in_channels: int = 3
@@ -51,31 +56,36 @@ class VAEConfig:
 
     @property
     def temporal_levels(self) -> int:
-        """How many of the blocks halve or double the number of frames."""
+        """Number of blocks that halve or double the number of frames."""
         return self.temporal_compression_ratio.bit_length() - 1
 
 
+# Layers: convolutions and norms
+
+
 class _Kernel(nn.Module):
-    """Parameters of a 3x3x3 convolution, under the name that the reference gives its inner
-    layer."""
+    """Parameters of a 3x3x3 convolution.
+
+    It is a module of its own, since the reference puts them into an inner layer with a name.
+    """
 
     inputs: int
     features: int
 
     @nn.compact
     def __call__(self):
-        shape = 3, 3, 3, self.inputs, self.features
+        shape = (3, 3, 3, self.inputs, self.features)
         kernel = self.param('kernel', nn.initializers.lecun_normal(), shape, jnp.float32)
-        return kernel, self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
+        return kernel, bias
 
 
 class _CausalConv(nn.Module):
-    """3x3x3 convolution over this frame and the two before it, those of the previous chunk
-    included.
+    """3x3x3 convolution over each frame and the two before it, also those of the previous chunk.
 
-    A scan over frames that holds two of them, with one 2D convolution per tap in time: what comes
-    before it (`prepare`, norm and activation) needs no array of its own for the whole chunk, and
-    XLA's CPU backend runs 2D convolutions three times as fast as the 3D one.
+    It is a scan over frames that carries two of them, with one 2D convolution per tap in time. The
+    norm and activation before it (`prepare`) run inside the scan and so need no array for the whole
+    chunk, and XLA's CPU backend runs 2D convolutions three times as fast as the 3D one.
     """
 
     features: int
@@ -83,16 +93,27 @@ class _CausalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x, prepare=lambda frame: frame, *extras):
-        """Convolves prepare(frame, *extras of the frame) of x [B, T, H, W, C]; extras have T as
-        axis 1, too."""
-        kernel, bias = (
-            p.astype(self.dtype) for p in _Kernel(x.shape[-1], self.features, name='conv')()
-        )
-        frames = tuple(jnp.moveaxis(a, 1, 0) for a in (x, *extras))
+        """Convolves the prepared frames.
+
+        Args:
+          x: [B, T, H, W, C].
+          prepare: function of one frame [B, H, W, C], and of one frame of each of the extras.
+          *extras: arrays whose axis 1 is T, too.
+
+        Returns:
+          [B, T, H, W, features].
+        """
+        kernel, bias = _Kernel(x.shape[-1], self.features, name='conv')()
+        kernel = kernel.astype(self.dtype)
+        bias = bias.astype(self.dtype)
+        frames = tuple(jnp.moveaxis(array, 1, 0) for array in (x, *extras))  # [T, B, ...] each
+
+        # The two frames before this chunk; before a scene its first frame stands in for them.
         if self.has_variable('cache', 'frames'):
             past = self.get_variable('cache', 'frames')
         else:
-            past = (prepare(*(a[0] for a in frames)),) * 2
+            first = prepare(*(array[0] for array in frames))
+            past = (first, first)
 
         conv = functools.partial(
             jax.lax.conv_general_dilated,
@@ -103,7 +124,8 @@ class _CausalConv(nn.Module):
 
         def step(past, frame):
             seen = (*past, prepare(*frame))
-            return seen[1:], bias + sum(conv(f, k) for f, k in zip(seen, kernel))
+            out = bias + sum(conv(seen_frame, tap) for seen_frame, tap in zip(seen, kernel))
+            return seen[1:], out
 
         past, out = jax.lax.scan(step, past, frames)
         self.put_variable('cache', 'frames', past)
@@ -122,31 +144,47 @@ class _PointConv(nn.Module):
 
 
 class _GroupNorm(nn.Module):
-    """Statistics of the chunk [B, T, H, W, C], float32; returns the function that normalises one
-    frame by them."""
+    """Group norm by the float32 statistics of the whole chunk [B, T, H, W, C].
+
+    Returns the function that normalises one frame by them, for `_CausalConv`.
+    """
 
     cfg: VAEConfig
 
     @nn.compact
     def __call__(self, x):
-        groups, c = self.cfg.norm_num_groups, x.shape[-1]
-        scale = self.param('scale', nn.initializers.ones, (c,), jnp.float32)
-        bias = self.param('bias', nn.initializers.zeros, (c,), jnp.float32)
-        x = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, c // groups)
+        groups = self.cfg.norm_num_groups
+        channels = x.shape[-1]
+        group_size = channels // groups
+        scale = self.param('scale', nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, (channels,), jnp.float32)
+
+        x = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, group_size)
         mean = jnp.mean(x, (1, 2, 3, 5), keepdims=True)
         var = jnp.mean(jnp.square(x - mean), (1, 2, 3, 5), keepdims=True)
-        mean, rate = (
-            jnp.repeat(a.reshape(-1, 1, 1, groups), c // groups, axis=-1)
-            for a in (mean, jax.lax.rsqrt(var + self.cfg.norm_eps))
-        )  # [B, 1, 1, C]
-        return lambda frame: ((frame.astype(jnp.float32) - mean) * (rate * scale) + bias).astype(
-            self.cfg.dtype
-        )
+        rate = jax.lax.rsqrt(var + self.cfg.norm_eps)
+
+        mean = _per_channel(mean, group_size)  # [B, 1, 1, C]
+        rate = _per_channel(rate, group_size)
+
+        def normalise(frame):
+            normed = (frame.astype(jnp.float32) - mean) * (rate * scale) + bias
+            return normed.astype(self.cfg.dtype)
+
+        return normalise
+
+
+def _per_channel(statistic, group_size: int):
+    """Repeats a statistic [B, 1, 1, 1, groups, 1] for every channel, [B, 1, 1, C]."""
+    groups = statistic.shape[4]
+    return jnp.repeat(statistic.reshape(-1, 1, 1, groups), group_size, axis=-1)
 
 
 def _frame_indices(frames: int, latents: int) -> np.ndarray:
-    """Which latent a frame belongs to; the first of an odd count of frames has the first one for
-    itself."""
+    """Which latent each frame belongs to, int [frames].
+
+    The first frame of an odd number has the first latent for itself.
+    """
     alone = int(frames > 1 and frames % 2)
     rest = np.arange(frames - alone) * (latents - alone) // (frames - alone)
     return np.concatenate([np.zeros(alone, int), alone + rest])
@@ -154,78 +192,107 @@ def _frame_indices(frames: int, latents: int) -> np.ndarray:
 
 def _widen(z, shape):
     """Nearest resampling of [B, h, w, C] to the height and width of `shape`."""
-    return jnp.repeat(jnp.repeat(z, shape[1] // z.shape[1], axis=1), shape[2] // z.shape[2], axis=2)
+    rows = jnp.repeat(z, shape[1] // z.shape[1], axis=1)
+    return jnp.repeat(rows, shape[2] // z.shape[2], axis=2)
 
 
 class _SpatialNorm(nn.Module):
-    """Group norm, scaled and shifted by what the latents at the same place say, for one frame, and
-    its two extras."""
+    """Group norm whose scale and shift at each place come from the latents at that place.
+
+    Returns a function of one frame and of one frame of two extras, and those extras.
+    """
 
     cfg: VAEConfig
 
     @nn.compact
     def __call__(self, x, z):
         normalise = _GroupNorm(self.cfg, name='norm_layer')(x)
+
         # A pointwise convolution commutes with nearest resampling, so it runs at the latents' size.
+        features = x.shape[-1]
         latents = _frame_indices(x.shape[1], z.shape[1])
-        extras = [
-            _PointConv(x.shape[-1], self.cfg.dtype, name=n)(z)[:, latents]
-            for n in ('conv_y', 'conv_b')
-        ]
-        return (
-            lambda frame, y, b: normalise(frame) * _widen(y, frame.shape) + _widen(b, frame.shape),
-            extras,
-        )
+        scale = _PointConv(features, self.cfg.dtype, name='conv_y')(z)[
+            :, latents
+        ]  # [B, T, h, w, C]
+        shift = _PointConv(features, self.cfg.dtype, name='conv_b')(z)[:, latents]
+
+        def modulate(frame, scale, shift):
+            return normalise(frame) * _widen(scale, frame.shape) + _widen(shift, frame.shape)
+
+        return modulate, [scale, shift]
 
 
 def _activation(cfg: VAEConfig, name: str, x, z):
-    """Norm and silu of one frame, and its extras: a spatial norm if there are latents z (decoder),
-    else group norm."""
-    norm, extras = (
-        (_GroupNorm(cfg, name=name)(x), []) if z is None else _SpatialNorm(cfg, name=name)(x, z)
-    )
-    return lambda *frame: nn.silu(norm(*frame)), *extras
+    """What `_CausalConv` takes beside x: norm and silu of one frame, and the norm's extras.
+
+    The norm is a spatial norm if there are latents z (decoder), and a group norm if not (encoder).
+    """
+    if z is None:
+        norm = _GroupNorm(cfg, name=name)(x)
+        extras = []
+    else:
+        norm, extras = _SpatialNorm(cfg, name=name)(x, z)
+
+    def activate(*frame):
+        return nn.silu(norm(*frame))
+
+    return activate, *extras
+
+
+# Blocks: resnets and changes of size
 
 
 class _Resnet(nn.Module):
+    """Two causal convolutions and a shortcut around them."""
+
     cfg: VAEConfig
     features: int
 
     @nn.compact
     def __call__(self, x, z=None):
-        h = _CausalConv(self.features, self.cfg.dtype, name='conv1')(
-            x, *_activation(self.cfg, 'norm1', x, z)
-        )
-        h = _CausalConv(self.features, self.cfg.dtype, name='conv2')(
-            h, *_activation(self.cfg, 'norm2', h, z)
-        )
+        cfg = self.cfg
+        activation = _activation(cfg, 'norm1', x, z)
+        h = _CausalConv(self.features, cfg.dtype, name='conv1')(x, *activation)
+        activation = _activation(cfg, 'norm2', h, z)
+        h = _CausalConv(self.features, cfg.dtype, name='conv2')(h, *activation)
+
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1, 1), dtype=self.cfg.dtype, name='conv_shortcut')(x)
+            x = nn.Conv(self.features, (1, 1, 1), dtype=cfg.dtype, name='conv_shortcut')(x)
         return x + h
 
 
 class _Downsample(nn.Module):
-    """Halves height and width, and the frames if `time`: the first of an odd count stays, pairs are
-    averaged."""
+    """Halves height and width, and the frames if `time`."""
 
     cfg: VAEConfig
     time: bool
 
     @nn.compact
     def __call__(self, x):
+        # Pairs of frames are averaged. The first of an odd number, which only a scene's first chunk
+        # has, stays: it becomes the latent that stands for one frame.
         if self.time and x.shape[1] > 1:
-            first, pairs = x[:, : x.shape[1] % 2], x[:, x.shape[1] % 2 :]
+            odd = x.shape[1] % 2
+            first = x[:, :odd]
+            pairs = x[:, odd:]
             x = jnp.concatenate([first, (pairs[:, ::2] + pairs[:, 1::2]) / 2], axis=1)
-        b, t, h, w, c = x.shape
-        x = nn.Conv(
-            c, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.cfg.dtype, name='conv'
-        )(x.reshape(b * t, h, w, c))
-        return x.reshape(b, t, *x.shape[1:])
+
+        # Frame by frame; padding is at the right and at the bottom only, as in the reference.
+        batch, frames, height, width, channels = x.shape
+        conv = nn.Conv(
+            channels,
+            (3, 3),
+            strides=2,
+            padding=((0, 1), (0, 1)),
+            dtype=self.cfg.dtype,
+            name='conv',
+        )
+        x = conv(x.reshape(batch * frames, height, width, channels))
+        return x.reshape(batch, frames, *x.shape[1:])
 
 
 class _Upsample(nn.Module):
-    """Doubles height and width, and the frames if `time`: the first of an odd count in a first
-    chunk stays one."""
+    """Doubles height and width, and the frames if `time`; `first` is the first chunk of a scene."""
 
     cfg: VAEConfig
     time: bool
@@ -233,20 +300,22 @@ class _Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        b, t, h, w, c = x.shape
-        x = jnp.repeat(jnp.repeat(x.reshape(b * t, h, w, c), 2, axis=1), 2, axis=2)
-        x = nn.Conv(c, (3, 3), padding=1, dtype=self.cfg.dtype, name='conv')(x).reshape(
-            b, t, 2 * h, 2 * w, c
-        )
+        batch, frames, height, width, channels = x.shape
+        x = x.reshape(batch * frames, height, width, channels)
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        x = nn.Conv(channels, (3, 3), padding=1, dtype=self.cfg.dtype, name='conv')(x)
+        x = x.reshape(batch, frames, 2 * height, 2 * width, channels)
         if not self.time:
             return x
-        # The convolution is per frame, so frames are repeated after it.
-        keep = t % 2 if self.first else 0
+
+        # The convolution is per frame, so frames are repeated after it. In a first chunk the first
+        # of an odd number of frames stays one, as the encoder kept it.
+        keep = frames % 2 if self.first else 0
         return jnp.concatenate([x[:, :keep], jnp.repeat(x[:, keep:], 2, axis=1)], axis=1)
 
 
 class _Stage(nn.Module):
-    """Resnets of one width, then, if it has one, a change of size."""
+    """Resnets of one width, then a change of size if there is one."""
 
     cfg: VAEConfig
     features: int
@@ -260,51 +329,69 @@ class _Stage(nn.Module):
         return x if self.resize is None else self.resize()(x)
 
 
+# Networks of one chunk
+
+
 class Encoder(nn.Module):
-    """One chunk of pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2C], mean and
-    log-variance."""
+    """One chunk of pixels [B, F, H, W, 3] to moments [B, T, h, w, 2C], mean and log-variance."""
 
     cfg: VAEConfig
 
     @nn.compact
     def __call__(self, x):
-        cfg, widths = self.cfg, self.cfg.block_out_channels
+        cfg = self.cfg
+        widths = cfg.block_out_channels
         x = _CausalConv(widths[0], cfg.dtype, name='conv_in')(x.astype(cfg.dtype))
-        for i, width in enumerate(widths):
-            down = functools.partial(
-                _Downsample, cfg, i < cfg.temporal_levels, name='downsamplers_0'
+
+        # All stages but the last halve the size, the first ones also the number of frames.
+        for i, features in enumerate(widths):
+            halves_time = i < cfg.temporal_levels
+            down = functools.partial(_Downsample, cfg, halves_time, name='downsamplers_0')
+            stage = _Stage(
+                cfg,
+                features,
+                resnets=cfg.layers_per_block,
+                resize=down if i + 1 < len(widths) else None,
+                name=f'down_blocks_{i}',
             )
-            last = i + 1 == len(widths)
-            x = _Stage(
-                cfg, width, cfg.layers_per_block, None if last else down, name=f'down_blocks_{i}'
-            )(x)
-        x = _Stage(cfg, widths[-1], 2, name='mid_block')(x)
+            x = stage(x)
+        x = _Stage(cfg, widths[-1], resnets=2, name='mid_block')(x)  # [B, T, h, w, widths[-1]]
+
         conv_out = _CausalConv(2 * cfg.latent_channels, cfg.dtype, name='conv_out')
         return conv_out(x, *_activation(cfg, 'norm_out', x, None))
 
 
 class Decoder(nn.Module):
-    """One chunk of latents [B, T, h, w, C] to pixels [B, T', 8h, 8w, 3]; `first` is the first chunk
-    of a scene."""
+    """One chunk of latents [B, T, h, w, C] to pixels [B, F, H, W, 3].
+
+    `first` says whether it is the first chunk of a scene.
+    """
 
     cfg: VAEConfig
 
     @nn.compact
     def __call__(self, z, first: bool):
-        cfg, widths, z = self.cfg, self.cfg.block_out_channels[::-1], z.astype(self.cfg.dtype)
+        cfg = self.cfg
+        widths = cfg.block_out_channels[::-1]
+        z = z.astype(cfg.dtype)
         x = _CausalConv(widths[0], cfg.dtype, name='conv_in')(z)
-        x = _Stage(cfg, widths[0], 2, name='mid_block')(x, z)
-        for i, width in enumerate(widths):
-            up = functools.partial(
-                _Upsample, cfg, i < cfg.temporal_levels, first, name='upsamplers_0'
+        x = _Stage(cfg, widths[0], resnets=2, name='mid_block')(x, z)
+
+        # All stages but the last double the size, the first ones also the number of frames.
+        for i, features in enumerate(widths):
+            doubles_time = i < cfg.temporal_levels
+            up = functools.partial(_Upsample, cfg, doubles_time, first, name='upsamplers_0')
+            stage = _Stage(
+                cfg,
+                features,
+                resnets=cfg.layers_per_block + 1,
+                resize=up if i + 1 < len(widths) else None,
+                name=f'up_blocks_{i}',
             )
-            last = i + 1 == len(widths)
-            x = _Stage(
-                cfg, width, cfg.layers_per_block + 1, None if last else up, name=f'up_blocks_{i}'
-            )(x, z)
-        return _CausalConv(cfg.out_channels, cfg.dtype, name='conv_out')(
-            x, *_activation(cfg, 'norm_out', x, z)
-        )
+            x = stage(x, z)
+
+        conv_out = _CausalConv(cfg.out_channels, cfg.dtype, name='conv_out')
+        return conv_out(x, *_activation(cfg, 'norm_out', x, z))
 
 
 class VAE(nn.Module):
@@ -313,10 +400,13 @@ class VAE(nn.Module):
     cfg: VAEConfig
 
     def setup(self):
-        self.encoder, self.decoder = Encoder(self.cfg), Decoder(self.cfg)
+        self.encoder = Encoder(self.cfg)
+        self.decoder = Decoder(self.cfg)
 
     def __call__(self, x):
-        return self.decoder(self.encoder(x)[..., : self.cfg.latent_channels], True)
+        """Runs both, which makes the parameters of both."""
+        mean = self.encoder(x)[..., : self.cfg.latent_channels]
+        return self.decoder(mean, True)
 
     def encode_chunk(self, x, first: bool):
         """Moments of one chunk; the encoder's graph does not depend on `first`."""
@@ -328,20 +418,26 @@ class VAE(nn.Module):
         return self.decoder(z, first)
 
 
+# Whole scenes: chunks in time
+
+
 def _apply_chunk(cfg: VAEConfig, method: str, params, cache, x, first: bool):
-    out, updated = VAE(cfg).apply(
-        {'params': params, 'cache': cache}, x, first, method=method, mutable='cache'
-    )
+    """Output of one chunk, float32, and the cache for the next one."""
+    variables = {'params': params, 'cache': cache}
+    out, updated = VAE(cfg).apply(variables, x, first, method=method, mutable='cache')
     return out.astype(jnp.float32), updated['cache']
 
 
 @functools.cache
 def _run_chunk():
-    """Jitted `_apply_chunk`."""
+    """Jitted `_apply_chunk`; a function, since the backend is not known at import."""
     # The CPU's default order of operations starts all loops' outputs at once: 21 GB instead of 9 at
     # 480x720.
-    on_cpu = jax.default_backend() == 'cpu'
-    options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if on_cpu else None
+    if jax.default_backend() == 'cpu':
+        options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+    else:
+        options = None
+
     return jax.jit(
         _apply_chunk,
         static_argnames=('cfg', 'method', 'first'),
@@ -351,56 +447,83 @@ def _run_chunk():
 
 
 def _run_scene(cfg: VAEConfig, method: str, params, x, borders) -> np.ndarray:
-    """All chunks of a scene or tile in turn; only one chunk is on the device at a time."""
-    cache, out = {}, []
+    """Runs all chunks of a scene or tile in turn; only one chunk is on the device at a time."""
+    cache = {}
+    chunks = []
     for start, stop in itertools.pairwise(borders):
-        y, cache = _run_chunk()(cfg, method, params, cache, x[:, start:stop], start == 0)
-        out.append(np.asarray(y))
-    return np.concatenate(out, axis=1)
+        is_first = start == 0
+        chunk, cache = _run_chunk()(cfg, method, params, cache, x[:, start:stop], is_first)
+        chunks.append(np.asarray(chunk))
+    return np.concatenate(chunks, axis=1)
 
 
 def _front_loaded(total: int, size: int) -> list[int]:
-    """Borders of chunks of `size`, the remainder going into the first."""
+    """Borders of chunks of `size`; the remainder is added to the first chunk."""
     rest = total % size if total >= size else 0
     return [0, *range(size + rest, total, size), total]
 
 
 def encode_borders(frames: int) -> list[int]:
-    """Where the chunks of a scene begin and end, in frames: 49 are 9, 8, 8, 8, 8, 8."""
+    """Where the chunks of a scene begin and end, in frames.
+
+    Args:
+      frames: F, the number of frames of the scene.
+
+    Returns:
+      Borders from 0 to F; those of 49 frames make chunks of 9, 8, 8, 8, 8 and 8.
+    """
+    # A scene of 4k + 1 frames has one latent for its first frame and one for every 4 frames after
+    # it. The odd frame must be in the first chunk, which alone may have an odd number of frames.
     return _front_loaded(frames, _ENCODE_CHUNK)
 
 
 def decode_borders(latents: int, rule: str) -> list[int]:
-    """Where the chunks of a scene begin and end, in latents: the first alone, then pairs;
-    'diffusers' starts with 3."""
+    """Where the chunks of a scene begin and end, in latents.
+
+    Args:
+      latents: T, the number of latents of the scene.
+      rule: one of DECODE_RULES.
+
+    Returns:
+      Borders from 0 to T; those of 13 latents make chunks of 1, 2, 2, ... under 'reference' and of
+      3, 2, 2, ... under 'diffusers'.
+    """
+    # As in the encoder: an odd number of latents leaves one over, which joins the first pair.
     if rule == 'diffusers':
         return _front_loaded(latents, _DECODE_CHUNK)
+
+    # The first latent, which stands for one frame, is decoded alone, then pairs. An even number of
+    # latents leaves one for the last chunk.
     return [0, *range(1, latents, _DECODE_CHUNK), latents]
 
 
 def encode(cfg: VAEConfig, params, pixels, tiling: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior of one scene (method of CogVideoX's VAE; frames are batched as Mask²DiT's code
-    does).
+    """Posterior of one scene, with the chunks of frames that Mask²DiT's code has.
 
     Args:
       cfg, params: the network.
       pixels: [B, F, H, W, 3] in -1...1, H and W multiples of cfg.spatial_factor.
-      tiling: code overlapping tiles of half the trained size and cross-fade them, for less memory;
-        changes results. Exactly the reference's rule, sizes included: see check_tiling.
+      tiling: codes overlapping tiles of half the trained size and cross-fades them, which needs
+        less memory and changes the results. The rule is exactly the reference's, sizes included:
+        see check_tiling.
 
     Returns:
       Mean and log-variance, float32 numpy [B, T, h, w, C], neither scaled by cfg.scaling_factor. T
       is 1 + (F-1)/4 for the usual F = 4k + 1.
 
     Raises:
-      ValueError: if the size is no multiple of cfg.spatial_factor.
+      ValueError: if the size is not a multiple of cfg.spatial_factor.
     """
     _check_size(cfg, pixels.shape)
-    run = functools.partial(
-        _run_scene, cfg, 'encode_chunk', params, borders=encode_borders(pixels.shape[1])
-    )
+    borders = encode_borders(pixels.shape[1])
+    run = functools.partial(_run_scene, cfg, 'encode_chunk', params, borders=borders)
+
     factor = cfg.spatial_factor
-    moments = _tiled(run, pixels, _tile_size(cfg), lambda n: n // factor) if tiling else run(pixels)
+    if tiling:
+        moments = _tiled(run, pixels, _tile_size(cfg), lambda length: length // factor)
+    else:
+        moments = run(pixels)
+
     mean, logvar = np.split(moments, 2, axis=-1)
     return mean, np.clip(logvar, -30.0, 20.0)
 
@@ -414,21 +537,38 @@ def decode(
       cfg, params: the network.
       latents: [B, T, h, w, C], already divided by cfg.scaling_factor.
       tiling: as in `encode`.
-      rule: 'reference' decodes the first latent alone and then pairs, 4(T-1)+1 frames; 'diffusers'
-        is the rule of the stock AutoencoderKLCogVideoX, which gives other pixels.
+      rule: 'reference' decodes the first latent alone and then pairs, which gives 4(T-1)+1 frames;
+        'diffusers' is the rule of the stock AutoencoderKLCogVideoX, which gives other pixels.
 
     Returns:
       float32 numpy [B, F, 8h, 8w, 3], about -1...1, not clipped.
+
+    Raises:
+      ValueError: if the rule is unknown.
     """
     if rule not in DECODE_RULES:
         raise ValueError(f'Decode rule {rule!r} is unknown: use one of {", ".join(DECODE_RULES)}.')
-    run = functools.partial(
-        _run_scene, cfg, 'decode_chunk', params, borders=decode_borders(latents.shape[1], rule)
-    )
+    borders = decode_borders(latents.shape[1], rule)
+    run = functools.partial(_run_scene, cfg, 'decode_chunk', params, borders=borders)
     if not tiling:
         return run(latents)
+
     factor = cfg.spatial_factor
-    return _tiled(run, latents, tuple(n // factor for n in _tile_size(cfg)), lambda n: n * factor)
+    height, width = _tile_size(cfg)
+    tile = (height // factor, width // factor)
+    return _tiled(run, latents, tile, lambda length: length * factor)
+
+
+def _check_size(cfg: VAEConfig, shape) -> None:
+    """Raises ValueError if frames of this shape [B, F, H, W, 3] are not made of whole latents."""
+    if shape[2] % cfg.spatial_factor or shape[3] % cfg.spatial_factor:
+        raise ValueError(
+            f'The VAE cannot code frames of {shape[2]}x{shape[3]} pixels: height and width must be '
+            f'multiples of {cfg.spatial_factor}.'
+        )
+
+
+# Tiles in space
 
 
 def _tile_size(cfg: VAEConfig) -> tuple[int, int]:
@@ -437,53 +577,62 @@ def _tile_size(cfg: VAEConfig) -> tuple[int, int]:
 
 
 def check_tiling(cfg: VAEConfig) -> None:
-    """Makes sure that tiles lead to frames of the right size; the reference's rule loses rows or
-    columns otherwise.
+    """Makes sure that tiles give frames of the right size.
+
+    If the overlap of two tiles is not a whole number of latents, the reference's rule loses rows or
+    columns.
+
+    Args:
+      cfg: the VAE, whose sample_height and sample_width set the tiles.
 
     Raises:
-      ValueError: if the overlaps are no whole latents.
+      ValueError: if an overlap is not a whole number of latents.
     """
     for name, tile, share in zip(('height', 'width'), _tile_size(cfg), _TILE_OVERLAP):
         latents = tile // cfg.spatial_factor
-        if int(latents * (1 - share)) * cfg.spatial_factor != tile - int(tile * share):
+        step_in_latents = int(latents * (1 - share))
+        kept_pixels = tile - int(tile * share)
+        if step_in_latents * cfg.spatial_factor != kept_pixels:
             raise ValueError(
-                f'The VAE cannot run in tiles: half of its sample_{name}, {tile} pixels, does not overlap '
-                f'by {share:.3f} in whole latents.'
+                f'The VAE cannot run in tiles: half of its sample_{name}, {tile} pixels, does not '
+                f'overlap by {share:.3f} in whole latents.'
             )
 
 
-def _check_size(cfg: VAEConfig, shape) -> None:
-    if shape[2] % cfg.spatial_factor or shape[3] % cfg.spatial_factor:
-        raise ValueError(
-            f'The VAE cannot code frames of {shape[2]}x{shape[3]} pixels: height and width must be '
-            f'multiples of {cfg.spatial_factor}.'
-        )
-
-
 def _tiled(run, x, tile, scale) -> np.ndarray:
-    """Runs overlapping tiles and cross-fades each with the finished one above it, then with the one
-    to its left.
+    """Runs overlapping tiles and cross-fades them.
 
     Args:
       run: function of one tile [B, T, ., ., C].
       x: whole input.
       tile: height and width of an input tile.
-      scale: input to output length.
+      scale: function of a length of the input that gives the length of the output.
     """
-    steps = [int(n * (1 - share)) for n, share in zip(tile, _TILE_OVERLAP)]
-    fades = [int(scale(n) * share) for n, share in zip(tile, _TILE_OVERLAP)]
-    keep = [scale(n) - fade for n, fade in zip(tile, fades)]
-    above, strips = [], []
-    for top in range(0, x.shape[2], steps[0]):
+    tile_height, tile_width = tile
+    overlap_height, overlap_width = _TILE_OVERLAP
+
+    # From one input tile to the next, and what of each output tile fades into the next.
+    step_height = int(tile_height * (1 - overlap_height))
+    step_width = int(tile_width * (1 - overlap_width))
+    fade_height = int(scale(tile_height) * overlap_height)
+    fade_width = int(scale(tile_width) * overlap_width)
+    keep_height = scale(tile_height) - fade_height
+    keep_width = scale(tile_width) - fade_width
+
+    # A tile fades into the finished one above it first, then into the one to its left.
+    above = []
+    strips = []
+    for top in range(0, x.shape[2], step_height):
         row = []
-        for left in range(0, x.shape[3], steps[1]):
-            y = run(x[:, :, top : top + tile[0], left : left + tile[1]])
+        for left in range(0, x.shape[3], step_width):
+            y = run(x[:, :, top : top + tile_height, left : left + tile_width])
             if above:
-                _cross_fade(above[len(row)], y, fades[0], axis=2)
+                _cross_fade(above[len(row)], y, fade_height, axis=2)
             if row:
-                _cross_fade(row[-1], y, fades[1], axis=3)
+                _cross_fade(row[-1], y, fade_width, axis=3)
             row.append(y)
-        strips.append(np.concatenate([y[:, :, : keep[0], : keep[1]] for y in row], axis=3))
+        kept = [y[:, :, :keep_height, :keep_width] for y in row]
+        strips.append(np.concatenate(kept, axis=3))
         above = row
     return np.concatenate(strips, axis=2)
 
@@ -491,9 +640,10 @@ def _tiled(run, x, tile, scale) -> np.ndarray:
 def _cross_fade(before, after, length: int, axis: int) -> None:
     """Fades the end of `before` linearly into the start of `after`, in place."""
     length = min(length, before.shape[axis], after.shape[axis])
-    weight = (np.arange(length, dtype=np.float32) / length).reshape(
-        (length,) + (1,) * (after.ndim - axis - 1)
-    )
-    head = after[(slice(None),) * axis + (slice(length),)]
-    tail = before[(slice(None),) * axis + (slice(before.shape[axis] - length, None),)]
+    weight = np.arange(length, dtype=np.float32) / length
+    weight = weight.reshape((length,) + (1,) * (after.ndim - axis - 1))
+
+    earlier_axes = (slice(None),) * axis
+    head = after[(*earlier_axes, slice(length))]
+    tail = before[(*earlier_axes, slice(before.shape[axis] - length, None))]
     head[...] = tail * (1 - weight) + head * weight

@@ -223,10 +223,10 @@ def test_merging_adds_the_scaled_product_of_each_layer(dtype):
         ('to_p/kernel$', "config.lora.layers 'to_p/kernel$' matches no parameter"),
         (
             'attn/to_q',
-            'matches blocks/attn/to_q/bias, which is no matrix: let it match kernels only',
+            'matches blocks/attn/to_q/bias, which is not a matrix: let it match kernels only',
         ),
-        ('positions', 'matches positions, which is no matrix'),
-        ('(', "'(' is no regular expression"),
+        ('positions', 'matches positions, which is not a matrix'),
+        ('(', "'(' is not a regular expression"),
     ],
 )
 def test_layers_that_cannot_be(layers, message):
