@@ -83,13 +83,13 @@ def test_stratified_timesteps():
     assert t.min() >= 0 and t.max() <= 999
 
 
-def test_random_given():
-    given = np.asarray(denoising.random_given(jax.random.key(0), 4000, 4, 0.5))
+def test_sample_given_scenes():
+    given = np.asarray(denoising.sample_given_scenes(jax.random.key(0), 4000, 4, 0.5))
     count = given.sum(1)
     assert abs((count > 0).mean() - 0.5) < 0.05
     assert set(count) == {0, 1, 2, 3}
     np.testing.assert_array_equal(given, np.arange(4) < count[:, None])  # leading scenes
-    assert not denoising.random_given(jax.random.key(0), 8, 1, 1.0).any()
+    assert not denoising.sample_given_scenes(jax.random.key(0), 8, 1, 1.0).any()
 
 
 def test_given_scenes_are_clean_and_count_nothing():
