@@ -101,7 +101,7 @@ def train_and_evaluate(
     trace = _Trace(workdir / 'trace', trace_step)
     trace.check(start, total_steps)
 
-    # 5. Records. What the terms in the log mean is said once.
+    # 5. Records. One line now explains the terms that later lines use.
     writer = metric_writer.MetricWriter(workdir, total_steps, start)
     recorder = _Recorder(_peak_share(config, mesh, codec))
     logging.info(
@@ -110,7 +110,7 @@ def train_and_evaluate(
     )
 
     # 6. The loop.
-    steps = _jit_steps(config, codec, shardings, mesh)
+    jitted_steps = _jit_steps(config, codec, shardings, mesh)
     prepare = _batch_preparer(config, batches, mesh)
     compiled = set()
     steady = False  # whether nothing slow came between the barrier before and the next one
@@ -123,10 +123,10 @@ def train_and_evaluate(
             trace.start_before(step)
             layout, batch = recorder.wait_for(ready)
 
-            # A peer may be minutes late where it compiled or saved, and nowhere else.
+            # The wait has a limit only where no process has a good reason to come minutes late.
             multihost.barrier(step, limited=steady)
 
-            state, metrics = steps[layout](state, batch, batches.null_text)
+            state, metrics = jitted_steps[layout](state, batch, batches.null_text)
             recorder.add(layout, metrics)
             done = step + 1
 
