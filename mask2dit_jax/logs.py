@@ -1,4 +1,4 @@
-"""Logging of libraries, and durations for people."""
+"""Which log lines are shown, and durations as people read them."""
 
 import logging as python_logging
 import pathlib
@@ -7,25 +7,28 @@ from absl import logging
 
 
 def quiet_libraries() -> None:
-    """Logs this package's lines from INFO on, other libraries' from WARNING on (TFDS: ERROR)."""
+    """Shows this package's log lines from INFO on, other libraries' from WARNING on, and those of
+    TFDS from ERROR on."""
+    package_folder = str(pathlib.Path(__file__).parent)
 
-    def keep(record) -> bool:
-        if str(pathlib.Path(__file__).parent) in record.pathname:
+    def is_shown(record: python_logging.LogRecord) -> bool:
+        if package_folder in record.pathname:
             return True
-        return record.levelno >= (
-            python_logging.ERROR
-            if 'tensorflow_datasets' in record.pathname
-            else python_logging.WARNING
-        )
+        if 'tensorflow_datasets' in record.pathname:
+            return record.levelno >= python_logging.ERROR
+        return record.levelno >= python_logging.WARNING
 
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(keep)
+    logging.get_absl_handler().addFilter(is_shown)
 
 
 def format_eta(seconds: float) -> str:
     """Formats a duration in seconds as 1h02m, 3m29s or 12s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+
     if hours:
         return f'{hours}h{minutes:02d}m'
-    return f'{minutes}m{seconds:02d}s' if minutes else f'{seconds}s'
+    if minutes:
+        return f'{minutes}m{seconds:02d}s'
+    return f'{seconds}s'

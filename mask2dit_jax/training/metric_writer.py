@@ -1,8 +1,7 @@
-"""Training metrics: one log line with speed and ETA, one JSON object per line in metrics.jsonl,
-score tables.
+"""Training metrics: one log line with speed and ETA, and one JSON object per line in metrics.jsonl.
 
-Where tensorboardX is installed, the same scalars and the sample sheets go to <workdir>/tensorboard,
-too.
+Where tensorboardX is installed, the same scalars and the sample grids also go to
+<workdir>/tensorboard.
 """
 
 import collections
@@ -13,6 +12,7 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,35 +21,71 @@ from absl import logging
 
 from mask2dit_jax import logs
 
-_WINDOW_WRITES = 10  # writes over which the speed is averaged
+_WINDOW_WRITES = 10  # the speed is averaged over the last ten writes
 
 
-def _drop_steps_after(path: pathlib.Path, step: int) -> None:
-    """Rewrites the file atomically without later steps and without a last line torn by a kill in
-    mid-write."""
+class _Mark(NamedTuple):
+    """When a step was written."""
+
+    seconds: float  # of time.monotonic
+    step: int
+
+
+def _speed(marks: Sequence[_Mark]) -> float | None:
+    """Steps per second from the first mark to the last; None if steps or time did not advance."""
+    steps = marks[-1].step - marks[0].step
+    seconds = marks[-1].seconds - marks[0].seconds
+    if steps <= 0 or seconds <= 0:
+        return None
+    return steps / seconds
+
+
+def _drop_steps_after(path: pathlib.Path, last_step: int) -> None:
+    """Removes records of later steps, and an incomplete last line, from a metrics.jsonl.
+
+    A line is incomplete if the run was killed while it was written. The file is replaced in one
+    operation: a kill leaves either the old or the new one.
+    """
     lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith('\n')]
+    complete_lines = [line for line in lines if line.endswith('\n')]
+
     try:
-        kept = [line for line in lines if json.loads(line)['step'] <= step]
+        kept = [line for line in complete_lines if json.loads(line)['step'] <= last_step]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f'{path} has a line that is no metrics record ({error}): repair or move the file.'
+            f'{path} has a line that is not a metrics record ({error}): repair or move the file.'
         ) from error
+
     rewritten = path.with_name(path.name + '.tmp')
     rewritten.write_text(''.join(kept), encoding='utf-8')
     os.replace(rewritten, path)
 
 
-def _speed(marks: Sequence[tuple[float, int]]) -> float | None:
-    """Steps per second from the first to the last (time, step); None while there is no such
-    span."""
-    (start, first), (end, last) = marks[0], marks[-1]
-    return (last - first) / (end - start) if last > first and end > start else None
+def _open_board(workdir: pathlib.Path, start_step: int):
+    """TensorBoard's writer; None where tensorboardX is not installed."""
+    if importlib.util.find_spec('tensorboardX') is None:
+        logging.info(
+            "No TensorBoard files are written: pip install 'mask2dit_jax[tensorboard]' for them."
+        )
+        return None
+
+    import tensorboardX
+
+    return tensorboardX.SummaryWriter(
+        os.fspath(workdir / 'tensorboard'),
+        # TensorBoard hides what earlier files say about this step and later ones.
+        purge_step=start_step + 1,
+        # tensorboardX writes in a thread, for which its flush() does not wait. With one second
+        # between writes, a kill costs at most one record.
+        flush_secs=1,
+    )
 
 
 class MetricWriter:
-    """Writes metrics to log, workdir/metrics.jsonl and TensorBoard on process 0; on others it does
-    nothing."""
+    """Writes metrics to the log, metrics.jsonl and TensorBoard.
+
+    Only process 0 writes; on the others the methods do nothing.
+    """
 
     def __init__(self, workdir, total_steps: int, start_step: int = 0):
         """Opens the file for appending.
@@ -57,8 +93,8 @@ class MetricWriter:
         Args:
           workdir: local folder, made if needed.
           total_steps: the step at which training ends, for the ETA.
-          start_step: the step resumed from. Records of later steps, written by a run that was
-            killed after its last checkpoint, are removed: no step appears twice.
+          start_step: the step from which the run is resumed. Records of later steps, written by a
+            run that was killed after its last checkpoint, are removed: no step appears twice.
 
         Raises:
           ValueError: for a remote workdir, where files cannot be appended to, or a damaged
@@ -67,38 +103,31 @@ class MetricWriter:
         self._total_steps = total_steps
         self._marks = collections.deque(maxlen=_WINDOW_WRITES + 1)
         self._file = None
+        self._board = None
+
         if '://' in os.fspath(workdir):
             raise ValueError(
                 f'metrics.jsonl cannot be appended to in {workdir}: pass a local folder.'
             )
         if jax.process_index() != 0:
             return
-        path = pathlib.Path(workdir) / 'metrics.jsonl'
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+
+        path = workdir / 'metrics.jsonl'
         if path.exists():
             _drop_steps_after(path, start_step)
         self._file = path.open('a', encoding='utf-8')
-        self._board = None
-        if importlib.util.find_spec('tensorboardX') is None:
-            logging.info(
-                "No TensorBoard files are written: pip install 'mask2dit_jax[tensorboard]' for them."
-            )
-            return
-        import tensorboardX
 
-        # TensorBoard forgets what earlier files say of purge_step and later. Its thread writes
-        # within flush_secs (its flush does not wait for the thread), so that a kill costs it a
-        # record at most.
-        self._board = tensorboardX.SummaryWriter(
-            os.fspath(path.parent / 'tensorboard'), purge_step=start_step + 1, flush_secs=1
-        )
+        self._board = _open_board(workdir, start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one record and logs one line.
 
-        The speed is averaged over the last writes. It starts at the first write, so that the
-        compilation before it does not count; the first record hence has no speed. NaN and
-        infinities become strings in the file.
+        The speed is averaged over the last writes. The first record has no speed: timing starts
+        with this record, so that the compilation before it does not count. NaN and infinities
+        become strings in the file.
 
         Args:
           step: the number of steps done.
@@ -109,49 +138,73 @@ class MetricWriter:
         """
         if self._file is None:
             return
-        self._marks.append((time.monotonic(), step))
+
+        self._marks.append(_Mark(time.monotonic(), step))
         speed = _speed(self._marks)
+
         values = {name: float(value) for name, value in metrics.items()}
-        record = {'step': step, **values} | ({} if speed is None else {'steps_per_second': speed})
-        # JSON knows no NaN: a bare one would make the line unreadable to everything but Python.
+        recorded = dict(values)
+        if speed is not None:
+            recorded['steps_per_second'] = speed
+
+        self._append_to_file({'step': step} | recorded)
+
+        if self._board is not None:
+            for name, value in recorded.items():
+                self._board.add_scalar(name, value, step)
+
+        logging.info('%s', self._log_line(step, values, speed))
+
+    def _append_to_file(self, record: dict[str, float]) -> None:
+        """Writes one line, which is in the file when this returns."""
+        # JSON has no NaN: a bare one would make the line unreadable to all programs but Python.
         record = {
             name: value if math.isfinite(value) else str(value) for name, value in record.items()
         }
+
         try:
             self._file.write(json.dumps(record, allow_nan=False) + '\n')
             self._file.flush()
         except OSError as error:
             raise OSError(
-                f'{self._file.name} cannot be written ({error.strerror}): make room or mend the disk, and '
-                'the same command resumes.'
+                f'{self._file.name} cannot be written ({error.strerror}): make room or mend the '
+                'disk, and the same command resumes.'
             ) from error
-        if self._board is not None:
-            for name, value in (
-                values.items() if speed is None else [*values.items(), ('steps_per_second', speed)]
-            ):
-                self._board.add_scalar(name, value, step)
-        logging.info('%s', self._log_line(step, values, speed))
 
     def _log_line(self, step: int, values: dict[str, float], speed: float | None) -> str:
+        """The line for people, e.g. 'step 10/100 | 2.5 steps/s | ETA 36s | loss 0.51'."""
         parts = [f'step {step}/{self._total_steps}']
+
         if speed is not None:
-            parts.append(f'{speed:.1f} steps/s' if speed >= 10 else f'{speed:.3g} steps/s')
-            parts.append(f'ETA {logs.format_eta(max(0, self._total_steps - step) / speed)}')
-        return ' | '.join(parts + [f'{name} {value:.4g}' for name, value in values.items()])
+            digits = f'{speed:.1f}' if speed >= 10 else f'{speed:.3g}'
+            steps_left = max(0, self._total_steps - step)
+            parts.append(f'{digits} steps/s')
+            parts.append(f'ETA {logs.format_eta(steps_left / speed)}')
+
+        parts += [f'{name} {value:.4g}' for name, value in values.items()]
+        return ' | '.join(parts)
 
     def write_images(self, step: int, images: Mapping[str, os.PathLike]) -> None:
-        """Shows image files in TensorBoard, by name."""
+        """Shows image files in TensorBoard.
+
+        Args:
+          step: the number of steps done.
+          images: paths of the files by the name under which TensorBoard shows each.
+        """
         if self._file is None or self._board is None:
             return
+
         for name, path in images.items():
-            self._board.add_image(
-                name, np.asarray(PIL.Image.open(path).convert('RGB')), step, dataformats='HWC'
-            )
+            pixels = np.asarray(PIL.Image.open(path).convert('RGB'))  # [H, W, 3]
+            self._board.add_image(name, pixels, step, dataformats='HWC')
 
     def close(self) -> None:
         """Closes the files; later writes do nothing."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            if self._board is not None:
-                self._board.close()
+        if self._file is None:
+            return
+
+        self._file.close()
+        self._file = None
+
+        if self._board is not None:
+            self._board.close()

@@ -1,10 +1,11 @@
-"""The training run: data, state, loop, sample sheets, checkpoints, and the scores at the end."""
+"""The training run: data, state, loop, sample grids, checkpoints, and the scores at the end."""
 
-import contextlib
 import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,44 +20,220 @@ from mask2dit_jax.distributed import multihost, partitioning
 from mask2dit_jax.models import flops
 from mask2dit_jax.pretrained import runs
 from mask2dit_jax.training import ema as ema_lib
-from mask2dit_jax.training import metric_writer, train_step, validation
+from mask2dit_jax.training import metric_writer, validation
+from mask2dit_jax.training import train_step as train_step_lib
 
-TRACED_STEPS = 3  # enough to see one that is not the first
+TRACED_STEPS = 3  # enough to see one that is neither the first nor the last
+
+Layout = tuple[int, ...]  # frames per scene
+
+
+def train_and_evaluate(
+    config: config_lib.Config, workdir, trace_step: int | None = None
+) -> list[dict] | None:
+    """Trains to the last step and computes the scores.
+
+    Training resumes from the newest good checkpoint of the workdir if there is one.
+
+    Args:
+      config: the validated configuration.
+      workdir: folder for config.json, checkpoints, metrics.jsonl, sample grids and scores.
+      trace_step: the step from which TRACED_STEPS are recorded by jax.profiler, if any.
+
+    Returns:
+      The rows of `score_stories` (of `held_out_losses`, if the run trains on encoded clips), by the
+      EMA parameters; None if SIGTERM stopped training, at a step that is saved.
+
+    Raises:
+      FloatingPointError: if training diverges.
+      RuntimeError: if a checkpoint cannot be written.
+      TimeoutError: if another process hangs.
+      ValueError: if the workdir holds another run, LoRA has no base, or the run does not contain
+        all the steps to record.
+    """
+    started = time.monotonic()
+    config = runs.resolve_base_checkpoint(config)
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    total_steps = config.train.steps
+
+    # 1. Devices.
+    mesh = mesh_lib.make_mesh(config.mesh)
+
+    # 2. Data. A scene that the codec cannot take is an error now, not after hours of encoding.
+    codec = latent_codec.for_run(config, workdir)
+    for layout in config.data.layouts:
+        codec.latent_frames(layout)
+    batches = batches_lib.train_batches(config, workdir, codec)
+
+    # 3. State.
+    state, shardings = _initial_state(config, codec, mesh)
+    logging.info(
+        '%d trained and %d frozen parameters on mesh %s.',
+        _num_parameters(state.params),
+        _num_parameters(state.frozen_params),
+        dict(mesh.shape),
+    )
+
+    # 4. Resume.
+    meta = _run_meta(config, batches)
+    found = checkpoint.folders(workdir)
+    multihost.assert_same_on_all_hosts(
+        configuration=config, data=batches.fingerprint, checkpoints=[path.name for path in found]
+    )
+    start = 0
+    if found:
+        # The fresh arrays are freed before the saved ones are read: both would not fit.
+        targets = _restore_targets(state)
+        frozen_params = state.frozen_params
+        del state
+        state, start = _restore(workdir, targets, frozen_params, shardings, meta)
+
+    checkpoints = checkpoint.manager(
+        workdir, config.train.keep_checkpoints, config.train.keep_every_steps, start
+    )
+    if jax.process_index() == 0:
+        config_lib.save(config, workdir / 'config.json')
+    if start >= total_steps:
+        logging.info(
+            '%s is finished at step %d; raise config.train.steps to train on.', workdir, start
+        )
+    trace = _Trace(workdir / 'trace', trace_step)
+    trace.check(start, total_steps)
+
+    # 5. Records. One line now explains the terms that later lines use.
+    writer = metric_writer.MetricWriter(workdir, total_steps, start)
+    recorder = _Recorder(_peak_share(config, mesh, codec))
+    logging.info(
+        'data_wait is the share of time for which the loop waits for data%s.',
+        ', mfu is model FLOPs / (time x devices x peak bf16 FLOP/s)' if recorder.peak_share else '',
+    )
+
+    # 6. The loop.
+    jitted_steps = _jit_steps(config, codec, shardings, mesh)
+    prepare = _batch_preparer(config, batches, mesh)
+    compiled = set()
+    steady = False  # whether nothing slow came between the barrier before and the next one
+    stopped = False
+    with (
+        multihost.termination() as terminated,
+        batches_lib.prefetched(prepare, range(start, total_steps)) as ready,
+    ):
+        for step in range(start, total_steps):
+            trace.start_before(step)
+            layout, batch = recorder.wait_for(ready)
+
+            # The wait has a limit only where no process has a good reason to come minutes late.
+            multihost.barrier(step, limited=steady)
+
+            state, metrics = jitted_steps[layout](state, batch, batches.null_text)
+            recorder.add(layout, metrics)
+            done = step + 1
+
+            compiles = layout not in compiled
+            compiled.add(layout)
+            traced = trace.stop_after(step, state)
+
+            # SIGTERM to any process stops all after the same step.
+            stopped = terminated()
+            due = _due(done, config.train, stopped)
+
+            if due.log:
+                writer.write(done, recorder.record(done))
+
+            # A save that fails in the background ends the run at once, not at the next save.
+            checkpoint.check(checkpoints)
+            if due.save:
+                checkpoint.save(checkpoints, done, state, meta)
+
+            if stopped:
+                break
+
+            if due.sample:
+                ema = ema_lib.model_ema(config, state)
+                grids = validation.write_sample_grids(config, ema, codec, workdir, done)
+                writer.write_images(done, validation.by_task(grids))
+                del ema  # under LoRA a second model, for which the next step has no memory
+
+            steady = not (compiles or traced or due.save or due.sample)
+
+        checkpoint.finish(checkpoints)
+
+    if stopped:
+        writer.close()
+        logging.info(
+            'Stopped by SIGTERM at step %d of %d; the same command resumes.',
+            done,
+            total_steps,
+        )
+        return None
+
+    # 7. Sample grids and scores of the EMA parameters.
+    ema = ema_lib.model_ema(config, state)
+    grids = validation.write_sample_grids(config, ema, codec, workdir, total_steps)
+    if start < total_steps:  # TensorBoard has the grids of a finished run already
+        writer.write_images(total_steps, validation.by_task(grids))
+    writer.close()
+
+    if config.data.encoded:
+        rows = validation.held_out_losses(config, ema, codec)
+    else:
+        rows = validation.score_stories(config, ema, codec, workdir)
+    validation.write_scores(rows, workdir, time.monotonic() - started)
+    return rows
+
+
+# The state: fresh, or of a checkpoint.
 
 
 def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, mesh):
-    """State straight into its shardings; from a model folder or the EMA of another run if the
-    configuration says so."""
-    frames, m = codec.latent_frames(config.data.layouts[0]), config.model
-    text = np.zeros((len(frames), m.max_text_seq_length, m.text_embed_dim), np.float32)
-    inputs = np.zeros((sum(frames), *codec.latent_shape), np.float32), text, frames
-    abstract = jax.eval_shape(lambda: train_step.init_state(config, inputs))
+    """The state at step 0, made where its shardings put it, and these shardings.
+
+    Its parameters are random, or from a model folder or the EMA of another run if the configuration
+    says so.
+    """
+    model_config = config.model
+    frames = codec.latent_frames(config.data.layouts[0])
+    latents = np.zeros((sum(frames), *codec.latent_shape), np.float32)  # [T, H, W, C]
+    text = np.zeros(
+        (len(frames), model_config.max_text_seq_length, model_config.text_embed_dim), np.float32
+    )  # [S, M, E]
+
+    def init():
+        return train_step_lib.init_state(config, (latents, text, frames))
+
+    abstract = jax.eval_shape(init)
     shardings = partitioning.shardings(abstract, mesh)
+
     if config.lora.rank:
-        # The base is never made, only read.
-        state = jax.jit(
-            lambda: train_step.init_state(config, inputs).replace(frozen_params=()),
-            out_shardings=shardings.replace(frozen_params=()),
-        )()
-        return state.replace(
-            frozen_params=runs.load_base(
-                config, partitioning.abstract_arrays(abstract.frozen_params, mesh)
-            )
-        ), shardings
-    state = jax.jit(lambda: train_step.init_state(config, inputs), out_shardings=shardings)()
+        # The base is read, and never made at random: the compiler drops what is not returned.
+        def init_without_base():
+            return init().replace(frozen_params=())
+
+        state = jax.jit(init_without_base, out_shardings=shardings.replace(frozen_params=()))()
+        target = partitioning.abstract_arrays(abstract.frozen_params, mesh)
+        return state.replace(frozen_params=runs.load_base(config, target)), shardings
+
+    state = jax.jit(init, out_shardings=shardings)()
     if config.init_from:
-        params = runs.load_base(config, partitioning.abstract_arrays(abstract.params, mesh))
+        target = partitioning.abstract_arrays(abstract.params, mesh)
+        params = runs.load_base(config, target)
         state = state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
     return state, shardings
 
 
+def _num_parameters(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
 def _run_meta(config: config_lib.Config, batches: batches_lib.Batches) -> dict:
-    """What must not change between a run and its continuation."""
+    """Everything that must be the same for a run to continue; checkpoints hold it."""
     return {
         'data': batches.fingerprint,
         'seed': config.seed,
         'init_from': config.init_from,
         'optimizer': config.optimizer.name,
+        # These two change speed and memory only.
         'model': dataclasses.asdict(config.model) | {'remat': '', 'attention_backend': ''},
         'lora': dataclasses.asdict(config.lora),
         'batch_size': config.train.batch_size,
@@ -64,8 +241,156 @@ def _run_meta(config: config_lib.Config, batches: batches_lib.Batches) -> dict:
     }
 
 
-def _checked_mean(values, step: int) -> float:
-    """Mean of metrics fetched from the device.
+def _restore_targets(state: train_step_lib.TrainState) -> dict:
+    """Shapes and shardings of the saved items, by item; they hold no arrays."""
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    return {
+        item: jax.tree.map(abstract, getattr(state, field))
+        for item, field in checkpoint.ITEMS.items()
+    }
+
+
+def _restore(
+    workdir: pathlib.Path, targets: dict, frozen_params, shardings, meta: dict
+) -> tuple[train_step_lib.TrainState, int]:
+    """The state of the newest good checkpoint, and its step."""
+    path, items = checkpoint.latest(workdir, targets, meta)
+    step = int(path.name)
+    logging.info('Resuming %s.', path)
+
+    restored = {checkpoint.ITEMS[item]: tree for item, tree in items.items()}
+    state = train_step_lib.TrainState(
+        step=jax.device_put(np.int32(step), shardings.step),
+        frozen_params=frozen_params,
+        **restored,
+    )
+    return state, step
+
+
+# The loop: its functions, what is due at a step, what is recorded.
+
+
+def _jit_steps(
+    config: config_lib.Config, codec: latent_codec.LatentCodec, shardings, mesh
+) -> dict[Layout, Callable]:
+    """The jitted training step of each layout; each compiles when it is first called."""
+    return {
+        layout: train_step_lib.jit_train_step(
+            config, codec.latent_frames(layout), shardings, mesh_lib.batch_sharding(mesh)
+        )
+        for layout in dict.fromkeys(config.data.layouts)
+    }
+
+
+def _batch_preparer(
+    config: config_lib.Config, batches: batches_lib.Batches, mesh
+) -> Callable[[int], tuple[Layout, dict]]:
+    """A function from a step to its layout and its global batch on the mesh."""
+    batch_size = config.train.batch_size
+    rows = mesh_lib.local_rows(mesh, batch_size)
+
+    def prepare(step: int):
+        layout, batch = batches(step, rows)
+        return layout, mesh_lib.global_batch(batch, mesh, batch_size)
+
+    return prepare
+
+
+class _Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    save: bool
+    sample: bool
+
+
+def _due(done: int, train: config_lib.TrainConfig, stopped: bool) -> _Due:
+    """What is due when `done` steps are done; `stopped` says that the run ends here.
+
+    Every save is logged, too: fetching the metrics is what keeps a diverged state from being saved.
+    The sample grids of the last step are drawn after the loop.
+    """
+    ends = stopped or done == train.steps
+    save = ends or done % train.checkpoint_every_steps == 0
+    log = save or done % train.log_every_steps == 0
+    sample = not ends and done % train.sample_every_steps == 0
+    return _Due(log=log, save=save, sample=sample)
+
+
+class _StepMetrics(NamedTuple):
+    """What one step returned."""
+
+    layout: Layout
+    metrics: dict[str, jax.Array]
+
+
+@dataclasses.dataclass
+class _Recorder:
+    """Collects the steps since the last record.
+
+    Metrics stay on the device until `record`: fetching them after every step would make the loop
+    wait for the device, and the device would then be idle until the loop sends the next step.
+
+    Attributes:
+      peak_share: of `_peak_share`.
+      pending: the metrics of the steps since the last record.
+      waited_seconds: how long the loop waited for data since the last record.
+      recorded_at: the time.monotonic of the last record; None before the first one.
+    """
+
+    peak_share: dict[Layout, float]
+    pending: list[_StepMetrics] = dataclasses.field(default_factory=list)
+    waited_seconds: float = 0.0
+    recorded_at: float | None = None
+
+    def wait_for(self, ready: Iterator[tuple[Layout, dict]]) -> tuple[Layout, dict]:
+        """The next layout and batch; the time until they are there counts as waiting for data."""
+        asked_at = time.monotonic()
+        layout, batch = next(ready)
+        self.waited_seconds += time.monotonic() - asked_at
+        return layout, batch
+
+    def add(self, layout: Layout, metrics: dict[str, jax.Array]) -> None:
+        """Keeps the metrics of one step."""
+        self.pending.append(_StepMetrics(layout, metrics))
+
+    def record(self, step: int) -> dict[str, float]:
+        """Means since the last record; waits for the device.
+
+        Args:
+          step: the number of steps done, for the error.
+
+        Returns:
+          The means of the steps' metrics, and from the second record on data_wait and (where the
+          device's peak is known) mfu. The first record's time is mostly the compiler's.
+
+        Raises:
+          FloatingPointError: if a metric is not finite.
+        """
+        record = {}
+        for name in self.pending[-1].metrics:
+            values = [pending.metrics[name] for pending in self.pending]
+            record[name] = _checked_mean(values, step)
+
+        now = time.monotonic()
+        if self.recorded_at is not None:
+            seconds = now - self.recorded_at
+            record['data_wait'] = self.waited_seconds / seconds
+            if self.peak_share:
+                peak_seconds = sum(self.peak_share[pending.layout] for pending in self.pending)
+                record['mfu'] = peak_seconds / seconds
+
+        self.pending = []
+        self.waited_seconds = 0.0
+        self.recorded_at = now
+        return record
+
+
+def _checked_mean(values: list[jax.Array], step: int) -> float:
+    """Fetches one metric of several steps, and takes the mean.
 
     Raises:
       FloatingPointError: if it is not finite.
@@ -81,204 +406,61 @@ def _checked_mean(values, step: int) -> float:
 
 def _peak_share(
     config: config_lib.Config, mesh, codec: latent_codec.LatentCodec
-) -> dict[tuple[int, ...], float]:
-    """Model FLOPs of a step on stories of each layout, as a share of what the devices do in a
-    second at their peak.
+) -> dict[Layout, float]:
+    """Model FLOPs of a step of each layout, divided by the FLOP/s of all devices at their peak.
 
-    Times steps per second that is MFU: steps/s x batch_size x flops.training_flops / (devices x
-      peak bf16 FLOP/s of one).
-    Nothing that is computed again counts. Empty where the device's peak is not in hardware.CHIPS.
+    This is the number of seconds that the step would take at the peak: divided by the seconds that
+    it takes, it is the MFU. Activations that are computed again in the backward pass do not count.
+    The result is empty where hardware.CHIPS does not have the device's peak.
     """
     peaks = {chip.device_kind: chip.peak_flops for chip in hardware.CHIPS.values()}
-    kind = mesh.devices.flat[0].device_kind
-    if kind not in peaks:
+    device_kind = mesh.devices.flat[0].device_kind
+    if device_kind not in peaks:
         return {}
-    layouts = {
-        f: config.model.layout(codec.latent_frames(f), *codec.latent_shape[:2])
-        for f in config.data.layouts
-    }
-    return {
-        f: config.train.batch_size
-        * sum(flops.training_flops(config.model, layout).values())
-        / (mesh.size * peaks[kind])
-        for f, layout in layouts.items()
-    }
+    peak_of_all_devices = mesh.size * peaks[device_kind]
 
-
-def train_and_evaluate(
-    config: config_lib.Config, workdir, trace_step: int | None = None
-) -> list[dict] | None:
-    """Trains to the end, resuming from the newest good checkpoint of the workdir if there is one,
-    and scores.
-
-    Args:
-      config: the validated configuration.
-      workdir: folder for config.json, checkpoints, metrics.jsonl, sheets and scores.
-      trace_step: the step from which TRACED_STEPS are recorded by jax.profiler, if any.
-
-    Returns:
-      The rows of `score_stories`, by the EMA parameters; None if SIGTERM stopped training, at a
-      step that is saved.
-
-    Raises:
-      FloatingPointError: if training diverges.
-      RuntimeError: if a checkpoint cannot be written.
-      TimeoutError: if another process hangs.
-      ValueError: if the workdir holds another run, LoRA has no base, or the steps to record are not
-        all to be run.
-    """
-    started = time.monotonic()
-    config = runs.resolve_base_checkpoint(config)
-    cfg, workdir = config.train, pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-
-    # 1. Devices, data, state.
-    mesh = mesh_lib.make_mesh(config.mesh)
-    codec = latent_codec.for_run(config, workdir)
+    shares = {}
     for layout in config.data.layouts:
-        codec.latent_frames(
-            layout
-        )  # a scene that cannot be coded is an error now, not after encoding
-    batches = batches_lib.train_batches(config, workdir, codec)
-    state, shardings = _initial_state(config, codec, mesh)
-    trained, frozen = (
-        sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen_params)
-    )
-    logging.info(
-        '%d trained and %d frozen parameters on mesh %s.', trained, frozen, dict(mesh.shape)
-    )
+        scene_layout = config.model.layout(codec.latent_frames(layout), *codec.latent_shape[:2])
+        flops_of_story = sum(flops.training_flops(config.model, scene_layout).values())
+        shares[layout] = config.train.batch_size * flops_of_story / peak_of_all_devices
+    return shares
 
-    # 2. Resume.
-    meta, start, found = _run_meta(config, batches), 0, checkpoint.folders(workdir)
-    multihost.assert_same_on_all_hosts(
-        configuration=config, data=batches.fingerprint, checkpoints=[p.name for p in found]
-    )
-    if found:
-        # Only shapes and places stay of what is read, so that it is not held twice.
-        frozen_params, targets = (
-            state.frozen_params,
-            {
-                item: jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                    getattr(state, field),
-                )
-                for item, field in checkpoint.ITEMS.items()
-            },
-        )
-        del state
-        path, items = checkpoint.latest(workdir, targets, meta)
-        start = int(path.name)
-        logging.info('Resuming %s.', path)
-        restored = {checkpoint.ITEMS[item]: tree for item, tree in items.items()}
-        state = train_step.TrainState(
-            step=jax.device_put(np.int32(start), shardings.step),
-            frozen_params=frozen_params,
-            **restored,
-        )
-    checkpoints = checkpoint.manager(workdir, cfg.keep_checkpoints, cfg.keep_every_steps, start)
-    if jax.process_index() == 0:
-        config_lib.save(config, workdir / 'config.json')
-    if start >= cfg.steps:
-        logging.info(
-            '%s is finished at step %d; raise config.train.steps to train on.', workdir, start
-        )
 
-    if trace_step is not None and not start <= trace_step <= cfg.steps - TRACED_STEPS:
-        raise ValueError(
-            f'--trace_step={trace_step} cannot be recorded: this run goes from step {start} to '
-            f'{cfg.steps}, and {TRACED_STEPS} steps are.'
-        )
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """Records some steps by jax.profiler.
 
-    # 3. The loop. Metrics stay on the device until they are logged, so that no step waits for them.
-    writer = metric_writer.MetricWriter(workdir, cfg.steps, start)
-    steps = {
-        f: train_step.jit_train_step(
-            config, codec.latent_frames(f), shardings, mesh_lib.batch_sharding(mesh)
-        )
-        for f in dict.fromkeys(config.data.layouts)
-    }
-    rows, peak_share = mesh_lib.local_rows(mesh, cfg.batch_size), _peak_share(config, mesh, codec)
-    logging.info(
-        'data_wait is the share of time for which the loop waits for data%s.',
-        ', mfu is model FLOPs / (time x devices x peak bf16 FLOP/s)' if peak_share else '',
-    )
+    Attributes:
+      folder: where the trace is written.
+      first: the first of TRACED_STEPS steps; None records nothing.
+    """
 
-    def prepare(step):
-        layout, batch = batches(step, rows)
-        return layout, mesh_lib.global_batch(batch, mesh, cfg.batch_size)
+    folder: pathlib.Path
+    first: int | None
 
-    with contextlib.ExitStack() as stack:
-        terminated = stack.enter_context(multihost.termination())
-        ready = stack.enter_context(batches_lib.prefetched(prepare, range(start, cfg.steps)))
-        pending, compiled, stopped = [], set(), False
-        waited, since, steady = 0.0, None, False  # steady: nothing slow came before this step
-        for step in range(start, cfg.steps):
-            if step == trace_step:
-                jax.profiler.start_trace(workdir / 'trace')
-            asked = time.monotonic()
-            layout, batch = next(ready)
-            waited += time.monotonic() - asked
-            multihost.barrier(step, limited=steady)
-            state, metrics = steps[layout](state, batch, batches.null_text)
-            pending.append((layout, metrics))
-            steady, done = layout in compiled, step + 1
-            compiled.add(layout)
-            traced = trace_step is not None and done == trace_step + TRACED_STEPS
-            if traced:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                logging.info('Trace of steps %d to %d: %s.', trace_step, step, workdir / 'trace')
-            last, due = done == cfg.steps, lambda every, done=done: done % every == 0
-            stopped = terminated()
-            saves, samples = (
-                last or stopped or due(cfg.checkpoint_every_steps),
-                due(cfg.sample_every_steps),
+    def check(self, start: int, total_steps: int) -> None:
+        """Raises a ValueError if a run of these steps does not contain all that are recorded."""
+        if self.first is None:
+            return
+        if not start <= self.first <= total_steps - TRACED_STEPS:
+            raise ValueError(
+                f'--trace_step={self.first} cannot be recorded: this run goes from step {start} to '
+                f'{total_steps}, and a trace needs {TRACED_STEPS} steps of it.'
             )
-            if saves or due(cfg.log_every_steps):
-                means = {k: _checked_mean([m[k] for _, m in pending], done) for k in metrics}
-                now = time.monotonic()
-                if since is not None:  # the first record would tell of compiling
-                    means['data_wait'] = waited / (now - since)
-                    means |= (
-                        {'mfu': sum(peak_share[f] for f, _ in pending) / (now - since)}
-                        if peak_share
-                        else {}
-                    )
-                writer.write(done, means)
-                waited, since, pending = 0.0, now, []
-            checkpoint.check(checkpoints)
-            if saves:
-                checkpoint.save(checkpoints, done, state, meta)
-            if stopped:
-                break
-            if samples and not last:
-                writer.write_images(
-                    done,
-                    validation.by_task(
-                        validation.write_sample_grids(
-                            config, ema_lib.model_ema(config, state), codec, workdir, done
-                        )
-                    ),
-                )
-            steady &= not (saves or samples or traced)
-        checkpoint.finish(checkpoints)
-    if stopped:
-        writer.close()
-        logging.info(
-            'Stopped by SIGTERM at step %d of %d; the same command resumes.', done, cfg.steps
-        )
-        return None
 
-    # 4. Sheets and scores of the EMA parameters.
-    ema = ema_lib.model_ema(config, state)
-    sheets = validation.write_sample_grids(config, ema, codec, workdir, cfg.steps)
-    if start < cfg.steps:  # a finished run's are in TensorBoard already
-        writer.write_images(cfg.steps, validation.by_task(sheets))
-    writer.close()
-    rows = (
-        validation.held_out_losses(config, ema, codec)
-        if config.data.encoded
-        else validation.score_stories(config, ema, codec, workdir)
-    )
-    validation.write_scores(rows, workdir, time.monotonic() - started)
-    return rows
+    def start_before(self, step: int) -> None:
+        """Starts recording if this is the first step to record."""
+        if step == self.first:
+            jax.profiler.start_trace(self.folder)
+
+    def stop_after(self, step: int, state) -> bool:
+        """Writes the trace if this was the last step to record, and returns whether it was."""
+        if self.first is None or step != self.first + TRACED_STEPS - 1:
+            return False
+
+        # Steps run in the background: without waiting, the trace would miss the end of the last.
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        logging.info('Trace of steps %d to %d: %s.', self.first, step, self.folder)
+        return True

@@ -4,7 +4,6 @@ import json
 import logging
 import pathlib
 import re
-import socket
 import struct
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 from mask2dit_jax import logs, tables
 from mask2dit_jax.training import metric_writer
@@ -46,15 +45,14 @@ def test_format_eta(seconds, text):
 
 def test_non_finite_values_keep_the_file_valid_json(tmp_path):
     writer = metric_writer.MetricWriter(tmp_path / 'run', 10)
-    writer.write(
-        1,
-        {
-            'loss': np.float32('nan'),
-            'grad_norm': float('inf'),
-            'low': -np.inf,
-            'lr': np.float32(0.5),
-        },
-    )
+    metrics = {
+        'loss': np.float32('nan'),
+        'grad_norm': float('inf'),
+        'low': -np.inf,
+        'lr': np.float32(0.5),
+    }
+    writer.write(1, metrics)
+
     assert _records(tmp_path / 'run') == [
         {'step': 1, 'loss': 'nan', 'grad_norm': 'inf', 'low': '-inf', 'lr': 0.5}
     ]
@@ -66,6 +64,7 @@ def test_each_line_is_on_disk_at_once(tmp_path):
     for step in (1, 2):
         writer.write(step, {'loss': 1.0})
         assert len(_records(tmp_path)) == step
+
     writer.close()
     writer.write(3, {'loss': 1.0})
     assert len(_records(tmp_path)) == 2
@@ -76,77 +75,95 @@ def test_resume_keeps_old_steps_and_drops_later_and_torn_ones(tmp_path):
     for step in (10, 20, 30):
         writer.write(step, {'loss': step})
     writer.close()
+
+    # As if the run was killed while it wrote a line.
     with (tmp_path / 'metrics.jsonl').open('a') as file:
-        file.write('{"step": 4')  # killed in mid-write
+        file.write('{"step": 4')
+
     writer = metric_writer.MetricWriter(tmp_path, 100, start_step=20)
     assert [record['step'] for record in _records(tmp_path)] == [10, 20]
+
     writer.write(30, {'loss': -1.0})
     writer.close()
-    assert [(record['step'], record['loss']) for record in _records(tmp_path)] == [
-        (10, 10),
-        (20, 20),
-        (30, -1),
-    ]
+    steps_and_losses = [(record['step'], record['loss']) for record in _records(tmp_path)]
+    assert steps_and_losses == [(10, 10), (20, 20), (30, -1)]
     assert {path.name for path in tmp_path.iterdir()} <= {'metrics.jsonl', 'tensorboard'}
 
 
-def _board(workdir):
-    """Events as TensorBoard shows them: {name: {step: value}}, later files purging what earlier
-    ones have."""
+def _events(path):
+    """The events of one TensorBoard file, whose records are: length, its checksum, data, its
+    checksum."""
     from tensorboardX.proto import event_pb2
 
+    data = path.read_bytes()
+    while data:
+        (size,) = struct.unpack('<Q', data[:8])
+        yield event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+def _board(workdir):
+    """What TensorBoard shows: {name: {step: scalar, or size of an image}}.
+
+    A file that starts at a step hides what earlier files say about this step and later ones.
+    """
     shown = {}
     for path in sorted((workdir / 'tensorboard').iterdir()):
-        data = path.read_bytes()
-        while data:
-            (size,) = struct.unpack('<Q', data[:8])
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
-            data = data[16 + size :]
+        for event in _events(path):
             if event.session_log.status == event.session_log.START:
                 shown = {
-                    n: {s: v for s, v in steps.items() if s < event.step}
-                    for n, steps in shown.items()
+                    name: {step: value for step, value in values.items() if step < event.step}
+                    for name, values in shown.items()
                 }
+
             for value in event.summary.value:
-                assert event.step not in shown.setdefault(value.tag, {})
-                shown[value.tag][event.step] = (
-                    value.simple_value
-                    if value.HasField('simple_value')
-                    else (value.image.height, value.image.width)
-                )
+                values = shown.setdefault(value.tag, {})
+                assert event.step not in values
+                if value.HasField('simple_value'):
+                    values[event.step] = value.simple_value
+                else:
+                    values[event.step] = (value.image.height, value.image.width)
     return shown
 
 
 def test_tensorboard_shows_what_the_file_says_and_no_step_twice(tmp_path):
     pytest.importorskip('tensorboardX')
     PIL.Image.new('RGB', (6, 4)).save(tmp_path / 'sheet.png')
-    writer = metric_writer.MetricWriter(tmp_path, 100)
+
+    # The first run is not closed, as if it was killed.
+    killed = metric_writer.MetricWriter(tmp_path, 100)
     for step in (10, 20, 30):
-        writer.write(step, {'loss': step})
-    writer.write_images(20, {'generated': tmp_path / 'sheet.png'})  # not closed, as when killed
+        killed.write(step, {'loss': step})
+    killed.write_images(20, {'generated': tmp_path / 'sheet.png'})
+
     end = time.monotonic() + 20
     while 'generated' not in _board(tmp_path) and time.monotonic() < end:
         time.sleep(0.5)
     assert set(_board(tmp_path)['loss']) == {10, 20, 30}
-    time.sleep(1.1)  # files are named by the second
+
+    # Names of files have whole seconds: the second run must start in another one.
+    time.sleep(1.1)
     writer = metric_writer.MetricWriter(tmp_path, 100, start_step=20)
     writer.write(30, {'loss': -1.0})
     writer.write(40, {'loss': -2.0})
     writer.close()
+
     board = _board(tmp_path)
     assert board.pop('generated') == {20: (4, 6)}
-    for name, steps in board.items():
-        assert steps == pytest.approx(
-            {r['step']: r[name] for r in _records(tmp_path) if name in r}
-        ), name
-    assert board.keys() == {'loss', 'steps_per_second'} and len(board['loss']) == 4
+    assert board.keys() == {'loss', 'steps_per_second'}
+    assert len(board['loss']) == 4
+    for name, values in board.items():
+        in_file = {record['step']: record[name] for record in _records(tmp_path) if name in record}
+        assert values == pytest.approx(in_file), name
 
 
 def test_without_tensorboard_a_line_says_how_to_get_it(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(sys, 'path', [])
     monkeypatch.delitem(sys.modules, 'tensorboardX', raising=False)
+
     with caplog.at_level(logging.INFO, logger='absl'):
         metric_writer.MetricWriter(tmp_path, 100).write_images(1, {})
+
     assert "pip install 'mask2dit_jax[tensorboard]'" in caplog.text
     assert not (tmp_path / 'tensorboard').exists()
 
@@ -154,30 +171,37 @@ def test_without_tensorboard_a_line_says_how_to_get_it(tmp_path, caplog, monkeyp
 def test_a_full_disk_names_the_file(tmp_path):
     writer = metric_writer.MetricWriter(tmp_path, 100)
     writer._file = open('/dev/full', 'a')  # noqa: SIM115
+
     with pytest.raises(OSError, match=r'/dev/full cannot be written \(No space left on device\)'):
         writer.write(1, {'loss': 1.0})
 
 
 def test_damaged_file_and_remote_folder_are_errors(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(ValueError, match=r'metrics\.jsonl'):
+    with pytest.raises(ValueError, match=r'metrics\.jsonl has a line that is not a metrics record'):
         metric_writer.MetricWriter(tmp_path, 10, start_step=5)
     assert 'nonsense' in (tmp_path / 'metrics.jsonl').read_text()
+
     with pytest.raises(ValueError, match='gs://bucket/run'):
         metric_writer.MetricWriter('gs://bucket/run', 10)
 
 
+def _speed(*marks):
+    return metric_writer._speed([metric_writer._Mark(*mark) for mark in marks])
+
+
 def test_speed_spans_the_first_to_the_last_mark():
-    assert metric_writer._speed([(100.0, 5)]) is None
-    assert metric_writer._speed([(100.0, 5), (101.0, 5)]) is None
-    assert metric_writer._speed([(100.0, 10), (101.0, 20), (104.0, 50)]) == pytest.approx(10)
+    assert _speed((100.0, 5)) is None
+    assert _speed((100.0, 5), (101.0, 5)) is None
+    assert _speed((100.0, 10), (101.0, 20), (104.0, 50)) == pytest.approx(10)
 
 
 def test_speed_forgets_marks_older_than_the_window(tmp_path):
     writer = metric_writer.MetricWriter(tmp_path, 10**9)
     for step in range(30):
         writer.write(step, {})
-    assert [step for _, step in writer._marks] == list(range(19, 30))
+
+    assert [mark.step for mark in writer._marks] == list(range(19, 30))
     writer.close()
 
 
@@ -188,8 +212,12 @@ def test_first_record_has_no_speed_and_later_ones_have(tmp_path, caplog):
         writer.write(1200, {'loss': 0.12344, 'grad_norm': 0.56})
         writer.write(1200, {'lr': 1e-4})  # an evaluation at the same step keeps the speed
     writer.close()
-    speeds = [record.get('steps_per_second') for record in _records(tmp_path)]
-    assert speeds[0] is None and speeds[1] > 0 and speeds[2] > 0
+
+    first, second, third = (record.get('steps_per_second') for record in _records(tmp_path))
+    assert first is None
+    assert second > 0
+    assert third > 0
+
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == 'step 1/4000 | loss 0.5'
     assert re.fullmatch(
@@ -211,7 +239,8 @@ def test_log_line_speed_and_eta(tmp_path, speed, text):
 _PROCESS = """
 import sys
 import jax
-from mask2dit_jax import metric_writer
+from mask2dit_jax.training import metric_writer
+
 port, index, workdir = sys.argv[1:]
 jax.distributed.initialize(f'localhost:{port}', 2, int(index))
 writer = metric_writer.MetricWriter(f'{workdir}/{index}', 10)
@@ -221,22 +250,24 @@ writer.close()
 
 
 def test_only_process_0_writes(tmp_path):
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, '-c', _PROCESS, port, str(index), str(tmp_path)], cwd=ROOT
         )
         for index in range(2)
     ]
+
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
     assert _records(tmp_path / '0') == [{'step': 1, 'loss': 0.0}]
     assert not (tmp_path / '1').exists()
 
 
 def test_format_table():
-    rows = [{'pattern': 'dual', 'cut': 0.98765432, 'steps': 12345}, {'pattern': 'a|b', 'steps': 7}]
+    rows = [
+        {'pattern': 'dual', 'cut': 0.98765432, 'steps': 12345},
+        {'pattern': 'a|b', 'steps': 7},
+    ]
     assert tables.format_table(rows, ['pattern', 'cut', 'steps']).splitlines() == [
         '| pattern |    cut | steps |',
         '| ------- | -----: | ----: |',

@@ -1,5 +1,5 @@
-"""Runs of `main` that are killed, stopped, damaged, starved of disk or deserted by a peer, and what
-comes after."""
+"""Runs of `main` that are killed, stopped, out of disk space or left by a peer, and how they
+resume."""
 
 import collections
 import json
@@ -41,10 +41,13 @@ FLAGS = [
     ),
 ]
 
-# main, which also writes down every batch that it makes, and then does what the test says.
+# Runs main. It also writes down every batch that is made, and then does what the test says.
 CODE = """
 import hashlib, json, os, sys, time
-sys.modules['torch'] = None  # tensorboardX imports it where it can, which takes as long as everything else
+
+# tensorboardX imports torch where it can, which takes as long as everything else.
+sys.modules['torch'] = None
+
 from absl import app
 from mask2dit_jax import main
 from mask2dit_jax.data import batches
@@ -70,18 +73,30 @@ class Run:
     """A workdir, and processes of main on it."""
 
     def __init__(self, folder: pathlib.Path, base: pathlib.Path):
-        self.workdir, self.base, self.starts = folder, base, 0
+        """Makes the folder.
+
+        Args:
+          folder: the workdir.
+          base: a folder that several runs share, for data and the compilation cache.
+        """
+        self.workdir = folder
+        self.base = base
+        self.starts = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, *flags, count=1, disturb=None) -> list[subprocess.Popen]:
-        """Processes of one start; `disturb` is code that one of them runs, by its number."""
-        port, started = free_port(), []
+        """Starts the processes of one run.
+
+        Args:
+          *flags: more flags of main.
+          count: the number of processes.
+          disturb: code that a process runs before main, by the number of the process.
+        """
+        disturb = disturb or {}
+        port = free_port()
+
+        started = []
         for i in range(count):
-            several = [
-                f'--coordinator=localhost:{port}',
-                f'--num_processes={count}',
-                f'--process_id={i}',
-            ]
             env = os.environ | {
                 'JAX_PLATFORMS': 'cpu',
                 'PYTHONPATH': str(ROOT),
@@ -89,35 +104,41 @@ class Run:
                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
                 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
                 'SEEN': f'{self.workdir}/seen.{self.starts}.{i}',
-                'DISTURB': (disturb or {}).get(i, ''),
+                'DISTURB': disturb.get(i, ''),
             }
+
+            command = [
+                sys.executable,
+                '-c',
+                CODE,
+                *FLAGS,
+                f'--config.data.dir={self.base}/data',
+                f'--workdir={self.workdir}',
+            ]
+            if count > 1:
+                command += [
+                    f'--coordinator=localhost:{port}',
+                    f'--num_processes={count}',
+                    f'--process_id={i}',
+                ]
+            command += flags
+
             log = open(f'{self.workdir}/log.{self.starts}.{i}', 'w')  # noqa: SIM115
-            started.append(
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        '-c',
-                        CODE,
-                        *FLAGS,
-                        f'--config.data.dir={self.base}/data',
-                        f'--workdir={self.workdir}',
-                        *(several if count > 1 else []),
-                        *flags,
-                    ],
-                    cwd=ROOT,
-                    env=env,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
             )
+            started.append(process)
+
         self.starts += 1
         return started
 
     def finish(self, *flags, **kwargs):
+        """Starts processes and waits until all have succeeded."""
         started = self.start(*flags, **kwargs)
-        assert [p.wait(300) for p in started] == [0] * len(started), self.log()
+        assert [process.wait(300) for process in started] == [0] * len(started), self.log()
 
     def log(self, i=0) -> str:
+        """The output of a process of the last start."""
         return pathlib.Path(f'{self.workdir}/log.{self.starts - 1}.{i}').read_text()
 
     def logged(self) -> int:
@@ -129,11 +150,16 @@ class Run:
         path = self.workdir / 'metrics.jsonl'
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith('\n')]
-        assert len({r['step'] for r in records}) == len(records)
-        return {r['step']: r for r in records}
+
+        by_step = {record['step']: record for record in records}
+        assert len(by_step) == len(records)
+        return by_step
 
     def curve(self) -> dict[int, tuple]:
-        return {step: (r['loss'], r['grad_norm']) for step, r in self.records().items()}
+        """Loss and gradient norm by step."""
+        return {
+            step: (record['loss'], record['grad_norm']) for step, record in self.records().items()
+        }
 
     def batches(self) -> dict[tuple[int, int], set]:
         """Digests of what was seen at each step and row, in all starts by all processes."""
@@ -152,22 +178,24 @@ class Run:
             store = {'driver': 'ocdbt', 'base': f'file://{self.workdir}/checkpoints/{step}/{item}/'}
             for key in ts.KvStore.open(store).result().list().result():
                 name, kind = key.decode().rsplit('/', 1)
-                if kind == '.zarray':
-                    array = ts.open(
-                        {'driver': 'zarr', 'kvstore': store | {'path': name + '/'}}
-                    ).result()
-                    arrays[f'{item}/{name}'] = array.read().result()
+                if kind != '.zarray':
+                    continue
+                spec = {'driver': 'zarr', 'kvstore': store | {'path': name + '/'}}
+                array = ts.open(spec).result()
+                arrays[f'{item}/{name}'] = array.read().result()
         return arrays
 
     def saved(self) -> list[int]:
-        return sorted(
-            int(p.name) for p in (self.workdir / 'checkpoints').glob('*') if p.name.isdigit()
-        )
+        """Steps of the finished checkpoints."""
+        names = [path.name for path in (self.workdir / 'checkpoints').glob('*')]
+        return sorted(int(name) for name in names if name.isdigit())
 
     def wait_for(self, condition, started, seconds=200):
+        """Waits until the condition holds, as long as all processes live."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end and all(p.poll() is None for p in started), self.log()
+            assert time.monotonic() < end, self.log()
+            assert all(process.poll() is None for process in started), self.log()
             time.sleep(0.005)
 
 
@@ -181,44 +209,55 @@ def straight(base):
     """An uninterrupted run."""
     run = Run(base / 'straight', base)
     run.finish()
-    assert run.saved() == [2, 4, 6, 8, 10] and len(run.batches()) == STEPS * 16
+    assert run.saved() == [2, 4, 6, 8, 10]
+    assert len(run.batches()) == STEPS * 16
     return run
 
 
 @pytest.fixture
 def started_processes():
-    """Whatever a test leaves running is killed."""
+    """A list of processes, which are killed if the test leaves them running."""
     started = []
     yield started
-    for p in started:
-        p.kill()
-        p.wait()
+
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def assert_same_bits(run, other, steps=STEPS):
-    ours, theirs = run.state(steps), other.state(steps)
-    assert ours.keys() == theirs.keys() and len(ours) > 100
+    ours = run.state(steps)
+    theirs = other.state(steps)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 100
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
     assert run.curve() == other.curve()
     assert run.batches() == other.batches()
 
 
 def assert_close(run, other):
+    """Equal but for rounding: sums over devices have another order."""
+    steps = range(1, STEPS + 1)
+    our_curve = run.curve()
+    their_curve = other.curve()
     np.testing.assert_allclose(
-        [run.curve()[s] for s in range(1, STEPS + 1)],
-        [other.curve()[s] for s in range(1, STEPS + 1)],
-        rtol=5e-5,
+        [our_curve[step] for step in steps], [their_curve[step] for step in steps], rtol=5e-5
     )
-    ours, theirs = run.state(STEPS), other.state(STEPS)
+
+    ours = run.state(STEPS)
+    theirs = other.state(STEPS)
     for name in theirs:
         if name.startswith('ema/'):
             np.testing.assert_allclose(ours[name], theirs[name], atol=5e-4, err_msg=name)
+
     assert run.batches() == other.batches()
 
 
 def kill_at(run, step, rng, started, in_save):
-    """SIGKILL soon after a step was logged, or while one is being saved; returns whether it was."""
+    """SIGKILL soon after a step was logged, or while a checkpoint is being saved; returns whether
+    it left a half-written checkpoint."""
 
     def saving():
         return list((run.workdir / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))
@@ -229,6 +268,7 @@ def kill_at(run, step, rng, started, in_save):
         time.sleep(rng.uniform(0, 0.05))
     else:
         time.sleep(rng.uniform(0, 0.3))
+
     started[0].kill()
     started[0].wait()
     return bool(saving())
@@ -236,58 +276,70 @@ def kill_at(run, step, rng, started, in_save):
 
 @pytest.mark.parametrize('kills, steps', [(2, STEPS), pytest.param(20, 60, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_equal(straight, base, kills, steps, started_processes):
-    rng, run, hits = random.Random(kills), Run(base / f'killed_{kills}', base), 0
     longer = f'--config.train.steps={steps}'
     if steps != STEPS:
         straight = Run(base / f'straight_{steps}', base)
         straight.finish(longer)
+
+    run = Run(base / f'killed_{kills}', base)
+    rng = random.Random(kills)
+    hits = 0
     for i in range(kills):
         started_processes += run.start(longer)
         first = max(run.saved(), default=0) + 1
-        hits += kill_at(
-            run, rng.randint(first, first + 1), rng, started_processes[-1:], in_save=i % 3 == 0
-        )
-    assert hits and max(run.saved(), default=0) < steps
+        step = rng.randint(first, first + 1)
+        hits += kill_at(run, step, rng, started_processes[-1:], in_save=i % 3 == 0)
     print(f'{hits} of {kills} kills left a half-written checkpoint')
+    assert hits
+    assert max(run.saved(), default=0) < steps
+
     run.finish(longer)
     assert_same_bits(run, straight, steps)
     assert not list((run.workdir / 'checkpoints').glob('*tmp*'))
 
 
+# From step 5 on, no file may become larger than a small part of a save. Writes then fail for real,
+# with EFBIG instead of the ENOSPC of a full disk.
+SMALL_FILES = """
+import resource
+
+def disturb(step):
+    if step == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))
+"""
+
+
 def test_a_full_disk_costs_no_checkpoint_and_sigterm_saves(straight, base, started_processes):
-    """Writes fail for real, with EFBIG instead of ENOSPC: no file may become larger than a small
-    part of a save."""
     run = Run(base / 'stopped', base)
-    code = 'import resource\ndisturb = lambda s: s == 5 and resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))\n'
-    (process,) = run.start(disturb={0: code})
+
+    # The disk is full.
+    (process,) = run.start(disturb={0: SMALL_FILES})
     assert process.wait(200) == 1
-    assert (
-        f'RuntimeError: Saving to {run.workdir}/checkpoints failed (File too large): ' in run.log()
-    )
+    message = f'RuntimeError: Saving to {run.workdir}/checkpoints failed (File too large): '
+    assert message in run.log()
     kept = run.saved()[-1]
     assert kept in (2, 4)  # batches are made ahead of steps
 
+    # There is room again, but SIGTERM comes.
     started_processes += run.start()
     run.wait_for(lambda: run.logged() > kept, started_processes)
     started_processes[0].terminate()
     assert started_processes[0].wait(60) == 0
-    stopped = max(run.records())
-    assert f'Resuming {run.workdir}/checkpoints/{kept}.' in run.log()
-    assert (
-        f'Stopped by SIGTERM at step {stopped} of {STEPS}; the same command resumes.' in run.log()
-    )
-    assert (
-        kept < stopped < STEPS
-        and run.saved()[-1] == stopped
-        and not (run.workdir / 'scores.md').exists()
-    )
 
+    stopped = max(run.records())
+    assert kept < stopped < STEPS
+    assert run.saved()[-1] == stopped
+    assert not (run.workdir / 'scores.md').exists()
+    message = f'Stopped by SIGTERM at step {stopped} of {STEPS}; the same command resumes.'
+    assert f'Resuming {run.workdir}/checkpoints/{kept}.' in run.log()
+    assert message in run.log()
+
+    # Nothing is lost.
     run.finish()
     assert f'Resuming {run.workdir}/checkpoints/{stopped}.' in run.log()
     assert_same_bits(run, straight)
-    assert (run.workdir / 'scores.json').read_text() == (
-        straight.workdir / 'scores.json'
-    ).read_text()
+    scores = (run.workdir / 'scores.json').read_text()
+    assert scores == (straight.workdir / 'scores.json').read_text()
 
 
 TWO = '--config.mesh.data=2'
@@ -299,38 +351,48 @@ def test_two_processes_train_as_one_stop_together_and_resume_on_another_mesh(
     run = Run(base / 'two', base)
     started_processes += run.start(TWO, count=2)
     run.wait_for(lambda: run.logged() >= 3, started_processes)
-    started_processes[1].terminate()  # one of them is enough
-    assert [p.wait(100) for p in started_processes] == [0, 0], run.log() + run.log(1)
+
+    # SIGTERM to one of them stops both after the same step.
+    started_processes[1].terminate()
+    codes = [process.wait(100) for process in started_processes]
+    assert codes == [0, 0], run.log() + run.log(1)
     stopped = max(run.records())
-    assert (
-        all(f'Stopped by SIGTERM at step {stopped} of' in run.log(i) for i in (0, 1))
-        and run.saved()[-1] == stopped
-    )
-    rows = [
-        {json.loads(line)[1] for line in (run.workdir / f'seen.0.{i}').read_text().splitlines()}
-        for i in (0, 1)
-    ]
-    assert rows == [set(range(8)), set(range(8, 16))]
+    for i in (0, 1):
+        assert f'Stopped by SIGTERM at step {stopped} of' in run.log(i)
+    assert run.saved()[-1] == stopped
+
+    # Each has made its own half of every batch.
+    def rows_of(process):
+        lines = (run.workdir / f'seen.0.{process}').read_text().splitlines()
+        return {row for _, row, _ in map(json.loads, lines)}
+
+    assert rows_of(0) == set(range(8))
+    assert rows_of(1) == set(range(8, 16))
+
     run.finish('--config.mesh.fsdp=2', '--config.mesh.cpu_devices=2')
     assert_close(run, straight)
 
 
 def test_one_process_is_resumed_on_two(straight, base):
+    # A copy of the run of one process, as it was after step 4.
     run = Run(base / 'one_to_two', base)
     shutil.copytree(straight.workdir, run.workdir, dirs_exist_ok=True)
     for step in (6, 8, 10):
         shutil.rmtree(run.workdir / f'checkpoints/{step}')
     for path in run.workdir.glob('seen.*'):
         path.unlink()
-    # One comes to its first step, which is to be compiled, later than a peer may come to others:
-    # the other one waits.
-    late = 'multihost.PEER_SECONDS = 12\ndisturb = lambda s: time.sleep(16 if s == 4 else 0)\n'
-    run.finish(TWO, count=2, disturb={0: 'multihost.PEER_SECONDS = 12', 1: late})
+
+    # One process comes to its first step later than the limit allows at other steps. The other one
+    # waits, since a first step is compiled.
+    limit = 'multihost.PEER_SECONDS = 12\n'
+    late = 'disturb = lambda step: time.sleep(16 if step == 4 else 0)\n'
+    run.finish(TWO, count=2, disturb={0: limit, 1: limit + late})
     assert f'Resuming {run.workdir}/checkpoints/4.' in run.log(1)
+
     seen = run.batches()
-    assert {step for step, _ in seen} == set(
-        range(4, STEPS)
-    ) and seen.items() <= straight.batches().items()
+    assert {step for step, _ in seen} == set(range(4, STEPS))
+    assert seen.items() <= straight.batches().items()
+
     shutil.copy(straight.workdir / 'seen.0.0', run.workdir)
     assert_close(run, straight)
 
@@ -348,20 +410,26 @@ def test_one_process_is_resumed_on_two(straight, base):
     ],
 )
 def test_a_peer_that_is_gone_ends_the_others(base, how, victim, quick, started_processes):
-    """The shipped limits take a minute, and are tested in the slow variant; so is a kill, which
+    """The slow variant waits for the shipped limits, which take a minute, and also kills, which
     leaves more traces."""
     run = Run(base / f'{how}_{victim}_{quick}', base)
+    survivor = 1 - victim
+
     limits = 'multihost.HEARTBEAT_SECONDS = multihost.PEER_SECONDS = 10\n' if quick else ''
     hang = 'disturb = lambda step: time.sleep(1e6 if step == 5 else 0)\n' if how == 'hung' else ''
-    started_processes += run.start(
-        TWO, count=2, disturb={1 - victim: limits, victim: limits + hang}
-    )
+    started_processes += run.start(TWO, count=2, disturb={survivor: limits, victim: limits + hang})
+
     run.wait_for(lambda: run.logged() >= 4, started_processes)
-    if how != 'hung':
-        started_processes[victim].send_signal(signal.SIGKILL if how == 'killed' else signal.SIGSTOP)
-    survivor, start = started_processes[1 - victim], time.monotonic()
-    assert survivor.wait(60 if quick else 120) != 0
+    if how == 'killed':
+        started_processes[victim].send_signal(signal.SIGKILL)
+    if how == 'stopped':
+        started_processes[victim].send_signal(signal.SIGSTOP)
+
+    start = time.monotonic()
+    assert started_processes[survivor].wait(60 if quick else 120) != 0
     print(f'{how} {victim}: {time.monotonic() - start:.0f} s')
+
+    # Only the barrier notices a process whose Python hangs while its threads live.
     if how == 'hung':
-        assert 'did not come to step 5' in run.log(1 - victim)
+        assert 'did not come to step 5' in run.log(survivor)
         assert started_processes[victim].wait(60 if quick else 120) != 0

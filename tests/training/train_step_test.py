@@ -1,5 +1,5 @@
 """Properties of one update: timesteps, given scenes, caption dropout, randomness per step,
-optimizers, EMA."""
+optimizers, EMA, rematerialisation."""
 
 import dataclasses
 import functools
@@ -44,85 +44,118 @@ NULL = np.zeros((3, 5), np.float32)
 
 
 def step_config(optimizer=config_lib.OptimizerConfig(), **train):  # noqa: B008 (frozen)
+    train = {'batch_size': 8, 'caption_dropout': 0.0} | train
     return config_lib.Config(
-        model=MODEL,
-        optimizer=optimizer,
-        train=config_lib.TrainConfig(**({'batch_size': 8, 'caption_dropout': 0.0} | train)),
+        model=MODEL, optimizer=optimizer, train=config_lib.TrainConfig(**train)
     )
 
 
 def random_state(cfg):
-    """All parameters random: with the zeros of initialisation the output would depend on
-    nothing."""
-    shapes = jax.eval_shape(
-        lambda: train_step.init_state(cfg, (BATCH['latents'][0], BATCH['text'][0], FRAMES))
-    )
+    """A state with random parameters: initialisation has zeros through which the output would
+    depend on nothing."""
+    example = (BATCH['latents'][0], BATCH['text'][0], FRAMES)
+    shapes = jax.eval_shape(lambda: train_step.init_state(cfg, example))
+
     rng = np.random.default_rng(0)
-    params, ema = (
-        jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes.params)
-        for _ in range(2)
-    )
-    opt = optimizer_lib.make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
-    return train_step.TrainState(np.int32(0), params, ema, opt)
+
+    def random_params():
+        return jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes.params)
+
+    params = random_params()
+    ema = random_params()
+    optimizer = optimizer_lib.make_optimizer(cfg.optimizer, cfg.train.steps)
+    return train_step.TrainState(np.int32(0), params, ema, optimizer.init(params))
 
 
 def loss_fn(cfg):
     """Jitted loss of an update as a function of step, captions and empty caption."""
     state = random_state(cfg)
-    return jax.jit(
-        lambda step, text=BATCH['text'], null=NULL: train_step.train_step(
-            state.replace(step=step), BATCH | {'text': text}, null, config=cfg, frames=FRAMES
-        )[1]['loss']
-    )
+
+    @jax.jit
+    def loss(step, text=BATCH['text'], null=NULL):
+        batch = BATCH | {'text': text}
+        _, metrics = train_step.train_step(
+            state.replace(step=step), batch, null, config=cfg, frames=FRAMES
+        )
+        return metrics['loss']
+
+    return loss
 
 
 def test_stratified_timesteps():
-    t = np.stack([denoising.stratified_timesteps(jax.random.key(i), 8, 1000) for i in range(200)])
+    batches = [denoising.stratified_timesteps(jax.random.key(i), 8, 1000) for i in range(200)]
+    t = np.stack(batches)  # [200, B]
+
+    # One in each eighth of the range, and every example of the batch sees every timestep.
     np.testing.assert_array_equal(np.sort(t // 125, axis=1), np.tile(np.arange(8), (200, 1)))
-    assert np.abs(t.mean(0) - 499.5).max() < 80  # every example of the batch sees every timestep
-    assert t.min() >= 0 and t.max() <= 999
+    assert np.abs(t.mean(0) - 499.5).max() < 80
+    assert t.min() >= 0
+    assert t.max() <= 999
 
 
-def test_random_given():
-    given = np.asarray(denoising.random_given(jax.random.key(0), 4000, 4, 0.5))
+def test_some_stories_have_given_scenes_but_never_all():
+    given = np.asarray(denoising.sample_given_scenes(jax.random.key(0), 4000, 4, 0.5))
     count = given.sum(1)
     assert abs((count > 0).mean() - 0.5) < 0.05
     assert set(count) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(given, np.arange(4) < count[:, None])  # leading scenes
-    assert not denoising.random_given(jax.random.key(0), 8, 1, 1.0).any()
+
+    # The leading ones.
+    np.testing.assert_array_equal(given, np.arange(4) < count[:, None])
+
+    # One scene alone is never given.
+    assert not denoising.sample_given_scenes(jax.random.key(0), 8, 1, 1.0).any()
+
+
+def test_any_scenes_can_be_given():
+    given = np.asarray(denoising.sample_given_scenes(jax.random.key(0), 4000, 3, 1.0, 'any'))
+    subsets = {tuple(row) for row in given.tolist()}
+    assert len(subsets) == 2**3 - 2  # neither none nor all
+    np.testing.assert_allclose(given.mean(0), 0.5, atol=0.05)
+
+
+def test_captions_are_dropped_for_whole_stories():
+    text = np.ones((4000, 2, 3, 5), np.float32)
+    kept = np.asarray(denoising.drop_captions(jax.random.key(0), text, NULL, 0.3))
+    assert set(kept.sum((1, 2, 3)).tolist()) == {0, 2 * 3 * 5}
+    assert abs(kept.mean() - 0.7) < 0.03
 
 
 def test_given_scenes_are_clean_and_count_nothing():
     """Loss and gradient depend on the given scene's latents but neither on its noise nor on its
     error."""
-    params, t = random_state(step_config()).params, jnp.array([500, 20])
+    params = random_state(step_config()).params
+    t = jnp.array([500, 20])
     given = jnp.array([[True, False], [False, False]])
+    latents = BATCH['latents'][:2]
+    noise = BATCH['latents'][2:4]
 
-    def loss(noise, x):
+    def loss(noise, latents):
         return loss_lib.denoising_loss(
             dit.DiT(MODEL),
             params,
             schedule_lib.Schedule(),
-            {'latents': x, 'text': BATCH['text'][:2]},
+            {'latents': latents, 'text': BATCH['text'][:2]},
             noise,
             t,
             given,
             FRAMES,
         )
 
-    x, noise = BATCH['latents'][:2], BATCH['latents'][2:4]
-    (total, count), (by_noise, by_latents) = jax.jit(
-        jax.value_and_grad(loss, (0, 1), has_aux=True)
-    )(noise, x)
-    assert count == (2 + 3) * 2 * 2 * 4 and total > 0
-    assert (by_noise[0, 0] == 0).all() and (by_noise[0, 1:] != 0).all() and (by_noise[1] != 0).all()
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (total, count), (by_noise, by_latents) = gradients(noise, latents)
+
+    assert count == (2 + 3) * 2 * 2 * 4
+    assert total > 0
+    assert (by_noise[0, 0] == 0).all()
+    assert (by_noise[0, 1:] != 0).all()
+    assert (by_noise[1] != 0).all()
     assert (by_latents[0, 0] != 0).all()
 
 
 def test_given_scenes_run_at_timestep_zero():
-    """The given scene's timestep is 0 whatever the others' is: its model is the only thing that
-    could tell."""
-    state, given = random_state(step_config()), np.array([[True, False]])
+    """The given scene's timestep is 0 and the others' is not; only the model can tell."""
+    state = random_state(step_config())
+    given = np.array([[True, False]])
     seen = []
 
     class Recorder:
@@ -136,7 +169,7 @@ def test_given_scenes_run_at_timestep_zero():
         Recorder(),
         state.params,
         schedule_lib.Schedule(),
-        {k: v[:1] for k, v in BATCH.items()},
+        {name: array[:1] for name, array in BATCH.items()},
         BATCH['latents'][1:2],
         np.array([700]),
         given,
@@ -158,9 +191,9 @@ def test_steps_differ_and_repeat():
 
 
 def test_scenes_are_given_from_the_step_asked_for():
-    never, late = (
-        loss_fn(step_config(conditional_probability=p, conditional_from_step=5)) for p in (0.0, 1.0)
-    )
+    never = loss_fn(step_config(conditional_probability=0.0, conditional_from_step=5))
+    late = loss_fn(step_config(conditional_probability=1.0, conditional_from_step=5))
+
     np.testing.assert_allclose(late(4), never(4), rtol=1e-5)
     assert abs(late(5) - never(5)) > 1e-3 * never(5)
 
@@ -168,28 +201,34 @@ def test_scenes_are_given_from_the_step_asked_for():
 def test_ema_follows_the_new_parameters():
     cfg = step_config(config_lib.OptimizerConfig(learning_rate=0.1, warmup_steps=0), ema_decay=0.9)
     state = random_state(cfg)
-    update = jax.jit(
-        lambda step: train_step.train_step(
+
+    @jax.jit
+    def update(step):
+        new_state, _ = train_step.train_step(
             state.replace(step=step), BATCH, NULL, config=cfg, frames=FRAMES
-        )[0]
-    )
+        )
+        return new_state
+
     for step, decay in (0, 0.1), (8, 0.5), (1000, 0.9):
         after = update(step)
         assert after.step == step + 1
-        for p, new, e, ema in zip(
-            *map(jax.tree.leaves, (state.params, after.params, state.ema, after.ema))
-        ):
-            assert np.abs(new - p).max() > 0.05
-            np.testing.assert_allclose(ema, decay * e + (1 - decay) * new, atol=1e-6)
+
+        trees = (state.params, after.params, state.ema, after.ema)
+        for params, new_params, ema, new_ema in zip(*map(jax.tree.leaves, trees)):
+            assert np.abs(new_params - params).max() > 0.05
+            np.testing.assert_allclose(new_ema, decay * ema + (1 - decay) * new_params, atol=1e-6)
 
 
 def updates(optimizer, grads, steps):
-    """Updates of `steps` steps with constant gradients, from parameters of zero."""
+    """Updates of `steps` steps with constant gradients; the parameters stay zero."""
     tx = optimizer_lib.make_optimizer(optimizer, steps)
-    params, update = jax.tree.map(jnp.zeros_like, grads), jax.jit(tx.update)
-    state, out = tx.init(params), []
+    params = jax.tree.map(jnp.zeros_like, grads)
+    opt_state = tx.init(params)
+    update = jax.jit(tx.update)
+
+    out = []
     for _ in range(steps):
-        delta, state = update(grads, state, params)
+        delta, opt_state = update(grads, opt_state, params)
         out.append(delta)
     return out
 
@@ -197,22 +236,27 @@ def updates(optimizer, grads, steps):
 def test_learning_rate_warms_up_and_decays():
     """With a constant gradient Adam moves by exactly the learning rate."""
     cfg = config_lib.OptimizerConfig(learning_rate=0.5, warmup_steps=4, final_fraction=0.2)
-    rates = [-float(u['w']) for u in updates(cfg, {'w': jnp.array(0.3)}, 41)]
+    rates = [-float(update['w']) for update in updates(cfg, {'w': jnp.array(0.3)}, 41)]
+
     np.testing.assert_allclose(rates[:5], [0, 0.125, 0.25, 0.375, 0.5], rtol=1e-4)
     assert (np.diff(rates[4:]) < 0).all()
     np.testing.assert_allclose(rates[-1], 0.1, rtol=0.02)  # one step before the end of the cosine
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    cfg = config_lib.OptimizerConfig(
-        learning_rate=1.0, warmup_steps=0, eps=1.0
-    )  # such an eps sees the gradient's size
-    small, large, clipped = (
-        updates(cfg, {'a': jnp.array(3.0 * s), 'b': jnp.array(4.0 * s)}, 1)[0]
-        for s in (0.1, 10, 0.2)
+    # With such an eps Adam's update depends on the size of the gradient.
+    cfg = config_lib.OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0)
+
+    def update(scale):
+        grads = {'a': jnp.array(3.0 * scale), 'b': jnp.array(4.0 * scale)}  # of norm 5 * scale
+        return updates(cfg, grads, 1)[0]
+
+    np.testing.assert_allclose(update(0.1)['a'], -0.3 / 1.3, rtol=1e-5)
+    jax.tree.map(
+        lambda large, clipped: np.testing.assert_allclose(large, clipped, rtol=1e-5),
+        update(10),
+        update(0.2),
     )
-    np.testing.assert_allclose(small['a'], -0.3 / 1.3, rtol=1e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), large, clipped)
 
 
 def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
@@ -227,47 +271,49 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
     }
     cfg = config_lib.OptimizerConfig('muon', 0.1, warmup_steps=0, muon_rms=0.5)
     update = updates(cfg, grads, 1)[0]
+
+    # Muon's matrix of each layer has almost equal singular values, and the size that was asked for.
     matrix = np.asarray(update['blocks']['ff_in'].pop('kernel'))
     singular = np.linalg.svd(matrix, compute_uv=False)  # [layers, 8]
     assert (singular.min(1) > 0.6 * singular.max(1)).all()
     np.testing.assert_allclose(np.sqrt((matrix**2).mean((1, 2))), 0.1 * 0.5, rtol=0.2)
-    for leaf in jax.tree.leaves(
-        update
-    ):  # the first step of Adam with Nesterov momentum: 1 + b1·(1 - b1)/(1 - b1²)
+
+    # The rest makes the first step of Adam with Nesterov momentum: 1 + b1·(1 - b1)/(1 - b1²).
+    for leaf in jax.tree.leaves(update):
         np.testing.assert_allclose(np.abs(leaf), 0.1 * (1 + 0.09 / 0.19), rtol=1e-3)
+
+    # A layer's update does not depend on another's scale.
     grads['blocks']['ff_in']['kernel'] = kernel * np.array([1, 3])[:, None, None]
     other = updates(cfg, grads, 1)[0]['blocks']['ff_in']['kernel']
-    np.testing.assert_allclose(
-        other, matrix, atol=1e-3
-    )  # a layer's update does not depend on another's scale
+    np.testing.assert_allclose(other, matrix, atol=1e-3)
 
 
-# Products that the backward pass computes again in a layer: adaLN's six choices of rows and rope's
-# two turns; the eight weights; attention's two for each caption and scene.
+# The products that the backward pass computes again in a layer: adaLN's six choices of rows and
+# rope's two turns; the eight weights; attention's two for each caption and scene.
 AGAIN = {'save_matmuls': 8, 'save_attention': 8 + 8, 'full': 8 + 8 + 8}
 
 
 @functools.cache
 def products_and_gradients(remat):
-    cfg = dataclasses.replace(MODEL, num_layers=2, attention_backend='blockwise')
-    params = random_state(dataclasses.replace(step_config(), model=cfg)).params
-    model = dit.DiT(dataclasses.replace(cfg, remat=remat))
-    lowered = jax.jit(
-        jax.grad(
-            lambda p: jnp.sum(
-                model.apply(
-                    {'params': p}, BATCH['latents'], BATCH['text'], np.full((8, 2), 300), FRAMES
-                )
-                ** 2
-            )
-        )
-    ).lower(params)
+    """The number of products in the program of a model's gradients, and the gradients."""
+    model_config = dataclasses.replace(MODEL, num_layers=2, attention_backend='blockwise')
+    params = random_state(dataclasses.replace(step_config(), model=model_config)).params
+    model = dit.DiT(dataclasses.replace(model_config, remat=remat))
+    timesteps = np.full((8, 2), 300)
+
+    def loss(params):
+        out = model.apply({'params': params}, BATCH['latents'], BATCH['text'], timesteps, FRAMES)
+        return jnp.sum(out**2)
+
+    lowered = jax.jit(jax.grad(loss)).lower(params)
     return lowered.as_text().count('dot_general'), lowered.compile()(params)
 
 
 @pytest.mark.parametrize('remat', AGAIN)
 def test_remat_computes_again_what_it_says_and_the_same(remat):
-    """Offloading needs an accelerator's host memory: aot_test compiles that."""
-    (products, got), (least, want) = products_and_gradients(remat), products_and_gradients('none')
-    assert products == least + AGAIN[remat]
-    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    """Offloading needs an accelerator's host memory: aot/compiler_test.py compiles that."""
+    products, gradients = products_and_gradients(remat)
+    least_products, expected_gradients = products_and_gradients('none')
+
+    assert products == least_products + AGAIN[remat]
+    chex.assert_trees_all_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)

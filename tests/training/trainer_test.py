@@ -40,6 +40,7 @@ def smoke_config(steps=6, **kwargs):
         learned_positions=True,
         attention_backend='dense',
     )
+
     cfg = config_lib.Config(
         model=model,
         optimizer=config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=2, final_fraction=0.1),
@@ -71,18 +72,19 @@ def finished(tmp_path_factory):
 def weights(finished):
     """'params' and 'ema' of the finished run, read from its last checkpoint without the package's
     own functions."""
+    workdir, _ = finished
     cfg = smoke_config()
     shapes = names_lib.abstract_params(cfg.model)
+    shardings = partitioning.shardings({'params': shapes}, mesh_lib.make_mesh(cfg.mesh))
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        partitioning.shardings({'params': shapes}, mesh_lib.make_mesh(cfg.mesh))['params'],
+        shardings['params'],
     )
+
+    folder = (workdir / 'checkpoints/6').absolute()
     with ocp.StandardCheckpointer() as reader:
-        return {
-            k: reader.restore((finished[0] / 'checkpoints/6' / k).absolute(), target)
-            for k in ('params', 'ema')
-        }
+        return {item: reader.restore(folder / item, target) for item in ('params', 'ema')}
 
 
 def records(workdir):
@@ -98,28 +100,51 @@ def test_a_run_leaves_what_it_promises(finished):
         ('extend 1 given', '4+8'),
     ]
     assert json.loads((workdir / 'scores.json').read_text()) == rows
+
     assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5, 6]
     assert len(list((workdir / 'sheets').glob('*.png'))) == 2
     assert config_lib.load(workdir / 'config.json') == smoke_config()
 
 
 def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
-    codec = latent_codec.stories_codec(smoke_config(), finished[0])
-    by_ema, by_params = (
-        [
-            path.read_bytes()
-            for path in validation.write_sample_grids(smoke_config(), w, codec, tmp_path / k, 6)
-        ]
-        for k, w in sorted(weights.items())
+    workdir, _ = finished
+    cfg = smoke_config()
+    codec = latent_codec.stories_codec(cfg, workdir)
+
+    def pictures(item):
+        paths = validation.write_sample_grids(cfg, weights[item], codec, tmp_path / item, 6)
+        return [path.read_bytes() for path in paths]
+
+    sheets = [path.read_bytes() for path in (workdir / 'sheets').glob('*.png')]
+    assert sorted(sheets) == sorted(pictures('ema'))
+    assert not set(sheets) & set(pictures('params'))
+
+    extended, generated = (
+        json.loads(path.read_text()) for path in sorted((workdir / 'sheets').glob('*.json'))
     )
-    sheets = [path.read_bytes() for path in (finished[0] / 'sheets').glob('*.png')]
-    assert sorted(sheets) == sorted(by_ema)
-    assert not set(sheets) & set(by_params)
-    told = [
-        json.loads(path.read_text()) for path in sorted((finished[0] / 'sheets').glob('*.json'))
+    assert extended['given_scenes'] == 1
+    assert generated['given_scenes'] == 0
+    assert extended['stories'] == generated['stories']
+    assert all(len(captions) == 2 for captions in extended['stories'])
+
+
+def event_names(trace):
+    """The names of all events in a file of jax.profiler."""
+    return [
+        event.name
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
     ]
-    assert [t['given_scenes'] for t in told] == [1, 0] and told[0]['stories'] == told[1]['stories']
-    assert all(len(captions) == 2 for captions in told[0]['stories'])
+
+
+def untimed(workdir):
+    """Records without what differs from run to run."""
+    timed = ('steps_per_second', 'data_wait')
+    return [
+        {name: value for name, value in record.items() if name not in timed}
+        for record in records(workdir)
+    ]
 
 
 def test_resume_is_bit_equal(finished, tmp_path):
@@ -127,46 +152,80 @@ def test_resume_is_bit_equal(finished, tmp_path):
     other = tmp_path / 'smoke'
     shutil.copytree(workdir, other)
     shutil.copytree(workdir.parent / 'data', tmp_path / 'data')
-    shutil.rmtree(other / 'checkpoints' / '6')  # as if killed after the checkpoint of step 3
+
+    # As if the run was killed after the checkpoint of step 3.
+    shutil.rmtree(other / 'checkpoints' / '6')
     assert trainer.train_and_evaluate(smoke_config(), other, trace_step=3) == rows
-    (trace,) = (other / 'trace').rglob('*.xplane.pb')
-    names = [
-        e.name
-        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
-        for line in plane.lines
-        for e in line.events
-    ]
-    assert names.count('CommonPjRtLoadedExecutable::Execute (jit_step)') == trainer.TRACED_STEPS
-
-    def untimed(path):
-        return [
-            {k: v for k, v in r.items() if k not in ('steps_per_second', 'data_wait')}
-            for r in records(path)
-        ]
-
     assert untimed(other) == untimed(workdir)
+
+    (trace,) = (other / 'trace').rglob('*.xplane.pb')
+    executions = event_names(trace).count('CommonPjRtLoadedExecutable::Execute (jit_step)')
+    assert executions == trainer.TRACED_STEPS
+
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        ),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_device),
         names_lib.abstract_params(smoke_config().model),
     )
-    a, b = (checkpoint.restore(w / 'checkpoints/6', {'ema': target}) for w in (workdir, other))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    straight = checkpoint.restore(workdir / 'checkpoints/6', {'ema': target})
+    resumed = checkpoint.restore(other / 'checkpoints/6', {'ema': target})
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+
+def test_what_is_due():
+    train = config_lib.TrainConfig(
+        steps=12, log_every_steps=2, checkpoint_every_steps=3, sample_every_steps=4
+    )
+
+    def due(done, stopped=False):
+        return {
+            name for name, value in trainer._due(done, train, stopped)._asdict().items() if value
+        }
+
+    assert due(1) == set()
+    assert due(2) == {'log'}
+    assert due(3) == {'log', 'save'}  # only what is known to be finite is saved
+    assert due(4) == {'log', 'sample'}
+    assert due(12) == {'log', 'save'}  # the last grids are drawn after the loop
+    assert due(1, stopped=True) == {'log', 'save'}
+    assert due(4, stopped=True) == {'log', 'save'}
+
+
+def test_records_are_means_since_the_last_one(monkeypatch):
+    clock = iter([0, 1, 10, 20, 23, 30, 31, 40])  # two readings around each wait, one per record
+    monkeypatch.setattr(trainer, 'time', types.SimpleNamespace(monotonic=lambda: next(clock)))
+    recorder = trainer._Recorder(peak_share={(4,): 2.0, (8,): 4.0})
+    batches = iter([((4,), {}), ((4,), {}), ((8,), {})])
+
+    # The first record has no times: the time before it is the compiler's.
+    layout, _ = recorder.wait_for(batches)
+    recorder.add(layout, {'loss': np.float32(5)})
+    assert recorder.record(1) == {'loss': 5}
+
+    for loss in (1, 2):
+        layout, _ = recorder.wait_for(batches)
+        recorder.add(layout, {'loss': np.float32(loss)})
+    assert recorder.record(3) == {
+        'loss': 1.5,
+        'data_wait': (3 + 1) / 30,
+        'mfu': (2.0 + 4.0) / 30,
+    }
 
 
 def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
+    workdir, _ = finished
     cfg = smoke_config()
-    codec, device = (
-        latent_codec.stories_codec(cfg, finished[0]),
-        types.SimpleNamespace(device_kind='TPU v5'),
-    )
-    shares = trainer._peak_share(
-        cfg, types.SimpleNamespace(size=4, devices=np.array([device])), codec
-    )
-    flops = flops_lib.training_flops(cfg.model, cfg.model.layout((1, 2), 4, 4))
+    codec = latent_codec.stories_codec(cfg, workdir)
+
+    device = types.SimpleNamespace(device_kind='TPU v5')
+    mesh_of_four = types.SimpleNamespace(size=4, devices=np.array([device]))
+    shares = trainer._peak_share(cfg, mesh_of_four, codec)
     assert shares.keys() == {(4, 4), (4, 8)}
+
+    flops = flops_lib.training_flops(cfg.model, cfg.model.layout((1, 2), 4, 4))
     assert shares[4, 8] == pytest.approx(8 * sum(flops.values()) / (4 * 459e12))
+
+    # A CPU's peak is not known.
     assert trainer._peak_share(cfg, mesh_lib.make_mesh(cfg.mesh), codec) == {}
 
 
@@ -188,97 +247,103 @@ def test_divergence_stops_and_saves_nothing(tmp_path):
         data=config_lib.DataConfig(layouts=((4, 4),), num_train=32, num_test=16),
     )
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, log_every_steps=100))
-    with pytest.raises(
-        FloatingPointError, match=r'before step 3: nothing was saved'
-    ):  # where the first save is due
+
+    # The first save is due at step 3.
+    with pytest.raises(FloatingPointError, match=r'before step 3: nothing was saved'):
         trainer.train_and_evaluate(cfg, tmp_path / 'run')
     assert not [p for p in (tmp_path / 'run/checkpoints').glob('*') if p.name.isdigit()]
 
 
 def test_fine_tuning_starts_from_the_ema(finished, weights):
-    cfg = smoke_config(steps=1, init_from=str(finished[0]))
-    codec = latent_codec.stories_codec(cfg, finished[0])
+    workdir, _ = finished
+    cfg = smoke_config(steps=1, init_from=str(workdir))
+    codec = latent_codec.stories_codec(cfg, workdir)
     state, _ = trainer._initial_state(cfg, codec, mesh_lib.make_mesh(cfg.mesh))
+
     for ours in state.params, state.ema:
         jax.tree.map(np.testing.assert_array_equal, ours, weights['ema'])
     assert int(state.step) == 0
+
+
+def sample_run(tmp_path, workdir, **flags):
+    """Runs `sample` with these flags, and returns the folder that it wrote."""
+    defaults = {'workdir': workdir and str(workdir), 'out': str(tmp_path / 'out')}
+    with flagsaver.flagsaver(**(defaults | flags)):
+        sample.main(['sample'])
+    return tmp_path / 'out'
 
 
 def test_sampling_and_fine_tuning_take_the_newest_good_checkpoint(finished, tmp_path, caplog):
     workdir = tmp_path / 'smoke'
     shutil.copytree(finished[0], workdir)
     (workdir / 'checkpoints/6/ema/manifest.ocdbt').unlink()
+
+    # Sampling.
     out = sample_run(tmp_path, workdir, prompt=['red ring on gray moves left', 'it grows'])
-    assert json.loads((out / 'story.json').read_text())['checkpoint'] == str(
-        workdir / 'checkpoints/3'
-    )
+    used = json.loads((out / 'story.json').read_text())['checkpoint']
+    assert used == str(workdir / 'checkpoints/3')
     assert any(f'{workdir}/checkpoints/6 is damaged' in r.getMessage() for r in caplog.records)
+
+    # Fine-tuning.
     cfg = smoke_config(init_from=str(workdir))
-    state, _ = trainer._initial_state(
-        cfg, latent_codec.stories_codec(cfg, workdir), mesh_lib.make_mesh(cfg.mesh)
-    )
+    codec = latent_codec.stories_codec(cfg, workdir)
+    state, _ = trainer._initial_state(cfg, codec, mesh_lib.make_mesh(cfg.mesh))
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
     )
     ema = checkpoint.restore(workdir / 'checkpoints/3', {'ema': target})['ema']
     jax.tree.map(np.testing.assert_array_equal, state.params, ema)
+
+    # A damaged checkpoint that is named is not replaced by another.
+    damaged = str(workdir / 'checkpoints/6')
     with pytest.raises(ValueError, match='checkpoints/6 is damaged'):
-        sample_run(
-            tmp_path,
-            None,
-            checkpoint=str(workdir / 'checkpoints/6'),
-            prompt=['it grows', 'it blinks'],
-        )
-
-
-def sample_run(tmp_path, workdir, **flags):
-    with flagsaver.flagsaver(
-        **({'workdir': workdir and str(workdir), 'out': str(tmp_path / 'out')} | flags)
-    ):
-        sample.main(['sample'])
-    return tmp_path / 'out'
+        sample_run(tmp_path, None, checkpoint=damaged, prompt=['it grows', 'it blinks'])
 
 
 def test_sample_writes_reproducible_videos(finished, tmp_path):
+    workdir, _ = finished
     prompts = ['red ring on gray moves left', 'it grows', 'it blinks']
-    out = sample_run(tmp_path, finished[0], prompt=prompts, num_videos=2)
+    out = sample_run(tmp_path, workdir, prompt=prompts, num_videos=2)
+
     first, fps = video.read_video(out / 'video_0.mp4')
-    assert first.shape == (12, 256, 256, 3) and fps == 4
-    assert {p.name for p in out.iterdir()} == {
-        f'{n}_{i}.{e}'
-        for i in (0, 1)
-        for n, e in (('video', 'mp4'), ('video', 'gif'), ('sheet', 'png'))
-    } | {'story.json'}
-    assert (video.read_video(out / 'video_1.mp4')[0] != first).any()  # its own noise
-    again = sample_run(tmp_path / 'again', finished[0], story=str(out / 'story.json'))
-    np.testing.assert_array_equal(video.read_video(again / 'video_0.mp4')[0], first)
+    assert first.shape == (12, 256, 256, 3)
+    assert fps == 4
+
+    of_each_video = ['video_{}.mp4', 'video_{}.gif', 'sheet_{}.png']
+    names = {name.format(i) for i in (0, 1) for name in of_each_video}
+    assert {path.name for path in out.iterdir()} == names | {'story.json'}
+
+    # Each video has its own noise.
+    second, _ = video.read_video(out / 'video_1.mp4')
+    assert (second != first).any()
+
+    # story.json is all that is needed to make the first one again.
+    again = sample_run(tmp_path / 'again', workdir, story=str(out / 'story.json'))
+    repeated, _ = video.read_video(again / 'video_0.mp4')
+    np.testing.assert_array_equal(repeated, first)
 
 
 def test_sample_extends_given_clips_and_takes_unequal_scenes(finished, tmp_path):
+    workdir, _ = finished
     clip = np.full((8, 16, 16, 3), 0.5, np.float32)
     clip[:, 4:12, 4:12] = (1, 0, 0)
     video.write_mp4(tmp_path / 'given.mp4', clip, 4, scale=16)
+
+    scenes = [
+        {'caption': 'red ball on gray stays'},
+        {'caption': 'it grows', 'frames': 4},
+        {'caption': 'it moves up', 'frames': 12},
+    ]
     story = tmp_path / 'story.json'
-    story.write_text(
-        json.dumps(
-            {
-                'scenes': [
-                    {'caption': 'red ball on gray stays'},
-                    {'caption': 'it grows', 'frames': 4},
-                    {'caption': 'it moves up', 'frames': 12},
-                ]
-            }
-        )
-    )
+    story.write_text(json.dumps({'scenes': scenes}))
+
     given = [str(tmp_path / 'given.mp4')]
-    out = sample_run(tmp_path, finished[0], story=str(story), given=given, guidance=['1', '2', '1'])
+    out = sample_run(tmp_path, workdir, story=str(story), given=given, guidance=['1', '2', '1'])
+
     made = video.read_video(out / 'video_0.mp4', height_px=16, width_px=16)[0]
     assert len(made) == 8 + 4 + 12
     assert np.abs(made[:8] / 255 - clip).mean() < 0.06  # the given scene, through the codec
-    assert json.loads((out / 'story.json').read_text())['scenes'][2] == {
-        'caption': 'it moves up',
-        'frames': 12,
-    }
+    assert json.loads((out / 'story.json').read_text())['scenes'][2] == scenes[2]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +374,7 @@ def test_story_files_and_frames(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r'story.json (is no story file|needs a text caption)'):
             story_file.read_story(path)
+
     assert sample.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
     with pytest.raises(
         ValueError, match='Scene 1 has 4 frames in the story but its given clip has 12'
@@ -321,5 +387,6 @@ def test_story_files_and_frames(tmp_path):
 def test_missing_workdirs_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no checkpoint'):
         checkpoint.latest(tmp_path, {})
+
     with pytest.raises(FileNotFoundError, match=r'must be a folder that mask2dit_jax\.main wrote'):
         config_lib.load(tmp_path / 'config.json')

@@ -1,28 +1,120 @@
-"""What a training step asks for: timesteps, given scenes and dropped captions."""
+"""The denoising objective: everything random that one training step draws.
+
+Each story gets noise and one timestep. Some stories have given scenes, which stay clean at timestep
+0 (Mask²DiT, section 3.3), and some lose their captions, for classifier-free guidance.
+`diffusion.loss.denoising_loss` computes the loss from these draws.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mask2dit_jax import config as config_lib
 
-def stratified_timesteps(key, batch: int, num_timesteps: int):
-    """Integer timesteps [B], each uniform, together one in every B-th part of the range, in random
-    order."""
+
+class DenoisingBatch(NamedTuple):
+    """A batch with everything that was drawn for it."""
+
+    latents: jax.Array  # [B, T, H, W, C]
+    text: jax.Array  # [B, S, M, E], the empty caption where captions were dropped
+    noise: jax.Array  # [B, T, H, W, C], standard normal, float32
+    timesteps: jax.Array  # int32 [B], for the scenes that are not given
+    given: jax.Array  # bool [B, S]
+
+
+def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBatch:
+    """Draws what one training step needs.
+
+    Args:
+      key: PRNG key of this step.
+      batch: 'latents' [B, T, H, W, C] and 'text' [B, S, M, E].
+      null_text: [M, E], the encoding of the empty caption.
+      step: int [], the updates done before this one.
+      config: the configuration.
+    """
+    noise_key, time_key, drop_key, given_key = jax.random.split(key, 4)
+    latents = batch['latents']
+    batch_size, num_scenes = batch['text'].shape[:2]
+    train = config.train
+
+    noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
+    timesteps = stratified_timesteps(time_key, batch_size, config.schedule.num_train_timesteps)
+
+    given = sample_given_scenes(
+        given_key, batch_size, num_scenes, train.conditional_probability, train.given
+    )
+    given &= step >= train.conditional_from_step
+
+    text = drop_captions(drop_key, batch['text'], null_text, train.caption_dropout)
+
+    return DenoisingBatch(latents, text, noise, timesteps, given)
+
+
+def stratified_timesteps(key, batch_size: int, num_timesteps: int):
+    """Draws timesteps that cover the range evenly in every batch, so that the loss varies less.
+
+    Args:
+      key: PRNG key.
+      batch_size: B.
+      num_timesteps: timesteps are from 0 to num_timesteps - 1.
+
+    Returns:
+      int32 [B]. Each timestep is uniform over the whole range; together there is one in each of
+      the B equal parts of the range, in random order.
+    """
     offset_key, order_key = jax.random.split(key)
-    u = (
-        jax.random.permutation(order_key, batch) + jax.random.uniform(offset_key, (batch,))
-    ) / batch
-    return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
+
+    part = jax.random.permutation(order_key, batch_size)
+    offset = jax.random.uniform(offset_key, (batch_size,))
+    fraction = (part + offset) / batch_size
+
+    # In float32 the fraction can round up to 1, which is not below the range's end.
+    return jnp.minimum((fraction * num_timesteps).astype(jnp.int32), num_timesteps - 1)
 
 
-def random_given(key, batch: int, num_scenes: int, probability: float, which: str = 'leading'):
-    """Given scenes bool [B, S]: with this probability, per story, a random number of them but never
-    all; the 'leading' ones, or 'any'."""
+def sample_given_scenes(
+    key, batch_size: int, num_scenes: int, probability: float, which: str = 'leading'
+):
+    """Chooses the given (conditioning) scenes of each story.
+
+    Args:
+      key: PRNG key.
+      batch_size: B.
+      num_scenes: S.
+      probability: the share of stories that have given scenes. Their number is uniform from 1 to
+        S - 1, so that there is always a scene left to train on.
+      which: 'leading' gives the first scenes of a story, 'any' a random subset.
+
+    Returns:
+      bool [B, S], true where a scene is given.
+    """
     if num_scenes == 1 or not probability:
-        return jnp.zeros((batch, num_scenes), bool)
+        return jnp.zeros((batch_size, num_scenes), bool)
+
     coin_key, count_key, *order_key = jax.random.split(key, 3 if which == 'any' else 2)
-    count = jax.random.randint(count_key, (batch, 1), 1, num_scenes)
-    coin = jax.random.bernoulli(coin_key, probability, (batch, 1))
-    order = jnp.broadcast_to(jnp.arange(num_scenes), (batch, num_scenes))
+    count = jax.random.randint(count_key, (batch_size, 1), 1, num_scenes)
+    has_given = jax.random.bernoulli(coin_key, probability, (batch_size, 1))
+
+    # The scenes with the lowest ranks are given.
+    rank = jnp.broadcast_to(jnp.arange(num_scenes), (batch_size, num_scenes))
     if which == 'any':
-        order = jax.random.permutation(order_key[0], order, axis=1, independent=True)
-    return coin & (order < count)
+        rank = jax.random.permutation(order_key[0], rank, axis=1, independent=True)
+
+    return has_given & (rank < count)
+
+
+def drop_captions(key, text, null_text, probability: float):
+    """Replaces all captions of some stories by the empty caption.
+
+    Args:
+      key: PRNG key.
+      text: [B, S, M, E].
+      null_text: [M, E], the encoding of the empty caption.
+      probability: the share of stories that lose their captions.
+
+    Returns:
+      [B, S, M, E].
+    """
+    drop = jax.random.bernoulli(key, probability, (text.shape[0], 1, 1, 1))
+    return jnp.where(drop, null_text, text)
