@@ -28,7 +28,7 @@ from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora, vae
 from mask2dit_jax.pretrained import load as load_lib
-from mask2dit_jax.pretrained import lora_files, names, runs
+from mask2dit_jax.pretrained import config_json, lora_files, names, runs
 
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -207,7 +207,7 @@ def load_folder(folder: pathlib.Path):
     cfg = load_lib.with_model_from(base, folder)
     frames, factor = (
         cfg.model.sample_frames,
-        load_lib.read_config('vae', folder / 'vae').spatial_factor,
+        config_json.read_config('vae', folder / 'vae').spatial_factor,
     )
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, layouts=((frames,),)))
     size = (

@@ -19,7 +19,7 @@ from mask2dit_jax.attention import masks
 from mask2dit_jax.benchmark import worker
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import embeddings, lora, t5, vae
-from mask2dit_jax.pretrained import export, lora_files, names
+from mask2dit_jax.pretrained import config_json, export, lora_files, names
 from mask2dit_jax.pretrained import load as load_lib
 
 torch = pytest.importorskip('torch')
@@ -144,7 +144,7 @@ def test_transformer(seed, tmp_path):
     close(ours(params), forward(theirs, config, x, text, 437), 5e-6)
     params = other_params(params, seed)
     save_ours(
-        'transformer', tmp_path / 'ours', model.cfg, params, names.transformer_json(model.cfg)
+        'transformer', tmp_path / 'ours', model.cfg, params, config_json.transformer_json(model.cfg)
     )
     close(
         ours(params),
@@ -363,9 +363,9 @@ def test_a_key_that_config_json_leaves_out_means_the_default_of_the_oracle(kind,
         k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty
     }
     given = {'feed_forward_proj': 'gated-gelu'} if kind == 'text_encoder' else {}
-    ours = dataclasses.asdict(names.NETWORKS[kind].parse(given))
+    ours = dataclasses.asdict(config_json.PARSERS[kind](given))
     theirs = dataclasses.asdict(
-        names.NETWORKS[kind].parse(
+        config_json.PARSERS[kind](
             given
             | {
                 k: list(v) if isinstance(v, tuple) else v
