@@ -27,8 +27,8 @@ from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora, vae
-from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.pretrained import config_json, lora_files, names, runs
+from mask2dit_jax.pretrained import load as load_lib
 
 _WORKDIR = flags.DEFINE_string(
     'workdir',
