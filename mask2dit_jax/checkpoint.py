@@ -1,11 +1,31 @@
-"""Checkpoints with Orbax: params, ema, opt and meta as separate items, so that sampling restores
-only what it needs.
+"""Checkpoints of a training run, written by Orbax and protected by checksums.
 
-A checkpoint is written to a temporary folder and renamed when it is whole, so that a killed run
-leaves none in halves. What happens to it on disk afterwards is noticed when it is read: tensorstore
-finds missing, truncated and garbled files, but not changed bytes in compressed array data. Hence
-meta holds a checksum of the arrays of each item, computed on the devices before saving and after
-restoring; it is the same on every mesh.
+The folder of a run holds one folder for each checkpoint, named by the step:
+
+    WORKDIR/checkpoints/
+      1000/
+        params/           what is trained: the model's parameters, or LoRA tensors
+        ema/              their moving average, which is all that sampling reads
+        opt/              the optimizer's state
+        meta/metadata     JSON: what the run is (data, seed, ...), and under 'checksums' one number
+                          for each of the items params, ema and opt
+      2000.damaged/       a checkpoint that could not be read, set aside by `manager`
+      3000.orbax-checkpoint-tmp/
+                          what a killed run was saving; `manager` deletes it
+
+ITEMS says which field of train_step.TrainState each item holds. Every item can be restored alone.
+
+Damage is noticed in three ways, of which each finds what the ones before do not:
+
+  1. A checkpoint that is not whole is never taken for one, because Orbax writes it to a temporary
+     folder and renames the folder when everything is written.
+  2. Files that are missing, cut off or garbled make tensorstore raise an error.
+  3. Changed bytes in compressed array data do not. Therefore `save` computes a checksum of the
+     arrays on the devices, and `restore` computes it again and compares the two. The checksum is
+     the same on every mesh.
+
+`restore` then raises a ValueError, `latest` takes the checkpoint before with a warning, and
+`manager` renames the damaged folder, so that its step can be saved again.
 """
 
 import contextlib
@@ -23,52 +43,80 @@ from mask2dit_jax import tensor_io
 from mask2dit_jax.distributed import multihost
 
 FOLDER = 'checkpoints'
+# The folder of an item: the field of train_step.TrainState that it holds.
 ITEMS = {
     'params': 'params',
     'ema': 'ema',
     'opt': 'opt_state',
-}  # folder of an item: field of the state
+}
 
 
 class OtherRunError(ValueError):
-    """The checkpoint is whole, but of another run."""
+    """The checkpoint is whole, but belongs to another run."""
 
 
 def folders(workdir) -> list[pathlib.Path]:
-    """Folders of the finished checkpoints of a workdir, good or damaged, the newest last."""
-    found = (p for p in (pathlib.Path(workdir).absolute() / FOLDER).glob('*') if p.name.isdigit())
-    return sorted(found, key=lambda p: int(p.name))
+    """Lists the finished checkpoints of a workdir, good or damaged.
+
+    Args:
+      workdir: the folder of a run.
+
+    Returns:
+      Their folders, the newest last.
+    """
+    paths = (pathlib.Path(workdir).absolute() / FOLDER).glob('*')
+    finished = [path for path in paths if path.name.isdigit()]
+    return sorted(finished, key=lambda path: int(path.name))
+
+
+# Saving.
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: Orbax asks for past steps in its saving thread, which JAX would take for where the
-        process is."""
+        """Never, because distributed/multihost.py is what notices preemption.
+
+        Orbax asks JAX about past steps, from the thread that saves, and JAX would take such a step
+        for the one that the process has come to.
+        """
         return False
 
 
+def _set_aside(path: pathlib.Path) -> None:
+    """Renames a checkpoint to STEP.damaged, or to the next free STEP.damaged1, ..."""
+    for number in itertools.count():
+        aside = path.with_name(f'{path.name}.damaged{number or ""}')
+        if not aside.exists():
+            break
+    path.rename(aside)
+    logging.warning('%s is now %s.', path, aside.name)
+
+
 def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointManager:
-    """What saves the checkpoints of a run that goes on at a step. The caller decides when, and
-    calls `finish`.
+    """Makes what saves the checkpoints of a run that continues at a step.
 
     What a killed run was saving is deleted. Folders of later steps, which `latest` has found
-    damaged, are renamed to STEP.damaged, so that these steps can be saved again.
+    damaged, are renamed to STEP.damaged, so that these steps can be saved again. The caller decides
+    when to `save`, and calls `finish` at the end.
 
     Args:
-      workdir: the folder.
-      keep: how many of the newest stay.
-      keep_every: those of steps that this divides stay, too; 0 for none.
+      workdir: the folder of the run.
+      keep: how many of the newest checkpoints are kept.
+      keep_every: checkpoints of steps that are multiples of it are kept, too; 0 for none.
       start: the step that was restored, or 0.
+
+    Returns:
+      Orbax's manager, for `save`, `check` and `finish`.
     """
     if jax.process_index() == 0:
         for path in folders(workdir):
             if int(path.name) > start:
-                names = (f'{path.name}.damaged{n or ""}' for n in itertools.count())
-                aside = next(p for p in map(path.with_name, names) if not p.exists())
-                path.rename(aside)
-                logging.warning('%s is now %s.', path, aside.name)
+                _set_aside(path)
+
     policies = ocp.checkpoint_managers
-    kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+    kept = [policies.LatestN(keep)]
+    if keep_every:
+        kept.append(policies.EveryNSteps(keep_every))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
         create=True,
@@ -77,12 +125,13 @@ def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointMa
     return _Manager(pathlib.Path(workdir).absolute() / FOLDER, options=options)
 
 
-@jax.jit  # traced once for each shape, not for each array
-def _checksum(x):
-    """Of one array, see `_checksums`."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(
-        jnp.uint32
-    )
+@jax.jit  # so that it is traced once for each shape, not for each array
+def _array_checksum(x):
+    """The checksum of one array, a uint32; see `_item_checksums`."""
+    bits_dtype = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
+    bits = jax.lax.bitcast_convert_type(x, bits_dtype).astype(jnp.uint32)
+
+    # The number of each element in the flattened array.
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
@@ -90,57 +139,71 @@ def _checksum(x):
 
 
 @jax.jit
-def _checksums(items: dict) -> dict:
-    """A uint32 for each item: its arrays' bits times odd numbers that differ by place, summed
-    modulo 2^32.
+def _item_checksums(items: dict) -> dict:
+    """The checksum of each item: the sum of its bits times odd numbers that differ by place.
 
-    Any one changed bit changes it. Sums of integers do not depend on their order, hence not on the
-    mesh.
+    It is taken modulo 2^32. Any single bit that changes alters it, because an odd number times a
+    power of two is not 0 modulo 2^32. A sum of integers does not depend on the order of its terms,
+    and hence not on the mesh.
     """
-    return {
-        name: sum((2 * i + 1) * _checksum(x) for i, x in enumerate(jax.tree.leaves(tree)))
-        for name, tree in items.items()
-    }
+    totals = {}
+    for name, tree in items.items():
+        leaves = jax.tree.leaves(tree)
+        totals[name] = sum((2 * i + 1) * _array_checksum(x) for i, x in enumerate(leaves))
+    return totals
 
 
 def checksums(items: dict) -> dict[str, int]:
-    """The checksum of each item (a tree of arrays), by its name."""
-    return {name: int(value) for name, value in jax.device_get(_checksums(items)).items()}
+    """Computes the checksum of each item on the devices.
 
+    Args:
+      items: trees of arrays by name.
 
-@contextlib.contextmanager
-def _saving(checkpoints: ocp.CheckpointManager):
-    try:
-        yield
-    except Exception as error:  # Orbax and tensorstore raise many kinds
-        raise RuntimeError(
-            f'Saving to {checkpoints.directory} failed ({_brief(error)}): the checkpoints there before '
-            'are whole; make room or mend the disk, and the same command resumes.'
-        ) from error
+    Returns:
+      Numbers below 2^32 by name.
+    """
+    on_host = jax.device_get(_item_checksums(items))
+    return {name: int(value) for name, value in on_host.items()}
 
 
 def _brief(error: Exception) -> str:
-    """What happened, of messages that go on with specifications of many lines."""
+    """The cause of an error in one short line; tensorstore's messages have many."""
     text = ' '.join(f'{type(error).__name__}: {error}'.split())
-    if found := re.search(r"os_error_code='(\d+)'", text):  # tensorstore's; the first cause
+    if found := re.search(r"os_error_code='(\d+)'", text):  # tensorstore's; the first is the cause
         return os.strerror(int(found[1]))
     return text if len(text) <= 300 else text[:300] + '...'
 
 
+@contextlib.contextmanager
+def _saving(checkpoints: ocp.CheckpointManager):
+    """Turns any error of saving into one RuntimeError that says what to do."""
+    try:
+        yield
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        raise RuntimeError(
+            f'Saving to {checkpoints.directory} failed ({_brief(error)}): the checkpoints there '
+            'before are whole; make room or mend the disk, and the same command resumes.'
+        ) from error
+
+
 def save(checkpoints: ocp.CheckpointManager, step: int, state, meta: dict) -> None:
-    """Starts saving ITEMS of a train_step.TrainState in the background; the arrays are copied
-    before it returns.
+    """Starts saving in the background; the arrays are copied before it returns.
+
+    Args:
+      checkpoints: see `manager`.
+      step: the checkpoint's name.
+      state: the train_step.TrainState, whose ITEMS are saved.
+      meta: what the run is, as JSON values; `restore` can ask for the same.
 
     Raises:
-      RuntimeError: if this cannot be written, or the one before could not.
+      RuntimeError: if the state cannot be written, or if writing the one before failed.
     """
     items = {item: getattr(state, field) for item, field in ITEMS.items()}
     meta = meta | {'checksums': checksums(items)}
-    arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    save_args = {'meta': ocp.args.JsonSave(meta)}
+    save_args |= {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     with _saving(checkpoints):
-        if not checkpoints.save(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)
-        ):
+        if not checkpoints.save(step, args=ocp.args.Composite(**save_args)):
             raise ValueError(f'step {step} was refused')
 
 
@@ -157,64 +220,74 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
         checkpoints.close()
 
 
+# Restoring.
+
+
 def _read(path: pathlib.Path, targets: dict, meta: dict) -> tuple[dict, dict]:
-    """Items of one checkpoint, and the checksums that they should have. Processes do not wait for
-    each other here."""
+    """Items of one checkpoint, and the checksums that they had when they were saved.
+
+    Orbax's handlers are used without its Checkpointer, in which processes wait for each other: one
+    that cannot read the files would leave the others waiting.
+    """
     saved = ocp.JsonCheckpointHandler().restore(path / 'meta')
-    changed = sorted(k for k in meta if saved.get(k) != meta[k])
+    changed = sorted(key for key in meta if saved.get(key) != meta[key])
     if changed:
         raise OtherRunError(
-            f'{path.parent} was trained with another {", ".join(changed)}: use the same configuration '
-            'to resume it, or another --workdir.'
+            f'{path.parent} was trained with another {", ".join(changed)}: use the same '
+            'configuration to resume it, or another --workdir.'
         )
-    problems = [
-        p
-        for name in targets
-        if name != 'opt'
-        for p in tensor_io.misshapen(path / name, targets[name])
-    ]
+
+    # Without the optimizer's state, whose tree has lists and which open_orbax cannot name.
+    problems = []
+    for name, target in targets.items():
+        if name != 'opt':
+            problems += tensor_io.misshapen(path / name, target)
     if problems:
         raise OtherRunError(f'{path} does not fit the configuration: {"; ".join(problems)}.')
+
     reader = ocp.StandardCheckpointHandler()
-    return {
-        name: reader.restore(path / name, args=ocp.args.StandardRestore(target))
-        for name, target in targets.items()
-    }, saved['checksums']
+    items = {}
+    for name, target in targets.items():
+        items[name] = reader.restore(path / name, args=ocp.args.StandardRestore(target))
+    return items, saved['checksums']
 
 
 def restore(path, targets: dict, meta: dict | None = None) -> dict:
-    """Items of one checkpoint folder (WORKDIR/checkpoints/STEP).
+    """Reads items of one checkpoint and compares their checksums.
 
     Args:
-      path: the folder.
-      targets: ShapeDtypeStructs with shardings by item, of ITEMS.
-      meta: what it must have been written with (data, seed).
+      path: the checkpoint's folder (WORKDIR/checkpoints/STEP).
+      targets: for each item to read, a name of ITEMS, its tree of ShapeDtypeStructs with shardings.
+      meta: values that the checkpoint must have been written with (data, seed).
 
     Returns:
-      Trees of arrays laid out like the targets.
+      Trees of arrays by item, laid out like the targets.
 
     Raises:
-      FileNotFoundError: if that is no checkpoint.
-      OtherRunError: if it was written with other `meta`: resuming would not continue that run.
-      ValueError: if it is damaged, with several processes on all of them.
+      FileNotFoundError: if there is no such folder.
+      OtherRunError: if it was written with another `meta`, or has arrays of other shapes: resuming
+        would not continue that run.
+      ValueError: if it is damaged. Where several processes read it, all of them raise.
     """
     path = pathlib.Path(path).absolute()
     if not path.is_dir():
         raise FileNotFoundError(
-            f'{path} is no checkpoint: give a folder like WORKDIR/{FOLDER}/1000.'
+            f'{path} is not a checkpoint: give a folder like WORKDIR/{FOLDER}/1000.'
         )
-    items, reason = None, 'another process cannot read it'
+
+    items = None
+    reason = 'another process cannot read it'
     try:
-        items, expected = _read(path, targets, meta or {})
+        items, saved_checksums = _read(path, targets, meta or {})
     except OtherRunError:
         raise
-    except (
-        Exception
-    ) as error:  # Orbax and tensorstore raise many kinds, Exception itself among them
+    except Exception as error:  # Orbax and tensorstore raise many kinds, also Exception itself
         reason = _brief(error)
+
+    # The checksums are computed by all processes together, or by none.
     if multihost.all_agree(items is not None):
         found = checksums(items)
-        wrong = [name for name in items if found[name] != expected[name]]
+        wrong = [name for name in items if found[name] != saved_checksums[name]]
         if not wrong:
             return items
         reason = f'checksum of {", ".join(wrong)}'
@@ -222,12 +295,15 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
 
 
 def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Path, dict]:
-    """The newest good checkpoint of a workdir, as (folder, items); damaged ones are skipped with a
-    warning.
+    """Reads the newest good checkpoint of a workdir; damaged ones are skipped with a warning.
 
     Args:
       workdir: the folder of a run.
-      targets, meta: see `restore`.
+      targets: see `restore`.
+      meta: see `restore`.
+
+    Returns:
+      (folder of the checkpoint, items as of `restore`).
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
@@ -240,6 +316,7 @@ def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Pa
             f'{pathlib.Path(workdir) / FOLDER} holds no checkpoint: train first with '
             f'mask2dit_jax.main --workdir={workdir}.'
         )
+
     for path in reversed(found):
         try:
             return path, restore(path, targets, meta)
@@ -247,7 +324,9 @@ def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Pa
             raise
         except ValueError as error:
             logging.warning('%s It is skipped.', error)
+
+    names = ', '.join(path.name for path in found)
     raise ValueError(
-        f'All checkpoints of {workdir} are damaged ({", ".join(p.name for p in found)}): put back a copy '
-        f'of one, or delete {found[0].parent} to train from the start.'
+        f'All checkpoints of {workdir} are damaged ({names}): put back a copy of one, or delete '
+        f'{found[0].parent} to train from the start.'
     )

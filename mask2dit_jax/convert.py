@@ -1,28 +1,16 @@
-"""The three networks of a released folder: reference names, shapes and configs <-> Flax parameters.
+"""Converts model folders between the released format and Orbax, and exports training runs.
 
-A model folder in diffusers' layout has transformer/, vae/, text_encoder/ (each config.json and
-.safetensors), tokenizer/ and scheduler/. Loading is strict: a missing, unexpected or wrongly shaped
-tensor is an error that names it.
+A converted folder has the layout of the released one, with an Orbax item params/ in the place of
+the .safetensors files, and loads faster. Converted back, every tensor has the same bits.
 
-    model, params = load_transformer('folder/transformer')
-    v = model.apply({'params': params}, latents, text, t, frames=(13, 13, 13))
-
-with latents [B, T, H, W, C] (the reference's (B, F, C, h, w) with channels moved last), text [B, S,
-M, E], one timestep per scene t [B, S], and frames, the latent frames of each scene. Where the
-reference sets clip_idx=i, t is the timestep in column i and 0 elsewhere. attn_msk_version becomes
-`model.cfg.pattern`.
-
-    model, params = load_vae('folder/vae')             # vae.encode(model.cfg, params, pixels),
-    vae.decode(...) model, params = load_t5('folder/text_encoder')     # t5.encode(model.cfg,
-    params, ids)
-
-As a command it converts a whole model folder to Orbax, which loads faster, and back:
-
+  # A released folder to Orbax, and back.
   python -m mask2dit_jax.convert --from=CogVideoX-5b --to=cogvideox-orbax
   python -m mask2dit_jax.convert --from=cogvideox-orbax --to=exported
-  python -m mask2dit_jax.convert --from=runs/mine --to=exported      # EMA of a training run, for PyTorch users
 
-A run with LoRA gives both: transformer/ with LoRA merged into its base, and
+  # The EMA of a training run, for users of PyTorch.
+  python -m mask2dit_jax.convert --from=runs/mine --to=exported
+
+A run with LoRA gives two things: transformer/, with LoRA merged into its base, and
 pytorch_lora_weights.safetensors, the LoRA alone, for diffusers' load_lora_weights and for `sample
 --lora`.
 """
@@ -39,10 +27,13 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     logs.quiet_libraries()
+
     started = time.monotonic()
     counts = export.convert_folder(_FROM.value, _TO.value)
+
+    seconds = time.monotonic() - started
     listed = ', '.join(f'{kind} {count:,}' for kind, count in counts.items())
-    print(f'Wrote {_TO.value} in {time.monotonic() - started:.0f} s; parameters: {listed}.')
+    print(f'Wrote {_TO.value} in {seconds:.0f} s; parameters: {listed}.')
 
 
 if __name__ == '__main__':
@@ -55,9 +46,9 @@ if __name__ == '__main__':
     _TO = flags.DEFINE_string(
         'to',
         None,
-        'New folder: Orbax from a released folder, safetensors from the others. A '
-        'run with LoRA leaves transformer/, merged, and pytorch_lora_weights.safetensors, the '
-        "LoRA alone, in diffusers' naming.",
+        'New folder. It gets Orbax if --from is a released folder, and safetensors otherwise. A '
+        'run with LoRA gives transformer/, merged, and pytorch_lora_weights.safetensors, the LoRA '
+        "alone under diffusers' names.",
         required=True,
     )
     app.run(main)

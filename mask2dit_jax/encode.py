@@ -27,7 +27,7 @@ from absl import app, flags
 from mask2dit_jax import logs
 from mask2dit_jax.data import precompute
 from mask2dit_jax.data import records as records_lib
-from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.pretrained import config_json
 
 
 def _job() -> precompute.Job:
@@ -40,8 +40,8 @@ def _job() -> precompute.Job:
     if None in sizes:
         if not folder or sizes != (None, None):
             raise app.UsageError('Give both --height and --width.')
-        model = load_lib.read_config('transformer', pathlib.Path(folder) / 'transformer')
-        factor = load_lib.read_config('vae', pathlib.Path(folder) / 'vae').spatial_factor
+        model = config_json.read_config('transformer', pathlib.Path(folder) / 'transformer')
+        factor = config_json.read_config('vae', pathlib.Path(folder) / 'vae').spatial_factor
         sizes = model.sample_height * factor, model.sample_width * factor
     return precompute.Job(
         manifest=_MANIFEST.value,

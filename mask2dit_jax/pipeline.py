@@ -29,8 +29,8 @@ from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora
+from mask2dit_jax.pretrained import config_json, lora_files, names, runs
 from mask2dit_jax.pretrained import load as load_lib
-from mask2dit_jax.pretrained import lora_files, names, runs
 
 # The size at which small videos are written: their pixels become squares.
 _WRITTEN_SIZE_PX = 256
@@ -614,7 +614,7 @@ def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelF
     layouts = ((config.model.sample_frames,),)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, layouts=layouts))
 
-    factor = load_lib.read_config('vae', folder / 'vae').spatial_factor
+    factor = config_json.read_config('vae', folder / 'vae').spatial_factor
     height_px = settings.height or config.model.sample_height * factor
     width_px = settings.width or config.model.sample_width * factor
     codec = latent_codec.pretrained_codec(

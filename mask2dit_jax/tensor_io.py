@@ -1,5 +1,10 @@
-"""Tensors in files, one at a time: safetensors folders and Orbax checkpoints larger than the host's
-memory."""
+"""Reads and writes files of tensors that are larger than the host's memory, one tensor at a time.
+
+There are two formats: folders of .safetensors files, and items of Orbax checkpoints. Opening either
+of them reads names, shapes and dtypes alone; values are read when they are asked for. Writing takes
+functions that make one tensor, or one layer of a stacked one, after the other. Whatever is wrong
+with a file is one error that names the file.
+"""
 
 import dataclasses
 import functools
@@ -7,6 +12,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import ml_dtypes
@@ -16,13 +22,18 @@ import safetensors
 import safetensors.numpy
 import tensorstore as ts
 
-SHARD_BYTES = 1 << 30  # of an exported file; what is written is in memory twice
+SHARD_BYTES = 1 << 30  # of an exported file; what is being written is in memory twice
 _DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+_PICKLED = ('.bin', '.pt', '.pth', '.ckpt')
+_NOTHING = '(?!)'  # a regular expression that matches no name
+
+
+# .safetensors files.
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: shape and dtype known, values read by np.asarray."""
+    """A tensor in a file: shape and dtype are known, and np.asarray reads the values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -32,99 +43,128 @@ class Tensor:
         return np.asarray(self.read(), dtype)
 
 
-def open_safetensors(folder, unused: str = '(?!)') -> dict[str, Tensor]:
-    """All tensors of a folder's .safetensors files by name; nothing but headers is read.
+class File(NamedTuple):
+    """The content of one .safetensors file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def open_safetensors(folder, unused: str = _NOTHING) -> dict[str, Tensor]:
+    """Opens all .safetensors files of a folder; only their headers are read.
 
     Args:
-      folder: holds them.
-      unused: regular expression of whole names to leave out, whatever they hold; the default
-        matches none.
+      folder: the folder.
+      unused: regular expression of whole names that are left out, whatever dtype they have.
+
+    Returns:
+      Tensors by name.
 
     Raises:
-      FileNotFoundError, ValueError: one sentence that names the file: none there, only pickled
-        weights, a file that is damaged, cut off or lacks a part that the index lists, a tensor
-        twice, or one that holds no floats.
+      FileNotFoundError: if there is no folder or no file, or if a file is missing that the index
+        lists.
+      ValueError: naming the file, if a file is damaged or cut off, if there are only pickled
+        weights, if a tensor is there twice or is missing although the index lists it, or if a
+        tensor does not hold floats.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f'{folder} is no folder.')
+        raise FileNotFoundError(f'{folder} is not a folder.')
     files = sorted(folder.glob('*.safetensors'))
-    pickled = [
-        p.name for p in sorted(folder.iterdir()) if p.suffix in ('.bin', '.pt', '.pth', '.ckpt')
-    ]
+    pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLED]
     if not files and pickled:
         raise ValueError(
-            f'{folder} has only pickled weights ({", ".join(pickled)}), which run code when opened: load '
-            'them in PyTorch and save them again with save_pretrained(..., safe_serialization=True).'
+            f'{folder} has only pickled weights ({", ".join(pickled)}), which run code when '
+            'opened: load them in PyTorch and save them again with save_pretrained(..., '
+            'safe_serialization=True).'
         )
-    listed = _indexed(folder)
-    missing = sorted(set(listed.values()) - {p.name for p in files})
+
+    # The index lists the files of a network that is spread over several.
+    file_of = _read_indices(folder)
+    missing = sorted(set(file_of.values()) - {path.name for path in files})
     if missing or not files:
         raise FileNotFoundError(
             f'{folder} lacks {", ".join(missing) or "a .safetensors file"}: download or copy it '
             'again.'
         )
+
     tensors = {}
     for path in files:
-        for name, tensor in open_file(path, unused)[0].items():
+        for name, tensor in open_file(path, unused).tensors.items():
             if name in tensors:
                 raise ValueError(
-                    f'{folder} has {name} in two files, one of them {path.name}: remove one set of files.'
+                    f'{folder} has {name} in two files, one of them {path.name}: remove one set '
+                    'of files.'
                 )
             tensors[name] = tensor
-    lost = sorted(n for n in set(listed) - set(tensors) if not re.fullmatch(unused, n))
+
+    lost = set(file_of) - set(tensors)
+    lost = sorted(name for name in lost if not re.fullmatch(unused, name))
     if lost:
         raise ValueError(
-            f'{folder} lacks tensors that its index lists: {", ".join(lost[:5])}: download it again.'
+            f'{folder} lacks tensors that its index lists: {", ".join(lost[:5])}: download it '
+            'again.'
         )
     return tensors
 
 
-def _indexed(folder: pathlib.Path) -> dict[str, str]:
-    """Tensor name to file name, from the index of sharded files; empty if there is none."""
-    listed = {}
+def _read_indices(folder: pathlib.Path) -> dict[str, str]:
+    """The file name of each tensor, from the index of a folder; empty if there is no index."""
+    file_of = {}
     for path in folder.glob('*.safetensors.index.json'):
         try:
-            listed |= json.loads(path.read_text(encoding='utf-8'))['weight_map']
+            file_of |= json.loads(path.read_text(encoding='utf-8'))['weight_map']
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path} is no index of safetensors files ({error!r}).') from error
-    return listed
+            raise ValueError(f'{path} is not an index of safetensors files ({error!r}).') from error
+    return file_of
 
 
-def open_file(path, unused: str = '(?!)') -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of one .safetensors file by name, and its metadata; errors as of
-    `open_safetensors`."""
+def open_file(path, unused: str = _NOTHING) -> File:
+    """Opens one .safetensors file; only its header is read.
+
+    Args:
+      path: the file.
+      unused: regular expression of whole names that are left out, whatever dtype they have.
+
+    Returns:
+      Tensors by name, and the metadata.
+
+    Raises:
+      ValueError: naming the file, if it is damaged, cut off or absent, or if a tensor does not hold
+        floats.
+    """
+    described = {}
     try:
         with safetensors.safe_open(path, 'np') as file:
             metadata = file.metadata() or {}
-            slices = {
-                name: file.get_slice(name)
-                for name in file.keys()  # noqa: SIM118 (no mapping)
-                if not re.fullmatch(unused, name)
-            }
-            described = {
-                name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
-            }
+            for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
+                if not re.fullmatch(unused, name):
+                    part = file.get_slice(name)
+                    described[name] = (tuple(part.get_shape()), part.get_dtype())
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
-            f'{path} is damaged or no safetensors file ({error}): copy it again.'
+            f'{path} is damaged or not a safetensors file ({error}): copy it again.'
         ) from error
-    strange = [
-        f'{name} as {dtype}' for name, (_, dtype) in described.items() if dtype not in _DTYPES
-    ]
+
+    strange = [f'{name} as {code}' for name, (_, code) in described.items() if code not in _DTYPES]
     if strange:
         raise ValueError(
             f'{path} holds {", ".join(strange)}: only {", ".join(_DTYPES)} can be read.'
         )
-    return {
-        name: Tensor(shape, np.dtype(_DTYPES[dtype]), functools.partial(_read, path, name))
-        for name, (shape, dtype) in described.items()
-    }, metadata
+
+    tensors = {}
+    for name, (shape, code) in described.items():
+        read = functools.partial(_read_tensor, path, name)
+        tensors[name] = Tensor(shape, np.dtype(_DTYPES[code]), read)
+    return File(tensors, metadata)
 
 
-def _read(path: pathlib.Path, name: str) -> np.ndarray:
-    """One tensor; the file is opened for it alone, since an open one keeps all pages that were read
-    in memory."""
+def _read_tensor(path: pathlib.Path, name: str) -> np.ndarray:
+    """One tensor of a file.
+
+    The file is opened for this tensor alone: an open one keeps every page that was read in memory,
+    so that the host would hold the whole file in the end.
+    """
     try:
         with safetensors.safe_open(path, 'np') as file:
             return file.get_tensor(name)
@@ -139,37 +179,59 @@ def write_safetensors(
     shard_bytes: int = SHARD_BYTES,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes tensors as STEM.safetensors, or as numbered files with an index if they exceed
-    shard_bytes."""
+    """Writes tensors as STEM.safetensors, or as several numbered files with an index.
+
+    Args:
+      folder: where to write; made if it is not there.
+      stem: file name without suffix.
+      tensors: tensors, or arrays, by name.
+      shard_bytes: size from which on another file is begun.
+      metadata: for the header of each file.
+    """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {n: int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for n, t in tensors.items()}
-    shards, filled = [[]], 0
+    sizes = {}
+    for name, tensor in tensors.items():
+        sizes[name] = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+
+    shards = [[]]  # the names of each file
+    filled = 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
         filled += size
+
     files = [f'{stem}.safetensors']
     if len(shards) > 1:
-        files = [f'{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
-        index = {
-            'metadata': {'total_size': sum(sizes.values())},
-            'weight_map': {n: f for f, names in zip(files, shards) for n in names},
-        }
+        total = len(shards)
+        files = [f'{stem}-{i + 1:05d}-of-{total:05d}.safetensors' for i in range(total)]
+        file_of = {name: file for file, names in zip(files, shards) for name in names}
+        index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': file_of}
         (folder / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+
+    # transformers refuses a file whose header names no format.
+    header = {'format': 'pt'} | (metadata or {})
     for file, names in zip(files, shards):
-        safetensors.numpy.save_file(
-            {n: np.ascontiguousarray(tensors[n]) for n in names},
-            folder / file,
-            metadata={'format': 'pt'} | (metadata or {}),
-        )
+        arrays = {name: np.ascontiguousarray(tensors[name]) for name in names}
+        safetensors.numpy.save_file(arrays, folder / file, metadata=header)
+
+
+# Items of Orbax checkpoints.
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array to be written part by part: whole, or stacked along its first axis."""
+    """An array to be written part by part.
+
+    Attributes:
+      shape: of the whole array.
+      dtype: of the array.
+      parts: functions that make the parts: the slices along the first axis if the array is stacked,
+        otherwise the array itself.
+      stacked: whether the array is written by slices.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -178,13 +240,15 @@ class Leaf:
 
     @property
     def size(self) -> int:
-        """Number of elements; Orbax refuses empty arrays by it."""
+        """Number of elements; Orbax asks for it to refuse empty arrays."""
         return int(np.prod(self.shape))
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Lets Orbax write a Leaf as it writes a numpy array, but one part after the other, and one
-    chunk a part."""
+    """Lets Orbax write a Leaf as it writes a numpy array, but one part after the other.
+
+    Each part is a chunk of its own in the file.
+    """
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -194,83 +258,101 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
             tspec['metadata']['chunks'] = (1, *value.shape[1:])
         array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         for i, part in enumerate(value.parts):
-            await (array[i] if value.stacked else array).write(part())
+            place = array[i] if value.stacked else array
+            await place.write(part())
 
 
 def write_orbax(path, tree) -> None:
-    """Writes a nested dict of Leafs as an Orbax checkpoint like StandardCheckpointer's, in place of
-    an old one."""
-    handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler()))
-    )
+    """Writes an Orbax item as StandardCheckpointer does, in the place of an old one.
+
+    Args:
+      path: folder of the item.
+      tree: nested dict of Leafs.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler()))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    save_args = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=SHARD_BYTES // 4)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(
-            pathlib.Path(path).absolute(),
-            force=True,
-            args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=SHARD_BYTES // 4),
-        )
+        checkpointer.save(pathlib.Path(path).absolute(), force=True, args=save_args)
 
 
 def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
-    """The arrays of an Orbax checkpoint item by path in the tree; slices are read on demand by
-    `.read().result()`.
+    """Opens an Orbax item of nested dicts; no values are read.
+
+    Args:
+      path: folder of the item.
+
+    Returns:
+      TensorStores by path in the tree; `store[i].read().result()` reads a slice.
 
     Raises:
-      ValueError: if it is none, or damaged.
+      ValueError: if there is no such item, or if it is damaged.
     """
     path = pathlib.Path(path).absolute()
+    stores = {}
     try:
-        # The handler itself: a Checkpointer warns that an item of a training run is no checkpoint
-        # of its own.
+        # The handler itself: a Checkpointer warns that an item of a training run is not a whole
+        # checkpoint.
         tree = ocp.StandardCheckpointHandler().metadata(path).tree
-        flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
-        names = [tuple(k.key for k in keys) for keys, _ in flat]
-        base = f'file://{path}/'
-        return {
-            n: ts.open(
-                {
-                    'driver': 'zarr',
-                    'kvstore': {'driver': 'ocdbt', 'base': base, 'path': '.'.join(n) + '/'},
-                }
-            ).result()
-            for n in names
-        }
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
+        for key_path, _ in leaves:
+            keys = tuple(key.key for key in key_path)
+            kvstore = {'driver': 'ocdbt', 'base': f'file://{path}/', 'path': '.'.join(keys) + '/'}
+            stores[keys] = ts.open({'driver': 'zarr', 'kvstore': kvstore}).result()
     except (ValueError, AttributeError, OSError) as error:
-        raise ValueError(f'{path} is no complete Orbax checkpoint ({str(error)[:200]}).') from error
+        raise ValueError(
+            f'{path} is not a complete Orbax checkpoint ({str(error)[:200]}).'
+        ) from error
+    return stores
 
 
-def _shapes(target) -> dict[str, tuple[int, ...]]:
-    return {
-        '/'.join(k.key for k in keys): x.shape
-        for keys, x in jax.tree_util.tree_leaves_with_path(target)
-    }
+def _named_shapes(target) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(target)
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in leaves}
 
 
 def misshapen(path, target) -> list[str]:
-    """What has another shape in an Orbax checkpoint item than in `target`, in words."""
-    want = _shapes(target)
-    have = {
-        name: t.shape for keys, t in open_orbax(path).items() if (name := '/'.join(keys)) in want
-    }
-    return [
-        f'{n} has shape {shape}, expected {want[n]}'
-        for n, shape in have.items()
-        if shape != want[n]
-    ]
+    """Compares the shapes of an Orbax item with those of `target`.
+
+    Args:
+      path: folder of the item.
+      target: nested dict of ShapeDtypeStructs; arrays that it lacks are not compared.
+
+    Returns:
+      One phrase for each array that has another shape.
+
+    Raises:
+      ValueError: if there is no such item, or if it is damaged.
+    """
+    expected = _named_shapes(target)
+    problems = []
+    for keys, store in open_orbax(path).items():
+        name = '/'.join(keys)
+        if name in expected and store.shape != expected[name]:
+            problems.append(f'{name} has shape {store.shape}, expected {expected[name]}')
+    return problems
 
 
 def restore_orbax(path, target):
-    """An Orbax checkpoint item, cast and laid out like `target` (ShapeDtypeStructs with shardings).
+    """Reads an Orbax item.
+
+    Args:
+      path: folder of the item.
+      target: nested dict of ShapeDtypeStructs with shardings.
+
+    Returns:
+      The arrays, cast and laid out like `target`.
 
     Raises:
       ValueError: naming arrays that are missing, unexpected or of another shape.
     """
-    have, want = ['/'.join(n) for n in open_orbax(path)], _shapes(target)
-    problems = [f'missing {n}' for n in want if n not in have] + [
-        f'unexpected {n}' for n in have if n not in want
-    ]
+    found = ['/'.join(keys) for keys in open_orbax(path)]
+    expected = _named_shapes(target)
+    problems = [f'missing {name}' for name in expected if name not in found]
+    problems += [f'unexpected {name}' for name in found if name not in expected]
     problems += misshapen(path, target)
     if problems:
         raise ValueError(f'{path} does not fit the configuration: {"; ".join(problems)}.')
+
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(pathlib.Path(path).absolute(), target)

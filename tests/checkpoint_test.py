@@ -1,5 +1,5 @@
 """Damaged checkpoints are noticed, named and passed over; checksums do not depend on the mesh; the
-right ones stay."""
+right checkpoints are kept."""
 
 import json
 import logging
@@ -19,23 +19,27 @@ from mask2dit_jax.training import train_step
 
 def state_of(step):
     rng = np.random.default_rng(step)
-    tree = {
+    params = {
         'a': {'kernel': jnp.asarray(rng.standard_normal((64, 8, 16)), jnp.float32)},
         'b': jnp.asarray(rng.standard_normal(40), jnp.float32),
     }
-    opt = [jnp.int32(step), jax.tree.map(lambda x: x * 2, tree)]
-    return train_step.TrainState(jnp.int32(step), tree, jax.tree.map(lambda x: x + 1, tree), opt)
+    ema = jax.tree.map(lambda x: x + 1, params)
+    opt_state = [jnp.int32(step), jax.tree.map(lambda x: x * 2, params)]
+    return train_step.TrainState(jnp.int32(step), params, ema, opt_state)
 
 
 def targets(*items):
-    one = SingleDeviceSharding(jax.devices()[0])
-    return {
-        k: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
-            getattr(state_of(0), checkpoint.ITEMS[k]),
-        )
-        for k in items or checkpoint.ITEMS
-    }
+    """Targets on one device for these items, or for all."""
+    sharding = SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    found = {}
+    for item in items or checkpoint.ITEMS:
+        tree = getattr(state_of(0), checkpoint.ITEMS[item])
+        found[item] = jax.tree.map(abstract, tree)
+    return found
 
 
 def save(workdir, *steps, start=0, keep=10, keep_every=0):
@@ -54,30 +58,42 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def workdir(saved, tmp_path):
+    """A copy that a test may damage."""
     shutil.copytree(saved, tmp_path / 'run')
     return tmp_path / 'run'
 
 
 def largest(folder):
-    return max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    files = (path for path in folder.rglob('*') if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
 
 
-def flip(path):
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 16
     path.write_bytes(data)
 
 
+def empty(folder):
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
 DAMAGES = {
-    'truncated': lambda p: (f := largest(p / 'opt')).write_bytes(f.read_bytes()[:-1000]),
-    'file missing': lambda p: largest(p / 'ema').unlink(),
-    'item missing': lambda p: shutil.rmtree(p / 'params'),
-    'empty': lambda p: [shutil.rmtree(c) for c in p.iterdir() if c.is_dir()],
-    'meta is garbage': lambda p: (p / 'meta/metadata').write_text('{"seed": 1, "chec'),
-    'meta is no object': lambda p: (p / 'meta/metadata').write_text('[]'),
-    'structure is garbage': lambda p: (p / 'params/_METADATA').write_text('nonsense'),
-    'bit of the parameters': lambda p: flip(largest(p / 'params')),
-    'bit of the optimizer': lambda p: flip(largest(p / 'opt')),
+    'truncated': lambda folder: truncate(largest(folder / 'opt')),
+    'file missing': lambda folder: largest(folder / 'ema').unlink(),
+    'item missing': lambda folder: shutil.rmtree(folder / 'params'),
+    'empty': empty,
+    'meta is garbage': lambda folder: (folder / 'meta/metadata').write_text('{"seed": 1, "chec'),
+    'meta is not an object': lambda folder: (folder / 'meta/metadata').write_text('[]'),
+    'structure is garbage': lambda folder: (folder / 'params/_METADATA').write_text('nonsense'),
+    'bit of the parameters': lambda folder: flip_a_bit(largest(folder / 'params')),
+    'bit of the optimizer': lambda folder: flip_a_bit(largest(folder / 'opt')),
 }
 
 
@@ -85,20 +101,22 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_passed_over_and_saved_again(workdir, damage, caplog):
     broken = workdir / 'checkpoints/6'
     DAMAGES[damage](broken)
+
+    # The checkpoint before is read, and the log says why.
     with caplog.at_level(logging.WARNING, logger='absl'):
         path, items = checkpoint.latest(workdir, targets(), {'seed': 1})
     assert path == workdir / 'checkpoints/4'
-    for name in checkpoint.ITEMS:
-        jax.tree.map(
-            np.testing.assert_array_equal, items[name], getattr(state_of(4), checkpoint.ITEMS[name])
-        )
-    assert any(
-        str(broken) in r.getMessage() and 'is damaged' in r.getMessage() for r in caplog.records
-    )
+    for item, field in checkpoint.ITEMS.items():
+        expected = getattr(state_of(4), field)
+        jax.tree.map(np.testing.assert_array_equal, items[item], expected)
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(str(broken) in message and 'is damaged' in message for message in messages)
+
+    # Its step is free again.
     save(workdir, 6, start=4)
     assert checkpoint.latest(workdir, targets(), {'seed': 1})[0] == broken
     assert (workdir / 'checkpoints/6.damaged').is_dir()
-    assert [int(p.name) for p in checkpoint.folders(workdir)] == [2, 4, 6]
+    assert [int(path.name) for path in checkpoint.folders(workdir)] == [2, 4, 6]
 
 
 def test_damage_before_the_newest_does_not_matter(workdir):
@@ -118,39 +136,41 @@ def test_damage_that_does_not_concern_what_is_asked_for(workdir):
 def test_when_all_are_damaged_nothing_starts_from_zero(workdir):
     for path in checkpoint.folders(workdir):
         largest(path / 'ema').unlink()
-    with pytest.raises(
-        ValueError, match=re.escape(f'All checkpoints of {workdir} are damaged (2, 4, 6)')
-    ):
+    message = re.escape(f'All checkpoints of {workdir} are damaged (2, 4, 6)')
+    with pytest.raises(ValueError, match=message):
         checkpoint.latest(workdir, targets())
-    assert [p.name for p in checkpoint.folders(workdir)] == ['2', '4', '6']
+    assert [path.name for path in checkpoint.folders(workdir)] == ['2', '4', '6']
 
 
 def test_one_checkpoint_that_is_asked_for_must_be_good(workdir):
-    flip(largest(workdir / 'checkpoints/6/ema'))
+    flip_a_bit(largest(workdir / 'checkpoints/6/ema'))
     with pytest.raises(ValueError, match=r'checkpoints/6 is damaged \(checksum of ema\)'):
         checkpoint.restore(workdir / 'checkpoints/6', targets('ema'))
-    with pytest.raises(FileNotFoundError, match='is no checkpoint'):
+    with pytest.raises(FileNotFoundError, match='is not a checkpoint'):
         checkpoint.restore(workdir / 'checkpoints/5', targets('ema'))
 
 
-def test_another_run_is_no_damage(workdir):
+def test_a_checkpoint_of_another_run_is_not_called_damaged(workdir):
     with pytest.raises(checkpoint.OtherRunError, match='trained with another seed'):
         checkpoint.latest(workdir, targets(), {'seed': 2})
 
 
 def test_what_a_killed_save_left_is_removed(workdir):
-    left = workdir / 'checkpoints/7.orbax-checkpoint-tmp'  # a step that is not saved again
+    left = workdir / 'checkpoints/7.orbax-checkpoint-tmp'  # of a step that is not saved again
     shutil.copytree(workdir / 'checkpoints/6', left)
     assert checkpoint.latest(workdir, targets())[0].name == '6'
     save(workdir, 8, start=6)
-    assert not left.exists() and checkpoint.latest(workdir, targets())[0].name == '8'
+    assert not left.exists()
+    assert checkpoint.latest(workdir, targets())[0].name == '8'
 
 
-def test_the_newest_and_every_so_many_stay(tmp_path):
+def test_the_newest_and_multiples_of_keep_every_stay(tmp_path):
     save(tmp_path, *range(1, 10), keep=2, keep_every=3)
-    assert [int(p.name) for p in checkpoint.folders(tmp_path)] == [3, 6, 8, 9]
-    save(tmp_path, 10, 11, keep=2, start=9)  # without it, the older ones go
-    assert [int(p.name) for p in checkpoint.folders(tmp_path)] == [10, 11]
+    assert [int(path.name) for path in checkpoint.folders(tmp_path)] == [3, 6, 8, 9]
+
+    # Without keep_every, the older ones are deleted.
+    save(tmp_path, 10, 11, keep=2, start=9)
+    assert [int(path.name) for path in checkpoint.folders(tmp_path)] == [10, 11]
 
 
 def test_saving_a_step_twice_is_an_error(workdir):
@@ -159,43 +179,40 @@ def test_saving_a_step_twice_is_an_error(workdir):
         checkpoint.save(manager, 6, state_of(6), {})
 
 
-def test_checksums_do_not_depend_on_the_mesh_and_see_any_bit():
-    tree = state_of(0).opt_state
-    expected = checkpoint.checksums({'opt': tree})
-    mesh = jax.make_mesh((2, 4), ('x', 'y'))
-    spread = [
-        tree[0],
-        {
-            'a': {
-                'kernel': jax.device_put(
-                    tree[1]['a']['kernel'], NamedSharding(mesh, P('x', None, 'y'))
-                )
-            },
-            'b': jax.device_put(tree[1]['b'], NamedSharding(mesh, P('y'))),
-        },
-    ]
-    assert checkpoint.checksums({'opt': spread}) == expected
-    assert expected['opt'] == brute_force(tree)
-    rng = np.random.default_rng(0)
-    for bit in range(32):
-        kernel = np.array(tree[1]['a']['kernel'])
-        kernel.view(np.uint32).reshape(-1)[rng.integers(kernel.size)] ^= np.uint32(1 << bit)
-        assert (
-            checkpoint.checksums(
-                {'opt': [tree[0], {'a': {'kernel': jnp.asarray(kernel)}, 'b': tree[1]['b']}]}
-            )
-            != expected
-        )
-
-
 def brute_force(tree):
+    """The checksum as its definition says, element by element."""
     total = 0
     for i, x in enumerate(jax.tree.leaves(tree)):
         bits = np.asarray(x).reshape(-1).view(np.uint32)
-        total += (2 * i + 1) * sum(int(b) * (2 * n + 1) for n, b in enumerate(bits))
+        of_array = sum(int(b) * (2 * place + 1) for place, b in enumerate(bits))
+        total += (2 * i + 1) * of_array
     return total % 2**32
+
+
+def test_checksums_do_not_depend_on_the_mesh():
+    count, moments = state_of(0).opt_state
+    expected = brute_force([count, moments])
+    assert checkpoint.checksums({'opt': [count, moments]}) == {'opt': expected}
+
+    mesh = jax.make_mesh((2, 4), ('x', 'y'))
+    kernel = jax.device_put(moments['a']['kernel'], NamedSharding(mesh, P('x', None, 'y')))
+    bias = jax.device_put(moments['b'], NamedSharding(mesh, P('y')))
+    spread = [count, {'a': {'kernel': kernel}, 'b': bias}]
+    assert checkpoint.checksums({'opt': spread}) == {'opt': expected}
+
+
+def test_checksums_see_any_bit():
+    count, moments = state_of(0).opt_state
+    expected = checkpoint.checksums({'opt': [count, moments]})
+    rng = np.random.default_rng(0)
+    for bit in range(32):
+        kernel = np.array(moments['a']['kernel'])
+        kernel.view(np.uint32).reshape(-1)[rng.integers(kernel.size)] ^= np.uint32(1 << bit)
+        changed = [count, {'a': {'kernel': jnp.asarray(kernel)}, 'b': moments['b']}]
+        assert checkpoint.checksums({'opt': changed}) != expected
 
 
 def test_meta_is_json(saved):
     meta = json.loads((saved / 'checkpoints/6/meta/metadata').read_text())
-    assert meta['seed'] == 1 and meta['checksums'].keys() == set(checkpoint.ITEMS)
+    assert meta['seed'] == 1
+    assert meta['checksums'].keys() == set(checkpoint.ITEMS)

@@ -17,7 +17,7 @@ from mask2dit_jax.data import latent_codec
 from mask2dit_jax.distributed import context_parallel
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import lora
-from mask2dit_jax.pretrained import export, names
+from mask2dit_jax.pretrained import config_json, export, names
 from mask2dit_jax.training import train_step
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
@@ -83,7 +83,8 @@ def test_released_sizes(variant, parameters, tensors):
     exported = export.export_params('transformer', model, names.abstract_params(model))
     assert len(exported) == tensors
     assert parameters in (None, sum(math.prod(t.shape) for t in exported.values()))
-    assert names.transformer_config(names.transformer_json(model), remat='full') == model
+    released = config_json.transformer_json(model)
+    assert config_json.transformer_config(released, remat='full') == model
 
 
 def test_unknown_variant_is_refused():

@@ -20,7 +20,7 @@ from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import embeddings, t5, vae
-from mask2dit_jax.pretrained import export, names
+from mask2dit_jax.pretrained import config_json, export, names
 from mask2dit_jax.pretrained import load as load_lib
 
 GOLDENS = pathlib.Path(
@@ -238,7 +238,7 @@ def run_pipeline(path):
     """Final latents and those of every step."""
     case = dict(np.load(path))
     model, params = model_of(path.parent / 'transformer')
-    schedule = load_lib.load_schedule(path.parent / 'scheduler/scheduler_config.json')
+    schedule = config_json.load_schedule(path.parent / 'scheduler/scheduler_config.json')
     num_scenes = int(case['num_scenes'])
     batch, total_frames = case['init_latents'].shape[:2]
     frames = (total_frames // num_scenes,) * num_scenes
@@ -406,7 +406,7 @@ def test_round_trip_is_bit_equal(kind, folder):
 
 @pytest.mark.parametrize('kind, folder', NETWORKS[-3:], ids=lambda x: getattr(x, 'name', x))
 def test_loading_names_what_does_not_fit(kind, folder):
-    cfg = load_lib.read_config(kind, folder)
+    cfg = config_json.read_config(kind, folder)
     target = load_lib.on_one_device(names.abstract_params(cfg, kind))
     tensors = load_file(folder / 'weights.safetensors')
 

@@ -19,7 +19,7 @@ from mask2dit_jax.attention import masks
 from mask2dit_jax.benchmark import worker
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import embeddings, lora, t5, vae
-from mask2dit_jax.pretrained import export, lora_files, names
+from mask2dit_jax.pretrained import config_json, export, lora_files, names
 from mask2dit_jax.pretrained import load as load_lib
 
 torch = pytest.importorskip('torch')
@@ -144,7 +144,7 @@ def test_transformer(seed, tmp_path):
     # Ours in theirs.
     params = other_params(params, seed)
     save_ours(
-        'transformer', tmp_path / 'ours', model.cfg, params, names.transformer_json(model.cfg)
+        'transformer', tmp_path / 'ours', model.cfg, params, config_json.transformer_json(model.cfg)
     )
     theirs = load_theirs(diffusers.CogVideoXTransformer3DModel, tmp_path / 'ours')
     close(ours(params), forward(theirs, config, x, text, 437), 5e-6)
@@ -349,7 +349,7 @@ def test_the_package_never_imports_the_oracle():
 def test_a_key_that_config_json_leaves_out_means_the_default_of_the_oracle(kind, cls):
     package, name = cls.split('.')
     oracle = getattr(pytest.importorskip(package), name)
-    parse = names.NETWORKS[kind].parse
+    parse = config_json.PARSERS[kind]
     given = {'feed_forward_proj': 'gated-gelu'} if kind == 'text_encoder' else {}
     ours = dataclasses.asdict(parse(given))
 

@@ -30,7 +30,16 @@ def written(folder, tensors=TENSORS):
 
 
 def read_all(folder):
-    return {n: np.asarray(t) for n, t in tensor_io.open_safetensors(folder).items()}
+    tensors = tensor_io.open_safetensors(folder)
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}
+
+
+def as_tensors(arrays):
+    """Arrays as tensors that are read when they are asked for."""
+    tensors = {}
+    for name, value in arrays.items():
+        tensors[name] = tensor_io.Tensor(value.shape, value.dtype, lambda value=value: value)
+    return tensors
 
 
 def file_of(header: bytes, data: bytes = b'') -> bytes:
@@ -68,12 +77,13 @@ def one_tensor(**changes) -> bytes:
         one_tensor(shape='2'),
         one_tensor(shape=None),
         one_tensor(data_offsets=[0]),
-        file_of(
-            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        file_of(  # two tensors that share their bytes
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
             bytes(4),
         ),
     ],
-    ids=lambda b: repr(b[:60]),
+    ids=lambda blob: repr(blob[:60]),
 )
 def test_hostile_files_are_one_line_errors(tmp_path, blob):
     (tmp_path / 'bad.safetensors').write_bytes(blob)
@@ -85,7 +95,7 @@ def test_hostile_files_are_one_line_errors(tmp_path, blob):
 @settings(**SAFE)
 @given(st.binary(max_size=200))
 @example(b'\x02\0\0\0\0\0\0\0{}')
-def test_random_bytes_never_crash(blob):
+def test_random_bytes_are_an_error_that_names_the_file(blob):
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / 'x.safetensors').write_bytes(blob)
         try:
@@ -101,26 +111,27 @@ def test_damage_to_the_header_or_length_is_found(data):
         folder = pathlib.Path(folder)
         path = written(folder)
         blob = path.read_bytes()
+
         if data.draw(st.booleans(), 'cut'):
             path.write_bytes(blob[: data.draw(st.integers(0, len(blob) - 1), 'length')])
             with pytest.raises(ValueError, match=r'model\.safetensors'):
                 read_all(folder)
             return
-        size = struct.unpack('<Q', blob[:8])[0]
-        place, value = (
-            data.draw(st.integers(0, 7 + size), 'place'),
-            data.draw(st.integers(0, 255), 'value'),
-        )
+
+        (size,) = struct.unpack('<Q', blob[:8])
+        place = data.draw(st.integers(0, 7 + size), 'place')
+        value = data.draw(st.integers(0, 255), 'value')
         path.write_bytes(blob[:place] + bytes([value]) + blob[place + 1 :])
         try:
             have = read_all(folder)
         except ValueError as error:
             assert 'model.safetensors' in str(error)
             return
-        # What can still be read is another header in good order: strict loading then compares names
-        # and shapes. No tensor turns to zeros: its bytes are those of the file.
+
+        # A header that can still be read is another one in good order, whose names and shapes
+        # strict loading compares. No tensor turns to zeros: its bytes are those of the file.
         raw = blob[8 + size :]
-        assert all(v.tobytes() in raw for v in have.values())
+        assert all(value.tobytes() in raw for value in have.values())
 
 
 @settings(**SAFE)
@@ -139,56 +150,62 @@ def test_damage_to_the_header_or_length_is_found(data):
 def test_what_is_written_comes_back(described, shard_bytes):
     described.pop('__metadata__', None)
     rng = np.random.default_rng(0)
-    tensors = {
-        n: np.asarray(rng.normal(size=shape)).astype(dtype)
-        for n, (dtype, shape) in described.items()
-    }
-    lazy = {n: tensor_io.Tensor(v.shape, v.dtype, lambda v=v: v) for n, v in tensors.items()}
+    arrays = {}
+    for name, (dtype, shape) in described.items():
+        arrays[name] = np.asarray(rng.normal(size=shape)).astype(dtype)
+
     with tempfile.TemporaryDirectory() as folder:
-        tensor_io.write_safetensors(folder, 'model', lazy, shard_bytes)
+        tensor_io.write_safetensors(folder, 'model', as_tensors(arrays), shard_bytes)
         have = read_all(folder)
-    assert have.keys() == tensors.keys()
-    for name, value in tensors.items():
+    assert have.keys() == arrays.keys()
+    for name, value in arrays.items():
         assert have[name].dtype == value.dtype
         np.testing.assert_array_equal(have[name], value)
 
 
 def test_folders_that_lack_something(tmp_path):
-    with pytest.raises(FileNotFoundError, match='is no folder'):
+    with pytest.raises(FileNotFoundError, match='is not a folder'):
         tensor_io.open_safetensors(tmp_path / 'none')
     with pytest.raises(FileNotFoundError, match=r'lacks a \.safetensors file'):
         tensor_io.open_safetensors(tmp_path)
+
     (tmp_path / 'pytorch_model.bin').write_bytes(b'')
-    with pytest.raises(
-        ValueError, match=r'pickled weights \(pytorch_model.bin\).*safe_serialization=True'
-    ):
+    message = r'pickled weights \(pytorch_model.bin\).*safe_serialization=True'
+    with pytest.raises(ValueError, match=message):
         tensor_io.open_safetensors(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path):
     written(tmp_path)
+    (tmp_path / 'pytorch_model.bin').write_bytes(b'')  # pickled weights beside them do not matter
     save_file({'b': np.zeros(1, np.float32)}, tmp_path / 'other.safetensors')
     with pytest.raises(ValueError, match=r'has b in two files, one of them other\.safetensors'):
         tensor_io.open_safetensors(tmp_path)
 
 
 def test_indexed_files(tmp_path):
-    lazy = {n: tensor_io.Tensor(v.shape, v.dtype, lambda v=v: v) for n, v in TENSORS.items()}
-    tensor_io.write_safetensors(tmp_path, 'model', lazy, shard_bytes=50)
+    tensor_io.write_safetensors(tmp_path, 'model', as_tensors(TENSORS), shard_bytes=50)
     assert sorted(read_all(tmp_path)) == sorted(TENSORS)
+
     index = tmp_path / 'model.safetensors.index.json'
     listed = json.loads(index.read_text())
     more = listed['weight_map'] | {'c': 'model-00001-of-00002.safetensors'}
     index.write_text(json.dumps(listed | {'weight_map': more}))
     with pytest.raises(ValueError, match='lacks tensors that its index lists: c'):
         tensor_io.open_safetensors(tmp_path)
+
     (tmp_path / 'model-00002-of-00002.safetensors').unlink()
     with pytest.raises(FileNotFoundError, match=r'lacks model-00002-of-00002\.safetensors'):
         tensor_io.open_safetensors(tmp_path)
+
     index.write_text('{')
-    with pytest.raises(ValueError, match=r'index\.json is no index'):
+    with pytest.raises(ValueError, match=r'index\.json is not an index'):
         tensor_io.open_safetensors(tmp_path)
 
 
 def leaf(value, stacked):
-    parts = tuple(lambda v=v: v for v in (value if stacked else [value]))
+    slices = value if stacked else [value]
+    parts = tuple(lambda part=part: part for part in slices)
     return tensor_io.Leaf(value.shape, value.dtype, parts, stacked)
 
 
@@ -198,37 +215,38 @@ def test_orbax_written_part_by_part_is_an_ordinary_checkpoint(tmp_path):
         'blocks': {'kernel': rng.normal(size=(3, 4, 5)).astype(ml_dtypes.bfloat16)},
         'bias': np.float32([1, 2]),
     }
-    tensor_io.write_orbax(
-        tmp_path / 'params',
-        {
-            'blocks': {'kernel': leaf(tree['blocks']['kernel'], True)},
-            'bias': leaf(tree['bias'], False),
-        },
-    )
+    leaves = {
+        'blocks': {'kernel': leaf(tree['blocks']['kernel'], True)},
+        'bias': leaf(tree['bias'], False),
+    }
+    tensor_io.write_orbax(tmp_path / 'params', leaves)
+
+    # All of it by Orbax, and a slice by TensorStore.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
     restored = tensor_io.restore_orbax(tmp_path / 'params', target)
     jax.tree.map(np.testing.assert_array_equal, restored, tree)
-    arrays = tensor_io.open_orbax(tmp_path / 'params')
-    np.testing.assert_array_equal(
-        arrays['blocks', 'kernel'][1].read().result(), tree['blocks']['kernel'][1]
-    )
+    stores = tensor_io.open_orbax(tmp_path / 'params')
+    layer = stores['blocks', 'kernel'][1].read().result()
+    np.testing.assert_array_equal(layer, tree['blocks']['kernel'][1])
+
+    # Another target is refused, with all that differs.
     other = {
         'blocks': {'kernel': jax.ShapeDtypeStruct((3, 4, 4), np.float32, sharding=sharding)},
         'extra': target['bias'],
     }
-    with pytest.raises(
-        ValueError, match=r'missing extra; unexpected bias; blocks/kernel has shape \(3, 4, 5\)'
-    ):
+    message = r'missing extra; unexpected bias; blocks/kernel has shape \(3, 4, 5\)'
+    with pytest.raises(ValueError, match=message):
         tensor_io.restore_orbax(tmp_path / 'params', other)
 
 
 def test_damaged_orbax_is_named(tmp_path):
-    with pytest.raises(ValueError, match='params is no complete Orbax checkpoint'):
+    with pytest.raises(ValueError, match='params is not a complete Orbax checkpoint'):
         tensor_io.open_orbax(tmp_path / 'params')
+
     tensor_io.write_orbax(tmp_path / 'params', {'bias': leaf(np.float32([1, 2]), False)})
     (tmp_path / 'params/_METADATA').unlink()
-    with pytest.raises(ValueError, match='params is no complete Orbax checkpoint'):
+    with pytest.raises(ValueError, match='params is not a complete Orbax checkpoint'):
         tensor_io.open_orbax(tmp_path / 'params')
 
 

@@ -26,7 +26,7 @@ from mask2dit_jax import pipeline
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
-from mask2dit_jax.pretrained import export
+from mask2dit_jax.pretrained import config_json, export
 from mask2dit_jax.pretrained import names as names_lib
 
 FRAMES, HEIGHT, WIDTH = 5, 16, 24  # latents of a scene
@@ -124,7 +124,7 @@ def diffusers_with_two_calls(case: dict):
 
     cfg, num_scenes = model_config('diffusers', ''), case['scenes']
     params, x, text, _ = random_inputs(cfg, num_scenes)
-    settings = names_lib.transformer_json(cfg)
+    settings = config_json.transformer_json(cfg)
     del settings[
         'attn_msk_version'
     ]  # the reference's own class knows it; TwoCalls below does what it means
@@ -187,7 +187,7 @@ def diffusers_with_two_calls(case: dict):
     def once():
         if case['what'] == 'sampling':
             scheduler = CogVideoXDDIMScheduler.from_config(
-                names_lib.schedule_json(config_lib.Config().schedule)
+                config_json.schedule_json(config_lib.Config().schedule)
             )
             scheduler.set_timesteps(STEPS)
             both, latents = torch.cat([torch.zeros_like(text), text]), x

@@ -12,6 +12,7 @@ import numpy as np
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import records as records_lib
 from mask2dit_jax.models import dit, t5, vae
+from mask2dit_jax.pretrained import config_json
 from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.stories import codec as codec_lib
 from mask2dit_jax.stories import world
@@ -198,7 +199,7 @@ def pretrained_codec(
     folder = pathlib.Path(folder)
     tokenize = t5.load_tokenizer(folder / 'tokenizer')
     vae_cfg, t5_cfg = (
-        load_lib.read_config(kind, folder / kind) for kind in ('vae', 'text_encoder')
+        config_json.read_config(kind, folder / kind) for kind in ('vae', 'text_encoder')
     )
     factor = vae_cfg.spatial_factor
     if tiling:

@@ -19,6 +19,7 @@ from mask2dit_jax import tables
 from mask2dit_jax.data import latent_codec, records, video
 from mask2dit_jax.data import manifest as manifest_lib
 from mask2dit_jax.models import dit, t5, vae
+from mask2dit_jax.pretrained import config_json
 from mask2dit_jax.pretrained import load as load_lib
 
 _CAPTIONS_AT_ONCE = 8
@@ -83,7 +84,7 @@ def plan(job: Job):
     check_frames = int  # any number of frames can be stored as they are
     if job.store == 'moments':
         folder = pathlib.Path(job.folder)
-        model = load_lib.read_config('transformer', folder / 'transformer', dtype=job.dtype)
+        model = config_json.read_config('transformer', folder / 'transformer', dtype=job.dtype)
         codec = latent_codec.pretrained_codec(
             folder, model, (job.height_px, job.width_px), tiling=job.tiling
         )
@@ -95,7 +96,7 @@ def plan(job: Job):
             'dtype': job.dtype,
             'moments_shape': [*size, 2 * channels],
             'text_shape': [model.max_text_seq_length, model.text_embed_dim],
-            'scaling_factor': load_lib.read_config('vae', folder / 'vae').scaling_factor,
+            'scaling_factor': config_json.read_config('vae', folder / 'vae').scaling_factor,
             'folder': str(folder.absolute()),
             'vae': latent_codec.network_digest(folder / 'vae'),
             'text_encoder': latent_codec.network_digest(folder / 'text_encoder'),
@@ -173,7 +174,7 @@ def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list]) -> None:
     if not files and (out / NULL_TEXT).exists():
         return
     folder = pathlib.Path(job.folder)
-    model = load_lib.read_config('transformer', folder / 'transformer')
+    model = config_json.read_config('transformer', folder / 'transformer')
     network = load_lib.load_t5(folder / 'text_encoder', param_dtype=job.dtype, dtype=job.dtype)
     _save(out / NULL_TEXT, _encode_captions(job, model, [''], {}, network)[0])
     for part, file in tqdm.tqdm(files.items(), desc='captions', unit='part'):

@@ -1,4 +1,8 @@
-"""Writes model folders: released ones to Orbax and back, and the EMA of a training run."""
+"""Writes model folders: released ones as Orbax, converted ones and training runs as safetensors.
+
+`convert_folder` decides by what the source holds; `mask2dit_jax.convert` is its command. Every
+network is written tensor by tensor, so that the host never holds a whole one.
+"""
 
 import dataclasses
 import functools
@@ -6,144 +10,186 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import tqdm
 from flax import traverse_util
 
 from mask2dit_jax import checkpoint, tensor_io
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.pretrained import load as load_lib
-from mask2dit_jax.pretrained import lora_files
+from mask2dit_jax.pretrained import config_json, lora_files
 from mask2dit_jax.pretrained import names as names_lib
 
 _COPIED = ('tokenizer', 'scheduler', 'model_index.json')
 
 
 def export_params(kind: str, cfg, params) -> dict[str, tensor_io.Tensor]:
-    """Tensors under the reference's names and in its shapes, read when asked for; also maps
-    gradients.
+    """Names and lays out parameters, or gradients, as the reference does.
 
     Args:
-      kind: one of NETWORKS.
-      cfg: its configuration.
-      params: nested dict of arrays, or of weights.open_orbax's.
+      kind: one of names.NETWORKS.
+      cfg: the network's configuration.
+      params: nested dict of arrays, or of the TensorStores of tensor_io.open_orbax.
+
+    Returns:
+      Tensors by the reference's names; np.asarray(tensor) reads one.
     """
-    flat = {
-        tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = traverse_util.flatten_dict(params)
     tensors = {}
-    for e in names_lib.parameter_entries(kind, cfg):
-        leaf = flat[e.path]
-        dtype = (
-            leaf.dtype.numpy_dtype if hasattr(leaf.dtype, 'numpy_dtype') else np.dtype(leaf.dtype)
-        )
-        for i, name in enumerate(e.names):
-            read = functools.partial(_read_layer, e, leaf, i)
-            tensors[name] = tensor_io.Tensor(e.shape, dtype, read)
+    for entry in names_lib.parameter_entries(kind, cfg):
+        leaf = leaves[entry.path]
+        dtype = _numpy_dtype(leaf)
+        for i, name in enumerate(entry.names):
+            read = functools.partial(_read_layer, entry, leaf, i)
+            tensors[name] = tensor_io.Tensor(entry.shape, dtype, read)
     return tensors
+
+
+def _numpy_dtype(leaf) -> np.dtype:
+    # TensorStore has dtypes of its own.
+    if hasattr(leaf.dtype, 'numpy_dtype'):
+        return leaf.dtype.numpy_dtype
+    return np.dtype(leaf.dtype)
 
 
 def _read_layer(entry: names_lib.Entry, leaf, i: int) -> np.ndarray:
     return entry.theirs(leaf[i] if entry.stacked else leaf)
 
 
+def _num_elements(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape))
+
+
+def _progress(kind: str, num_parameters: int) -> tqdm.tqdm:
+    return tqdm.tqdm(total=num_parameters, desc=kind, unit='parameter', unit_scale=True)
+
+
 def _to_orbax(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:
-    """One network from safetensors to target/config.json and target/params; returns the number of
+    """Writes target/config.json and target/params from safetensors; returns the number of
     parameters."""
-    cfg = load_lib.read_config(kind, source)
-    entries, tensors = names_lib.matched_tensors(kind, cfg, tensor_io.open_safetensors(source))
-    count = sum(int(np.prod(e.shape)) * len(e.names) for e in entries)
-    with tqdm.tqdm(total=count, desc=kind, unit='parameter', unit_scale=True) as bar:
+    network_config = config_json.read_config(kind, source)
+    entries, tensors = names_lib.matched_tensors(
+        kind, network_config, tensor_io.open_safetensors(source)
+    )
+    num_parameters = sum(_num_elements(e.shape) * len(e.names) for e in entries)
+
+    with _progress(kind, num_parameters) as bar:
 
         def read(entry, name):
-            bar.update(int(np.prod(entry.shape)))
+            bar.update(_num_elements(entry.shape))
             return entry.ours(tensors[name])
 
         def leaf(entry):
-            dtypes = sorted({np.dtype(tensors[n].dtype).name for n in entry.names})
+            dtypes = sorted({np.dtype(tensors[name].dtype).name for name in entry.names})
             if len(dtypes) > 1:
                 raise ValueError(
-                    f'{source} holds layers of one tensor in different dtypes ({", ".join(dtypes)}): '
-                    f'{entry.names[0]} and its like.'
+                    f'{source} holds layers of one tensor in different dtypes '
+                    f'({", ".join(dtypes)}): {entry.names[0]} and its like.'
                 )
-            layer = tuple(entry.flat[i] for i in entry.axes)
-            shape = (len(entry.names), *layer) if entry.stacked else layer
-            parts = tuple(functools.partial(read, entry, n) for n in entry.names)
-            return tensor_io.Leaf(
-                shape, np.dtype(tensors[entry.names[0]].dtype), parts, entry.stacked
-            )
 
-        tensor_io.write_orbax(
-            target / 'params', traverse_util.unflatten_dict({e.path: leaf(e) for e in entries})
-        )
+            layer_shape = tuple(entry.flat[axis] for axis in entry.axes)
+            shape = (len(entry.names), *layer_shape) if entry.stacked else layer_shape
+            dtype = np.dtype(tensors[entry.names[0]].dtype)
+            parts = tuple(functools.partial(read, entry, name) for name in entry.names)
+            return tensor_io.Leaf(shape, dtype, parts, entry.stacked)
+
+        leaves = {entry.path: leaf(entry) for entry in entries}
+        tensor_io.write_orbax(target / 'params', traverse_util.unflatten_dict(leaves))
+
     shutil.copyfile(source / 'config.json', target / 'config.json')
-    return count
+    return num_parameters
 
 
 def _to_safetensors(kind: str, tensors: dict[str, tensor_io.Tensor], target: pathlib.Path) -> int:
-    """One network's tensors to .safetensors in `target`; returns the number of parameters."""
-    count = sum(int(np.prod(t.shape)) for t in tensors.values())
-    with tqdm.tqdm(total=count, desc=kind, unit='parameter', unit_scale=True) as bar:
+    """Writes tensors as .safetensors files in `target`; returns the number of parameters."""
+    num_parameters = sum(_num_elements(tensor.shape) for tensor in tensors.values())
+
+    with _progress(kind, num_parameters) as bar:
 
         def read(tensor):
-            bar.update(int(np.prod(tensor.shape)))
+            bar.update(_num_elements(tensor.shape))
             return tensor.read()
 
-        tensor_io.write_safetensors(
-            target,
-            names_lib.NETWORKS[kind].stem,
-            {
-                n: dataclasses.replace(t, read=functools.partial(read, t))
-                for n, t in tensors.items()
-            },
-        )
-    return count
+        counted = {}
+        for name, tensor in tensors.items():
+            counted[name] = dataclasses.replace(tensor, read=functools.partial(read, tensor))
+        tensor_io.write_safetensors(target, names_lib.NETWORKS[kind].stem, counted)
+
+    return num_parameters
 
 
-def _orbax_tensors(kind: str, cfg, params: pathlib.Path) -> dict[str, tensor_io.Tensor]:
+def _orbax_tensors(kind: str, network_config, item: pathlib.Path) -> dict[str, tensor_io.Tensor]:
     """The tensors of an Orbax item, under the reference's names."""
-    return export_params(kind, cfg, traverse_util.unflatten_dict(tensor_io.open_orbax(params)))
+    return export_params(kind, network_config, _open_tree(item))
 
 
-def _run_tensors(run: pathlib.Path, cfg: config_lib.Config) -> dict[str, tensor_io.Tensor]:
-    """The EMA of a run's checkpoint, under the reference's names; LoRA merged into its base."""
-    if not cfg.lora.rank:
-        return _orbax_tensors('transformer', cfg.model, run / 'ema')
-    folder = pathlib.Path(cfg.init_from)
-    if not (folder / 'transformer').is_dir():
-        base = _run_tensors(folder, config_lib.load_run(folder))
-    elif (folder / 'transformer/params').is_dir():
-        base = _orbax_tensors('transformer', cfg.model, folder / 'transformer/params')
-    else:
-        base = names_lib.matched_tensors(
-            'transformer', cfg.model, tensor_io.open_safetensors(folder / 'transformer')
-        )[1]
-    tree = traverse_util.unflatten_dict(tensor_io.open_orbax(run / 'ema'))
-    return lora_files.merge_tensors(
-        base, tree, cfg.lora, names_lib.parameter_entries('transformer', cfg.model)
-    )
+def _open_tree(item: pathlib.Path) -> dict:
+    """The arrays of an Orbax item as a nested dict; they are read when they are asked for."""
+    return traverse_util.unflatten_dict(tensor_io.open_orbax(item))
+
+
+def _base_tensors(config: config_lib.Config) -> dict[str, tensor_io.Tensor]:
+    """The tensors that a run with LoRA started from, under the reference's names."""
+    folder = pathlib.Path(config.init_from)
+    transformer = folder / 'transformer'
+    if not transformer.is_dir():
+        return _run_tensors(folder, config_lib.load_run(folder))
+
+    if (transformer / 'params').is_dir():
+        return _orbax_tensors('transformer', config.model, transformer / 'params')
+
+    files = tensor_io.open_safetensors(transformer)
+    _, tensors = names_lib.matched_tensors('transformer', config.model, files)
+    return tensors
+
+
+def _run_tensors(run: pathlib.Path, config: config_lib.Config) -> dict[str, tensor_io.Tensor]:
+    """The EMA of a run's checkpoint, under the reference's names; LoRA is merged into its base."""
+    if not config.lora.rank:
+        return _orbax_tensors('transformer', config.model, run / 'ema')
+
+    base = _base_tensors(config)
+    lora_tree = _open_tree(run / 'ema')
+    entries = names_lib.parameter_entries('transformer', config.model)
+    return lora_files.merge_tensors(base, lora_tree, config.lora, entries)
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + '\n')
 
 
 def _export_run(run: pathlib.Path, target: pathlib.Path) -> dict[str, int]:
-    """The EMA of a training run's checkpoint as target/transformer and target/scheduler, LoRA also
-    on its own."""
-    cfg = config_lib.load_run(run)
-    config, folder = names_lib.transformer_json(cfg.model), target / 'transformer'
-    counts = {'transformer': _to_safetensors('transformer', _run_tensors(run, cfg), folder)}
-    if cfg.lora.rank:
-        counts['LoRA'] = lora_files.write_lora(
-            target,
-            cfg.model,
-            traverse_util.unflatten_dict(tensor_io.open_orbax(run / 'ema')),
-            cfg.lora,
-        )
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-    (target / 'scheduler').mkdir(exist_ok=True)
-    (target / 'scheduler/scheduler_config.json').write_text(
-        json.dumps(names_lib.schedule_json(cfg.schedule), indent=2) + '\n'
-    )
+    """Writes the EMA of a run's checkpoint as target/transformer and target/scheduler; LoRA tensors
+    are also written alone."""
+    config = config_lib.load_run(run)
+    # First, because it raises for models that cannot be exported.
+    transformer_json = config_json.transformer_json(config.model)
+
+    transformer = target / 'transformer'
+    tensors = _run_tensors(run, config)
+    counts = {'transformer': _to_safetensors('transformer', tensors, transformer)}
+    if config.lora.rank:
+        lora_tree = _open_tree(run / 'ema')
+        counts['LoRA'] = lora_files.write_lora(target, config.model, lora_tree, config.lora)
+    _write_json(transformer / 'config.json', transformer_json)
+
+    scheduler = target / 'scheduler'
+    scheduler.mkdir(exist_ok=True)
+    schedule_json = config_json.schedule_json(config.schedule)
+    _write_json(scheduler / 'scheduler_config.json', schedule_json)
     return counts
+
+
+def _convert_network(kind: str, source: pathlib.Path, target: pathlib.Path) -> int:
+    """Writes one network in the other format; returns the number of parameters."""
+    target.mkdir(parents=True)
+    if not (source / 'params').is_dir():
+        return _to_orbax(kind, source, target)
+
+    network_config = config_json.read_config(kind, source)
+    tensors = _orbax_tensors(kind, network_config, source / 'params')
+    num_parameters = _to_safetensors(kind, tensors, target)
+    shutil.copyfile(source / 'config.json', target / 'config.json')
+    return num_parameters
 
 
 def convert_folder(source, target) -> dict[str, int]:
@@ -155,36 +201,31 @@ def convert_folder(source, target) -> dict[str, int]:
       target: new folder.
 
     Returns:
-      Number of parameters by network, and of the LoRA of a run that has one.
+      The number of parameters by network, and that of the LoRA of a run that has one.
 
     Raises:
       FileNotFoundError, ValueError: naming what is missing or does not fit.
     """
-    source, target = pathlib.Path(source), pathlib.Path(target)
+    source = pathlib.Path(source)
+    target = pathlib.Path(target)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f'{target} is not empty: give --to a new folder.')
-    found = [k for k in names_lib.NETWORKS if (source / k / 'config.json').is_file()]
-    run = source if (source / 'ema').is_dir() else None
-    if not found and run is None:
-        if not checkpoint.folders(source):
-            raise FileNotFoundError(
-                f'{source} holds neither {", ".join(k + "/" for k in names_lib.NETWORKS)} nor checkpoints.'
-            )
-        run = checkpoint.folders(source)[-1]
-    if run is not None:
-        return _export_run(run, target)
+
+    # A checkpoint of a run has an item ema/; a workdir has checkpoints, of which the newest counts.
+    if (source / 'ema').is_dir():
+        return _export_run(source, target)
+    kinds = [kind for kind in names_lib.NETWORKS if (source / kind / 'config.json').is_file()]
+    if not kinds:
+        checkpoints = checkpoint.folders(source)
+        if not checkpoints:
+            networks = ', '.join(f'{kind}/' for kind in names_lib.NETWORKS)
+            raise FileNotFoundError(f'{source} holds neither {networks} nor checkpoints.')
+        return _export_run(checkpoints[-1], target)
+
     counts = {}
-    for kind in found:
-        folder = target / kind
-        folder.mkdir(parents=True)
-        if (source / kind / 'params').is_dir():
-            tensors = _orbax_tensors(
-                kind, load_lib.read_config(kind, source / kind), source / kind / 'params'
-            )
-            counts[kind] = _to_safetensors(kind, tensors, folder)
-            shutil.copyfile(source / kind / 'config.json', folder / 'config.json')
-        else:
-            counts[kind] = _to_orbax(kind, source / kind, folder)
+    for kind in kinds:
+        counts[kind] = _convert_network(kind, source / kind, target / kind)
+
     for name in _COPIED:
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)

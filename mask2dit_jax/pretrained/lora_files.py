@@ -1,9 +1,21 @@
-"""LoRA files of diffusers and PEFT."""
+"""LoRA tensors in files, as diffusers and PEFT write them.
+
+A file holds one tensor A and one tensor B for each kernel and layer, under the reference's name of
+the kernel:
+
+    transformer.transformer_blocks.0.attn1.to_q.lora_A.weight    [rank, in]
+    transformer.transformer_blocks.0.attn1.to_q.lora_B.weight    [out, rank]
+
+Ours are the transposed ones, lora_A [in, rank] and lora_B [rank, out], with the layers stacked
+along the first axis (see models/lora.py). The scale alpha / rank is in the metadata of the file.
+"""
 
 import functools
 import json
 import pathlib
 import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
@@ -15,7 +27,8 @@ from mask2dit_jax.pretrained import names as names_lib
 STEM = 'pytorch_lora_weights'  # of the file that diffusers looks for
 _PREFIX = 'transformer.'
 _METADATA = 'lora_adapter_metadata'
-# Settings of PEFT that would change the numbers: any value but these is refused.
+_FLOAT32 = np.dtype(np.float32)
+# Settings of PEFT that would change the numbers, with the values that do not; others are refused.
 _PEFT_FIXED = {
     'rank_pattern': ({}, None),
     'alpha_pattern': ({}, None),
@@ -32,148 +45,213 @@ _PEFT_FIXED = {
 }
 
 
-def _pairs(tree, entries):
-    """(entry, A, B) of every kernel with LoRA tensors; `entries` are convert's of the
-    transformer."""
+class _Adapter(NamedTuple):
+    """The LoRA tensors of one kernel; of stacked kernels, with the layers along the first axis."""
+
+    entry: names_lib.Entry
+    a: Any  # [(layers,) in, rank]
+    b: Any  # [(layers,) rank, out]
+
+
+def _adapters(tree, entries: list[names_lib.Entry]) -> Iterator[_Adapter]:
+    """The kernels that have LoRA tensors in `tree`."""
     flat = traverse_util.flatten_dict(tree)
-    for e in entries:
-        *path, last = e.path
-        if last == 'kernel' and (*path, 'lora_A') in flat:
-            yield e, flat[*path, 'lora_A'], flat[*path, 'lora_B']
+    for entry in entries:
+        *module, leaf_name = entry.path
+        if leaf_name == 'kernel' and (*module, 'lora_A') in flat:
+            yield _Adapter(entry, flat[*module, 'lora_A'], flat[*module, 'lora_B'])
 
 
-def merge_tensors(base: dict, tree, cfg: lora.LoraConfig, entries) -> dict[str, tensor_io.Tensor]:
-    """`merge` for tensors in files, under the reference's names, in float32: read and computed one
-    at a time.
+def merge_tensors(
+    base: dict, tree, cfg: lora.LoraConfig, entries: list[names_lib.Entry]
+) -> dict[str, tensor_io.Tensor]:
+    """As lora.merge, for tensors in files, in float32; each is read and computed when asked for.
 
     Args:
-      base: the base's tensors by name.
-      tree: LoRA tensors, arrays or weights.open_orbax's.
+      base: the base's tensors by the reference's names.
+      tree: LoRA tensors as arrays, or the TensorStores of tensor_io.open_orbax.
       cfg: rank and alpha.
-      entries: convert's entries of the transformer.
+      entries: names.parameter_entries of the transformer.
+
+    Returns:
+      The merged tensors by the reference's names.
     """
 
-    def read(entry, name, a, b, i):
-        a, b = (np.asarray(x[i] if entry.stacked else x) for x in (a, b))
-        return entry.theirs(
-            lora.merge_kernel(entry.ours(np.asarray(base[name], np.float32)), a, b, lora.scale(cfg))
-        )
+    def merged(adapter, name, layer):
+        entry = adapter.entry
+        a = np.asarray(adapter.a[layer] if entry.stacked else adapter.a)
+        b = np.asarray(adapter.b[layer] if entry.stacked else adapter.b)
+        kernel = entry.ours(np.asarray(base[name], np.float32))
+        return entry.theirs(lora.merge_kernel(kernel, a, b, lora.scale(cfg)))
 
-    f32 = np.dtype(np.float32)
-    tensors = {
-        n: tensor_io.Tensor(t.shape, f32, functools.partial(np.asarray, t, f32))
-        for n, t in base.items()
-    }
-    for e, a, b in _pairs(tree, entries):
-        for i, name in enumerate(e.names):
-            tensors[name] = tensor_io.Tensor(
-                e.shape, f32, functools.partial(read, e, name, a, b, i)
-            )
+    tensors = {}
+    for name, tensor in base.items():
+        read = functools.partial(np.asarray, tensor, _FLOAT32)
+        tensors[name] = tensor_io.Tensor(tensor.shape, _FLOAT32, read)
+
+    for adapter in _adapters(tree, entries):
+        for layer, name in enumerate(adapter.entry.names):
+            read = functools.partial(merged, adapter, name, layer)
+            tensors[name] = tensor_io.Tensor(adapter.entry.shape, _FLOAT32, read)
     return tensors
 
 
-def _shapes(entry, rank: int) -> dict[str, tuple[int, ...]]:
-    """PEFT's shapes of A and B; of a convolution, the kernel stays with A."""
-    out, *inner = entry.shape
-    return {'A': (rank, *inner), 'B': (out, rank, *(1 for _ in inner[1:]))}
+def _shapes(entry: names_lib.Entry, rank: int) -> dict[str, tuple[int, ...]]:
+    """PEFT's shapes of A and B for one layer."""
+    features_out, *inner = entry.shape
+    # Of a convolution [out, in, h, w], A keeps the window, and B's window is one pixel.
+    window_of_one = (1,) * len(inner[1:])
+    return {'A': (rank, *inner), 'B': (features_out, rank, *window_of_one)}
 
 
 def _module(name: str) -> str:
+    """The reference's module that holds the kernel `name`."""
     return name.removesuffix('.weight')
 
 
-def write_file(folder, tree, cfg: lora.LoraConfig, entries) -> int:
-    """Writes FOLDER/pytorch_lora_weights.safetensors for diffusers' load_lora_weights; returns how
-    many parameters.
+def _file_name(name: str, kind: str) -> str:
+    """The name in a file, without prefix, of the A or B (`kind`) that belongs to a kernel."""
+    return f'{_module(name)}.lora_{kind}.weight'
+
+
+def _theirs(value, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(value).T.reshape(shape)
+
+
+def write_lora(folder, cfg: dit.DiTConfig, tree, lora_cfg: lora.LoraConfig) -> int:
+    """Writes FOLDER/pytorch_lora_weights.safetensors for diffusers' load_lora_weights.
 
     The scale goes into the file's metadata, as diffusers writes it; readers that ignore it take a
     scale of 1.
+
+    Args:
+      folder: where the file is written.
+      cfg: the transformer's configuration.
+      tree: LoRA tensors as arrays, or the TensorStores of tensor_io.open_orbax.
+      lora_cfg: rank and alpha.
+
+    Returns:
+      The number of parameters in the file.
     """
-    tensors, modules = {}, []
-    for e, *pair in _pairs(tree, entries):
-        shapes = _shapes(e, cfg.rank)
-        for i, name in enumerate(e.names):
+    entries = names_lib.parameter_entries('transformer', cfg)
+    tensors = {}
+    modules = []
+    for adapter in _adapters(tree, entries):
+        entry = adapter.entry
+        shapes = _shapes(entry, lora_cfg.rank)
+        for layer, name in enumerate(entry.names):
             modules.append(_module(name))
-            for (kind, shape), x in zip(shapes.items(), pair):
-                tensors[f'{_PREFIX}{_module(name)}.lora_{kind}.weight'] = tensor_io.Tensor(
-                    shape,
-                    np.dtype(np.float32),
-                    functools.partial(_theirs, x[i] if e.stacked else x, shape),
-                )
+            for kind, ours in (('A', adapter.a), ('B', adapter.b)):
+                value = ours[layer] if entry.stacked else ours
+                read = functools.partial(_theirs, value, shapes[kind])
+                tensor = tensor_io.Tensor(shapes[kind], _FLOAT32, read)
+                tensors[_PREFIX + _file_name(name, kind)] = tensor
+
     peft = {
-        'r': cfg.rank,
-        'lora_alpha': cfg.alpha or cfg.rank,
+        'r': lora_cfg.rank,
+        'lora_alpha': lora_cfg.alpha or lora_cfg.rank,
         'target_modules': modules,
         'rank_pattern': {},
         'alpha_pattern': {},
         'use_dora': False,
         'lora_bias': False,
     }
-    metadata = {_METADATA: json.dumps({_PREFIX + k: v for k, v in peft.items()})}
-    size = sum(int(np.prod(t.shape)) for t in tensors.values())
-    # In one part: diffusers reads one file.
-    tensor_io.write_safetensors(folder, STEM, tensors, shard_bytes=4 * size, metadata=metadata)
-    return size
+    prefixed = {_PREFIX + key: value for key, value in peft.items()}
+    metadata = {_METADATA: json.dumps(prefixed)}
+
+    # All in one file, because diffusers reads one.
+    num_parameters = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+    tensor_io.write_safetensors(
+        folder,
+        STEM,
+        tensors,
+        shard_bytes=_FLOAT32.itemsize * num_parameters,
+        metadata=metadata,
+    )
+    return num_parameters
 
 
-def _theirs(value, shape) -> np.ndarray:
-    return np.asarray(value).T.reshape(shape)
-
-
-def read_file(path, entries):
-    """LoRA tensors from a file of diffusers, and the LoraConfig that merges them.
+def read_lora(path, cfg: dit.DiTConfig):
+    """Reads the LoRA tensors of a file of diffusers.
 
     Args:
-      path: .safetensors with PEFT's names, with or without 'transformer.' before them; the scale is
-        that of the file's metadata, and 1 without.
-      entries: convert's entries of the transformer that it is for.
+      path: .safetensors with PEFT's names, with or without 'transformer.' before them. The scale is
+        that of the file's metadata, and 1 without them.
+      cfg: configuration of the transformer that the tensors are for.
+
+    Returns:
+      (LoRA tensors as a nested dict of float32 arrays, the LoraConfig that merges them).
 
     Raises:
-      FileNotFoundError: if there is none.
+      FileNotFoundError: if there is no file at `path`.
       ValueError: naming every missing, unexpected or wrongly shaped tensor, or settings that are
         not implemented.
     """
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f'{path} is no file: give a LoRA file such as {STEM}.safetensors.')
-    tensors, metadata = tensor_io.open_file(path)
-    tensors = {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
-    known = {_module(n): e for e in entries if e.path[-1] == 'kernel' for n in e.names}
-    parts = {n: re.fullmatch(r'(.+)\.lora_([AB])\.weight', n) for n in tensors}
-    problems = [f'unexpected {n}' for n, m in parts.items() if not m or m[1] not in known]
-    used = {known[m[1]].path: known[m[1]] for m in parts.values() if m and m[1] in known}
-    rank = next((t.shape[0] for n, t in tensors.items() if '.lora_A.' in n and t.shape), 0)
-    if not used or not rank:
-        raise ValueError(
-            f'{path} holds no LoRA tensors of this transformer, e.g. '
-            f'{_PREFIX}{next(iter(known))}.lora_A.weight.'
+        raise FileNotFoundError(
+            f'{path} is not a file: give a LoRA file such as {STEM}.safetensors.'
         )
+    file = tensor_io.open_file(path)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
+
+    # Which kernels the file has tensors for.
+    known = {}
+    for entry in names_lib.parameter_entries('transformer', cfg):
+        if entry.path[-1] == 'kernel':
+            known |= {_module(name): entry for name in entry.names}
+    problems = []
+    used = {}
+    for name in tensors:
+        match = re.fullmatch(r'(.+)\.lora_([AB])\.weight', name)
+        if match and match[1] in known:
+            entry = known[match[1]]
+            used[entry.path] = entry
+        else:
+            problems.append(f'unexpected {name}')
+
+    ranks = (t.shape[0] for name, t in tensors.items() if '.lora_A.' in name and t.shape)
+    rank = next(ranks, 0)
+    if not used or not rank:
+        example = _PREFIX + _file_name(next(iter(known)), 'A')
+        raise ValueError(f'{path} holds no LoRA tensors of this transformer, e.g. {example}.')
+
+    # One layer after the other, in our layout; a kernel must have all of its layers.
     tree = {}
-    for e in used.values():
-        for kind, shape in _shapes(e, rank).items():
-            names = [f'{_module(n)}.lora_{kind}.weight' for n in e.names]
-            problems += [f'missing {n}' for n in names if n not in tensors]
-            problems += [
-                f'{n} has shape {tuple(tensors[n].shape)}, expected {shape}'
-                for n in names
-                if n in tensors and tuple(tensors[n].shape) != shape
-            ]
-            if not problems:
-                values = [np.asarray(tensors[n], np.float32).reshape(shape[0], -1).T for n in names]
-                tree[*e.path[:-1], f'lora_{kind}'] = np.stack(values) if e.stacked else values[0]
+    for entry in used.values():
+        for kind, shape in _shapes(entry, rank).items():
+            names = [_file_name(name, kind) for name in entry.names]
+            problems += [f'missing {name}' for name in names if name not in tensors]
+            for name in names:
+                if name in tensors and tuple(tensors[name].shape) != shape:
+                    found = tuple(tensors[name].shape)
+                    problems.append(f'{name} has shape {found}, expected {shape}')
+            if problems:
+                continue
+
+            layers = []
+            for name in names:
+                value = np.asarray(tensors[name], np.float32)
+                layers.append(value.reshape(shape[0], -1).T)
+            stacked = np.stack(layers) if entry.stacked else layers[0]
+            tree[*entry.path[:-1], f'lora_{kind}'] = stacked
+
     if problems:
         raise ValueError(f'{path} does not fit the transformer: {"; ".join(problems)}.')
-    return traverse_util.unflatten_dict(tree), lora.LoraConfig(rank, _alpha(path, metadata, rank))
+    alpha = _alpha(path, file.metadata, rank)
+    return traverse_util.unflatten_dict(tree), lora.LoraConfig(rank, alpha)
 
 
-def _alpha(path, metadata: dict, rank: int) -> float:
+def _alpha(path, metadata: dict[str, str], rank: int) -> float:
+    """The alpha in a file's metadata, whose other settings must be ones that are implemented."""
     try:
-        peft = {
-            k.removeprefix(_PREFIX): v for k, v in json.loads(metadata.get(_METADATA, '{}')).items()
-        }
+        saved = json.loads(metadata.get(_METADATA, '{}'))
+        peft = {key.removeprefix(_PREFIX): value for key, value in saved.items()}
         alpha = float(peft.get('lora_alpha', rank))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} has damaged {_METADATA} ({error}): save it again.') from error
-    for key, allowed in ({'r': (rank,)} | _PEFT_FIXED).items():
+
+    allowed_values = {'r': (rank,)} | _PEFT_FIXED
+    for key, allowed in allowed_values.items():
         if key in peft and peft[key] not in allowed:
             raise ValueError(
                 f'{path} was made with {key} {peft[key]!r}: only {allowed[0]!r} is implemented.'
@@ -181,14 +259,3 @@ def _alpha(path, metadata: dict, rank: int) -> float:
     if not 0 < alpha < np.inf:
         raise ValueError(f'{path} has lora_alpha {alpha}: it must be positive and finite.')
     return alpha
-
-
-def write_lora(folder, cfg: dit.DiTConfig, tree, lora_cfg: lora.LoraConfig) -> int:
-    """Writes a transformer's LoRA tensors as diffusers does (see lora.write_file)."""
-    return write_file(folder, tree, lora_cfg, names_lib.parameter_entries('transformer', cfg))
-
-
-def read_lora(path, cfg: dit.DiTConfig):
-    """LoRA tensors for a transformer, and the LoraConfig to merge them by, from a file: see
-    lora.read_file."""
-    return read_file(path, names_lib.parameter_entries('transformer', cfg))

@@ -1,4 +1,10 @@
-"""The names, shapes and configurations of released networks, beside ours."""
+"""The parameters of the three networks: the reference's names, shapes and axes beside ours.
+
+Two things differ. The reference keeps a tensor for each layer, where we stack the layers along the
+first axis; and PyTorch keeps a kernel as [out, in, ...], where Flax keeps it as [..., in, out].
+`parameter_entries` lists what corresponds to what, `matched_tensors` compares the list with the
+tensors of a file, and `Entry` changes the layout of one tensor.
+"""
 
 import dataclasses
 import functools
@@ -10,191 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.models import dit, t5, vae
 
-# config.json keys that DiTConfig takes over under the same name.
-_SAME = (
-    'num_layers',
-    'num_attention_heads',
-    'attention_head_dim',
-    'in_channels',
-    'out_channels',
-    'text_embed_dim',
-    'time_embed_dim',
-    'max_text_seq_length',
-    'patch_size',
-    'patch_size_t',
-    'patch_bias',
-    'sample_height',
-    'sample_width',
-    'sample_frames',
-    'temporal_compression_ratio',
-    'flip_sin_to_cos',
-    'freq_shift',
-    'attention_bias',
-    'norm_elementwise_affine',
-    'norm_eps',
-    'spatial_interpolation_scale',
-    'temporal_interpolation_scale',
-)
-_RENAMED = {
-    'use_rotary_positional_embeddings': 'rotary',
-    'use_learned_positional_embeddings': 'learned_positions',
-}
-_PATTERNS = {2: 'dual', 5: 'full'}
-# What the networks are built for; any other value is refused. Then keys without meaning for the
-# forward pass.
-_DIT_FIXED = {
-    'activation_fn': 'gelu-approximate',
-    'timestep_activation_fn': 'silu',
-    'ofs_embed_dim': None,
-}
-_DIT_UNUSED = {'dropout', 'add_noise_in_inpaint_model'}
-_VAE_FIXED = {
-    'act_fn': 'silu',
-    'shift_factor': None,
-    'latents_mean': None,
-    'latents_std': None,
-    'use_quant_conv': False,
-    'use_post_quant_conv': False,
-    'invert_scale_latents': False,
-}
-_VAE_UNUSED = {'force_upcast'}
-_T5_FIXED = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu'}
-# What the reference's classes take for a key that config.json leaves out, where our own default
-# differs.
-_DIT_OMITTED = {
-    'num_attention_heads': 30,
-    'num_layers': 30,
-    'use_rotary_positional_embeddings': False,
-}
-_VAE_OMITTED = {'scaling_factor': 1.15258426}
-_T5_OMITTED = {
-    'd_model': 512,
-    'd_ff': 2048,
-    'num_layers': 6,
-    'num_heads': 8,
-    'feed_forward_proj': 'relu',
-}
-
-
-def _refuse_other(config: dict, fixed: dict, what: str) -> None:
-    """Takes the keys of `fixed` out of config; any other value than the one there is an error."""
-    for key, value in fixed.items():
-        if config.pop(key, value) != value:
-            raise ValueError(
-                f'{what} config.json sets {key} to something other than {value!r}, which is all we '
-                'implement.'
-            )
-
-
-def _refuse_unknown(config: dict, unused: set, what: str) -> None:
-    unknown = sorted(set(config) - unused)
-    if unknown:
-        raise ValueError(
-            f'{what} config.json has keys that are not known here: {", ".join(unknown)}.'
-        )
-
-
-def _public(config: dict, omitted: dict) -> dict:
-    return omitted | {k: v for k, v in config.items() if not k.startswith('_')}
-
-
-def transformer_config(config: dict, **overrides) -> dit.DiTConfig:
-    """DiTConfig from a released config.json; `overrides` are DiTConfig fields, e.g.
-    dtype='float32'.
-
-    Released weights know the reference's position rule, so that is what they get.
-
-    Raises:
-      ValueError: for a key that is not known here, or a value this transformer does not implement.
-    """
-    config = _public(config, _DIT_OMITTED)
-    fields = {k: config.pop(k) for k in _SAME if k in config}
-    fields |= {ours: config.pop(theirs) for theirs, ours in _RENAMED.items() if theirs in config}
-    version = config.pop('attn_msk_version', 2)
-    if version not in _PATTERNS:
-        raise ValueError(
-            f'attn_msk_version {version} is not implemented: 2 is the dual mask, 5 full attention.'
-        )
-    _refuse_other(config, _DIT_FIXED, 'Transformer')
-    _refuse_unknown(config, _DIT_UNUSED, 'Transformer')
-    return dit.DiTConfig(
-        **(fields | {'pattern': _PATTERNS[version], 'position_rule': 'reference'} | overrides)
-    )
-
-
-def transformer_json(cfg: dit.DiTConfig) -> dict:
-    """The config.json of an exported transformer.
-
-    Raises:
-      ValueError: if the reference has no such model: another mask, or positions that count on
-        through the scenes.
-    """
-    versions = {pattern: version for version, pattern in _PATTERNS.items()}
-    if cfg.pattern not in versions:
-        raise ValueError(
-            f'The reference has no {cfg.pattern!r} mask: only {", ".join(versions)} can be exported.'
-        )
-    if cfg.position_rule != 'reference' and (cfg.learned_positions or not cfg.rotary):
-        raise ValueError(
-            "This model was trained with position_rule 'continuous' and added positions, which the "
-            'reference would compute differently: only rotary models, or those of position_rule '
-            "'reference', can be exported."
-        )
-    fixed = {k: v for k, v in _DIT_FIXED.items() if v is not None}
-    return (
-        {'_class_name': 'CogVideoXTransformer3DModel'}
-        | {k: getattr(cfg, k) for k in _SAME}
-        | fixed
-        | {theirs: getattr(cfg, ours) for theirs, ours in _RENAMED.items()}
-        | {'attn_msk_version': versions[cfg.pattern]}
-    )
-
-
-def vae_config(config: dict, **overrides) -> vae.VAEConfig:
-    """VAEConfig from a released config.json; `overrides` are its fields.
-
-    Raises:
-      ValueError: for a key that is not known here, or a value this VAE does not implement.
-    """
-    config = _public(config, _VAE_OMITTED)
-    fields = {
-        f.name: config.pop(f.name) for f in dataclasses.fields(vae.VAEConfig) if f.name in config
-    }
-    if 'block_out_channels' in fields:
-        fields['block_out_channels'] = tuple(fields['block_out_channels'])
-        levels = len(fields['block_out_channels'])
-        _refuse_other(
-            config,
-            {
-                'down_block_types': ['CogVideoXDownBlock3D'] * levels,
-                'up_block_types': ['CogVideoXUpBlock3D'] * levels,
-            },
-            'VAE',
-        )
-    _refuse_other(config, _VAE_FIXED, 'VAE')
-    _refuse_unknown(config, _VAE_UNUSED, 'VAE')
-    if 'temporal_compression_ratio' in fields:
-        fields['temporal_compression_ratio'] = int(fields['temporal_compression_ratio'])
-    return vae.VAEConfig(**(fields | overrides))
-
-
-def t5_config(config: dict, **overrides) -> t5.T5Config:
-    """T5Config from a released config.json, which also describes decoding and tasks; `overrides`
-    are its fields.
-
-    Raises:
-      ValueError: if it is not a T5 v1.1.
-    """
-    config = _public(config, _T5_OMITTED)
-    _refuse_other(config, _T5_FIXED, 'Text encoder')
-    fields = {f.name: config[f.name] for f in dataclasses.fields(t5.T5Config) if f.name in config}
-    return t5.T5Config(**(fields | overrides))
-
-
-# (our module path, reference name); '*' is the layer, stacked on axis 0 here.
+# Our module path: the reference's module. '*' is the layer; layers are stacked along axis 0 here.
 _DIT_NAMES = {
     'patch': 'patch_embed.proj',
     'text': 'patch_embed.text_proj',
@@ -218,6 +42,7 @@ _DIT_NAMES = {
     'norm_out/norm': 'norm_out.norm',
     'proj_out': 'proj_out',
 }
+
 _T5_NAMES = {
     'embed': 'shared',
     'relative_bias': 'encoder.block.0.layer.0.SelfAttention.relative_attention_bias',
@@ -234,83 +59,101 @@ _T5_NAMES = {
 }
 
 
+def _vae_name(module: str) -> str:
+    """The VAE's modules are named alike; only the numbers of lists are joined differently."""
+    return re.sub(r'_(\d+)', r'.\1', module.replace('/', '.'))
+
+
 def _dit_inputs(cfg: dit.DiTConfig):
-    p, f32 = cfg.patch_size, jnp.float32
-    return (
-        jnp.zeros((1, 1, p * cfg.base_grid[1], p * cfg.base_grid[2], cfg.in_channels), f32),
-        jnp.zeros((1, 1, cfg.max_text_seq_length, cfg.text_embed_dim), f32),
-        jnp.zeros((1, 1), f32),
-        (1,),
-    )
+    """One scene of one latent frame at the trained size, which every configuration accepts."""
+    _, grid_height, grid_width = cfg.base_grid
+    height = cfg.patch_size * grid_height
+    width = cfg.patch_size * grid_width
+    latents = jnp.zeros((1, 1, height, width, cfg.in_channels), jnp.float32)  # [B, T, H, W, C]
+    text_shape = (1, 1, cfg.max_text_seq_length, cfg.text_embed_dim)
+    text = jnp.zeros(text_shape, jnp.float32)  # [B, S, M, E]
+    timesteps = jnp.zeros((1, 1), jnp.float32)  # [B, S]
+    frames = (1,)
+    return latents, text, timesteps, frames
 
 
 def _vae_inputs(cfg: vae.VAEConfig):
-    return (
-        jnp.zeros((1, 1, cfg.spatial_factor, cfg.spatial_factor, cfg.in_channels), jnp.float32),
-    )
+    size = cfg.spatial_factor
+    return (jnp.zeros((1, 1, size, size, cfg.in_channels), jnp.float32),)  # [B, F, H, W, C]
+
+
+def _t5_inputs(cfg: t5.T5Config):
+    del cfg  # token ids have the same shape in every T5
+    return (jnp.zeros((1, 1), jnp.int32),)  # [B, M]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """What conversion has to know of a network.
+    """What loading and exporting have to know about a network.
 
     Attributes:
-      module: class of one field, the configuration.
-      parse: config.json and overrides to the configuration.
-      inputs: configuration to example inputs.
-      name: our module path to the reference's.
-      stem: file name of the weights in a released folder.
-      tied: reference names of tensors that a file may hold a second time, with the name that we
-        use.
+      module: the Flax module, a class whose one field is the configuration.
+      inputs: makes example inputs of the module from the configuration.
+      name: turns our module path into the reference's.
+      stem: file name of the weights in a released folder, without its suffix.
+      tied: pairs of reference names (copy, name). A file may hold the tensor under both; we use
+        the second.
     """
 
     module: Any
-    parse: Callable
     inputs: Callable
     name: Callable[[str], str]
     stem: str = 'diffusion_pytorch_model'
     tied: tuple[tuple[str, str], ...] = ()
 
 
-# By the name of the folder that holds it.
+# The folder of a network, which is also its `kind` below: the network.
 NETWORKS = {
-    'transformer': _Network(dit.DiT, transformer_config, _dit_inputs, _DIT_NAMES.__getitem__),
-    'vae': _Network(
-        vae.VAE,
-        vae_config,
-        _vae_inputs,
-        lambda module: re.sub(r'_(\d+)', r'.\1', module.replace('/', '.')),
-    ),
+    'transformer': _Network(dit.DiT, _dit_inputs, _DIT_NAMES.__getitem__),
+    'vae': _Network(vae.VAE, _vae_inputs, _vae_name),
     'text_encoder': _Network(
         t5.T5Encoder,
-        t5_config,
-        lambda cfg: (jnp.zeros((1, 1), jnp.int32),),
+        _t5_inputs,
         _T5_NAMES.__getitem__,
-        'model',
-        (('encoder.embed_tokens.weight', 'shared.weight'),),
+        stem='model',
+        tied=(('encoder.embed_tokens.weight', 'shared.weight'),),
     ),
 }
 
 
-@functools.cache
+@functools.cache  # tracing takes seconds
 def abstract_params(cfg, kind: str = 'transformer'):
-    """Shapes and dtypes of a network's parameters, nothing allocated; tracing is slow, so results
-    are kept."""
+    """Shapes and dtypes of a network's parameters; nothing is allocated.
+
+    Args:
+      cfg: the network's configuration.
+      kind: one of NETWORKS.
+
+    Returns:
+      Nested dict of ShapeDtypeStructs.
+    """
     network = NETWORKS[kind]
     model = network.module(cfg)
 
     def init():
-        *arrays, last = network.inputs(cfg)
-        return model.init(jax.random.key(0), *arrays, last)['params']
+        return model.init(jax.random.key(0), *network.inputs(cfg))['params']
 
     return jax.eval_shape(init)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One Flax parameter and the reference's tensors for it, one or one per layer.
+    """A parameter of ours and the reference's tensors for it: one, or one for each layer.
 
-    theirs.reshape(flat).transpose(axes) is ours, per layer if stacked.
+    `theirs.reshape(flat).transpose(axes)` is ours; of stacked parameters, it is one layer of ours.
+
+    Attributes:
+      path: our path in the nested dict of parameters.
+      names: the reference's names, in the order of the layers.
+      stacked: whether ours has the layers along its first axis.
+      shape: shape of each of their tensors.
+      flat: their shape after axes of size one are dropped or patches are flattened.
+      axes: the axis of `flat` that becomes each axis of ours.
     """
 
     path: tuple[str, ...]
@@ -321,77 +164,99 @@ class Entry:
     axes: tuple[int, ...]
 
     def ours(self, value):
-        """Our layout of one tensor of theirs."""
+        """One tensor of theirs in our layout."""
         return np.asarray(value).reshape(self.flat).transpose(self.axes)
 
     def theirs(self, value):
-        """Their layout of (one layer of) ours."""
+        """Our parameter, or one layer of it, in their layout."""
         return np.asarray(value).transpose(np.argsort(self.axes)).reshape(self.shape)
 
 
+def _entry(kind: str, cfg, path: tuple[str, ...], shape: tuple[int, ...]) -> Entry:
+    """The entry of our parameter at `path`, which has `shape`."""
+    stacked = path[0] == 'blocks'
+    layer_shape = shape[1:] if stacked else shape
+
+    # A kernel is [..., in, out] here and [out, in, ...] there.
+    axes = tuple(range(len(layer_shape)))
+    if path[-1] == 'kernel':
+        axes = (*axes[2:], 1, 0)
+    flat = tuple(layer_shape[axis] for axis in np.argsort(axes))
+
+    their_shape = flat
+    if path == ('positions',):
+        their_shape = (1, *layer_shape)
+    if path == ('patch', 'kernel') and cfg.patch_size_t is None:
+        # Without patches in time, theirs is a convolution over images.
+        their_shape = (flat[0], cfg.in_channels, cfg.patch_size, cfg.patch_size)
+
+    # The table of positions is a buffer there, and a parameter outside of any module here.
+    if path == ('positions',):
+        name = NETWORKS[kind].name('positions')
+    else:
+        suffix = 'bias' if path[-1] == 'bias' else 'weight'
+        module = '/'.join(path[:-1])
+        name = f'{NETWORKS[kind].name(module)}.{suffix}'
+
+    names = (name,)
+    if stacked:
+        num_layers = shape[0]
+        names = tuple(name.replace('*', str(layer)) for layer in range(num_layers))
+    return Entry(path, names, stacked, their_shape, flat, axes)
+
+
 def parameter_entries(kind: str, cfg) -> list[Entry]:
+    """All parameters of a network, with the reference's tensors for them.
+
+    Args:
+      kind: one of NETWORKS.
+      cfg: the network's configuration.
+
+    Returns:
+      One entry for each of our parameters.
+    """
     entries = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg, kind)):
-        keys = tuple(k.key for k in path)
-        stacked = keys[0] == 'blocks'
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        axes = tuple(range(len(shape)))
-        if keys[-1] == 'kernel':  # (..., in, out) here, (out, in, ...) there
-            axes = (*axes[2:], 1, 0)
-        flat = theirs = tuple(shape[i] for i in np.argsort(axes))
-        suffix = {'bias': '.bias', 'positions': ''}.get(keys[-1], '.weight')
-        module = keys if keys == ('positions',) else keys[:-1]
-        if keys == ('positions',):
-            theirs = (1, *shape)
-        if keys == ('patch', 'kernel') and cfg.patch_size_t is None:
-            theirs = (flat[0], cfg.in_channels, cfg.patch_size, cfg.patch_size)
-        name = NETWORKS[kind].name('/'.join(module)) + suffix
-        names = (
-            tuple(name.replace('*', str(i)) for i in range(leaf.shape[0])) if stacked else (name,)
-        )
-        entries.append(Entry(keys, names, stacked, theirs, flat, axes))
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg, kind)):
+        path = tuple(key.key for key in key_path)
+        entries.append(_entry(kind, cfg, path, leaf.shape))
     return entries
 
 
 def matched_tensors(kind: str, cfg, tensors: dict) -> tuple[list[Entry], dict]:
-    """The entries and exactly their tensors; a tied copy is dropped, or taken where it stands
-    alone.
+    """Checks that the tensors of a file are exactly those of a network.
+
+    A tied copy is dropped; a file that holds the copy alone has it taken for the tensor itself.
+
+    Args:
+      kind: one of NETWORKS.
+      cfg: the network's configuration.
+      tensors: the file's tensors by the reference's names.
+
+    Returns:
+      The network's entries, and the tensors by the names that stand in the entries.
 
     Raises:
       ValueError: naming every missing, unexpected or wrongly shaped tensor, and tied ones that
         differ.
     """
-    tensors, problems = dict(tensors), []
+    tensors = dict(tensors)
+    problems = []
     for copy, name in NETWORKS[kind].tied:
         if copy in tensors:
             value = tensors.pop(copy)
-            if not np.array_equal(value, tensors.setdefault(name, value)):
+            kept = tensors.setdefault(name, value)
+            if not np.array_equal(value, kept):
                 problems.append(f'{copy} differs from {name}')
+
     entries = parameter_entries(kind, cfg)
-    want = {n: e.shape for e in entries for n in e.names}
-    problems += [f'missing {n}' for n in want if n not in tensors]
-    problems += [
-        f'{n} has shape {tuple(tensors[n].shape)}, expected {shape}'
-        for n, shape in want.items()
-        if n in tensors and tuple(tensors[n].shape) != shape
-    ]
-    problems += [f'unexpected {n}' for n in sorted(set(tensors) - set(want))]
+    expected = {name: entry.shape for entry in entries for name in entry.names}
+    problems += [f'missing {name}' for name in expected if name not in tensors]
+    for name, shape in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            found = tuple(tensors[name].shape)
+            problems.append(f'{name} has shape {found}, expected {shape}')
+    problems += [f'unexpected {name}' for name in sorted(set(tensors) - set(expected))]
+
     if problems:
         raise ValueError(f'Checkpoint does not fit its config.json: {"; ".join(problems)}.')
     return entries, tensors
-
-
-_SCHEDULE_FIXED = {
-    'beta_schedule': 'scaled_linear',
-    'prediction_type': 'v_prediction',
-    'trained_betas': None,
-    'clip_sample': False,
-    'set_alpha_to_one': True,
-}
-
-
-def schedule_json(schedule: schedule_lib.Schedule) -> dict:
-    """The scheduler_config.json of an exported model."""
-    return (
-        {'_class_name': 'CogVideoXDDIMScheduler'} | dataclasses.asdict(schedule) | _SCHEDULE_FIXED
-    )

@@ -1,5 +1,8 @@
-"""The parameters of a run: its EMA, and what a run starts from. Of LoRA runs only LoRA tensors are
-in checkpoints; the base is read from where init_from says."""
+"""The parameters of a run: the EMA in its checkpoints, and the base that it starts from.
+
+Checkpoints of a run with LoRA hold the LoRA tensors alone. The whole model is made of them and of
+the base, which is read again from the folder that config.init_from names.
+"""
 
 import dataclasses
 import pathlib
@@ -16,64 +19,96 @@ from mask2dit_jax.pretrained import load as load_lib
 
 
 def _ema_target(config: config_lib.Config, target):
-    """What a checkpoint's EMA is laid out like, given the whole model's parameters."""
+    """The target of a checkpoint's EMA, given that of the whole model's parameters."""
     if not config.lora.rank:
         return {'ema': target}
-    tree = jax.eval_shape(lambda: lora.init(jax.random.key(0), target, config.lora))
-    return {'ema': partitioning.abstract_arrays(tree, mesh_lib.mesh_of(target))}
+    lora_tree = jax.eval_shape(lambda: lora.init(jax.random.key(0), target, config.lora))
+    return {'ema': partitioning.abstract_arrays(lora_tree, mesh_lib.mesh_of(target))}
 
 
-def _whole(config: config_lib.Config, ema, target):
-    return (
-        lora.merge_placed(load_base(config, target), ema, config.lora) if config.lora.rank else ema
-    )
+def _whole_model(config: config_lib.Config, ema, target):
+    """The whole model's parameters, given a checkpoint's EMA."""
+    if not config.lora.rank:
+        return ema
+    return lora.merge_placed(load_base(config, target), ema, config.lora)
 
 
 def restore(path, config: config_lib.Config, target):
-    """The whole model's EMA parameters of one checkpoint; LoRA merged into its base.
+    """Reads the whole model's EMA parameters of one checkpoint; LoRA is merged into its base.
 
     Args:
       path: the checkpoint folder (WORKDIR/checkpoints/STEP).
-      config: the run's.
+      config: the run's configuration.
       target: ShapeDtypeStructs of the model's parameters, with shardings.
+
+    Returns:
+      The parameters, laid out like `target`.
 
     Raises:
       FileNotFoundError, ValueError: as checkpoint.restore.
     """
-    return _whole(config, checkpoint.restore(path, _ema_target(config, target))['ema'], target)
+    items = checkpoint.restore(path, _ema_target(config, target))
+    return _whole_model(config, items['ema'], target)
 
 
 def newest(workdir, config: config_lib.Config, target):
-    """As `restore`, of the newest good checkpoint of a workdir: (folder, parameters)."""
+    """As `restore`, of the newest good checkpoint of a workdir.
+
+    Returns:
+      (folder of the checkpoint, parameters).
+
+    Raises:
+      FileNotFoundError, ValueError: as checkpoint.latest.
+    """
     path, items = checkpoint.latest(workdir, _ema_target(config, target))
-    return path, _whole(config, items['ema'], target)
+    return path, _whole_model(config, items['ema'], target)
 
 
 def load_base(config: config_lib.Config, target):
-    """The parameters that config.init_from names, laid out like `target`.
+    """Reads the parameters that config.init_from names.
+
+    Args:
+      config: the run's configuration; init_from is a model folder, or the workdir or a checkpoint
+        of another run, whose EMA is taken.
+      target: ShapeDtypeStructs of the model's parameters, with shardings.
+
+    Returns:
+      The parameters, laid out like `target`.
 
     Raises:
       FileNotFoundError, ValueError: naming what is missing or does not fit.
     """
     folder = pathlib.Path(config.init_from)
-    if (folder / 'transformer').is_dir():
-        logging.info('Parameters from %s.', folder / 'transformer')
-        return load_lib.read_params('transformer', folder / 'transformer', config.model, target)
-    run = config_lib.load_run(folder)
+    transformer = folder / 'transformer'
+    if transformer.is_dir():
+        logging.info('Parameters from %s.', transformer)
+        return load_lib.read_params('transformer', transformer, config.model, target)
+
+    base_config = config_lib.load_run(folder)
     if folder.parent.name == checkpoint.FOLDER:
-        path, params = folder, restore(folder, run, target)
+        path = folder
+        params = restore(folder, base_config, target)
     else:
-        path, params = newest(folder, run, target)
+        path, params = newest(folder, base_config, target)
     logging.info('Parameters from the EMA of %s.', path)
     return params
 
 
 def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
-    """`config` with the very checkpoint in init_from that a run with LoRA starts from: it will be
-    read again and again.
+    """Makes init_from of a run with LoRA name one checkpoint instead of a workdir.
+
+    The base is read again whenever the run is resumed or sampled. A workdir would then mean its
+    newest checkpoint, which may be another one by that time.
+
+    Args:
+      config: the run's configuration.
+
+    Returns:
+      `config` with the checkpoint in init_from; unchanged without LoRA.
 
     Raises:
-      ValueError, FileNotFoundError: if init_from is empty or there is nothing.
+      ValueError: if init_from is empty.
+      FileNotFoundError: if there is nothing at init_from.
     """
     if not config.lora.rank:
         return config
@@ -82,8 +117,11 @@ def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
             f'config.lora.rank is {config.lora.rank}, but there is no base: give a workdir by '
             '--config.init_from or a model folder by --checkpoint.'
         )
+
     folder = pathlib.Path(config.init_from)
-    if not (folder / 'transformer').is_dir() and folder.parent.name != checkpoint.FOLDER:
+    is_model_folder = (folder / 'transformer').is_dir()
+    is_checkpoint = folder.parent.name == checkpoint.FOLDER
+    if not is_model_folder and not is_checkpoint:
         found = checkpoint.folders(folder)
         if not found:
             raise FileNotFoundError(

@@ -23,7 +23,7 @@ from mask2dit_jax import tensor_io
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.evaluation import feature_encoders
 from mask2dit_jax.models import dit, t5, vae
-from mask2dit_jax.pretrained import export, names
+from mask2dit_jax.pretrained import config_json, export, names
 
 TRANSFORMER = dit.DiTConfig(
     num_layers=2,
@@ -127,7 +127,13 @@ def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f'{folder} is not empty: give --out a new folder.')
     _write_network(
-        folder, 'transformer', transformer, names.transformer_json(transformer), 0, dtype, **kwargs
+        folder,
+        'transformer',
+        transformer,
+        config_json.transformer_json(transformer),
+        0,
+        dtype,
+        **kwargs,
     )
     _write_network(
         folder,
@@ -156,7 +162,7 @@ def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **
     )
     _write_tokenizer(folder / 'tokenizer')
     (folder / 'scheduler').mkdir()
-    schedule = names.schedule_json(
+    schedule = config_json.schedule_json(
         dataclasses.replace(schedule_lib.Schedule(), snr_shift_scale=3.0)
     )
     (folder / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule, indent=2) + '\n')

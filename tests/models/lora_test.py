@@ -25,7 +25,7 @@ from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora
-from mask2dit_jax.pretrained import export, lora_files, names, runs
+from mask2dit_jax.pretrained import config_json, export, lora_files, names, runs
 from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.training import ema, train_step, trainer
 from mask2dit_jax.training import optimizer as optimizer_lib
@@ -338,7 +338,7 @@ def test_lora_on_a_model_folder(converted, tmp_path):
     )
     folder = tmp_path / 'released/transformer'
     tensor_io.write_safetensors(folder, 'model', export.export_params('transformer', MODEL, params))
-    (folder / 'config.json').write_text(json.dumps(names.transformer_json(MODEL)))
+    (folder / 'config.json').write_text(json.dumps(config_json.transformer_json(MODEL)))
     if converted:
         export.convert_folder(tmp_path / 'released', tmp_path / 'orbax')
         folder = tmp_path / 'orbax/transformer'
@@ -483,7 +483,7 @@ def test_settings_of_peft_that_are_not_implemented_are_named(peft, message, tmp_
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nothing is no file: give a LoRA file'):
+    with pytest.raises(FileNotFoundError, match='nothing is not a file: give a LoRA file'):
         lora_files.read_lora(tmp_path / 'nothing', MODEL)
 
 

@@ -1,5 +1,5 @@
-"""A model folder in the released layout, tiny and random: sampled, extended, converted, fine-tuned,
-handed back."""
+"""A tiny random model folder in the released layout is sampled, extended, converted, fine-tuned and
+exported again."""
 
 import dataclasses
 import json
@@ -18,13 +18,14 @@ from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import latent_codec, video
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import lora, t5, vae
-from mask2dit_jax.pretrained import export, lora_files, names
+from mask2dit_jax.pretrained import config_json, export, lora_files, names
 from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.tools import random_model
 from mask2dit_jax.training import trainer
 
-TRANSFORMER, VAE = random_model.TRANSFORMER, random_model.VAE
-CAPTIONS = 'red ring on gray moves left', 'it grows'
+TRANSFORMER = random_model.TRANSFORMER
+VAE = random_model.VAE
+CAPTIONS = ('red ring on gray moves left', 'it grows')
 
 
 @pytest.fixture(scope='module')
@@ -43,14 +44,15 @@ def converted(folder):
 
 
 def run_sample(out, source, **chosen):
-    usual = {
+    """Frames of the one video that `sample` makes with the chosen flags."""
+    flags = {
         'checkpoint': str(source),
         'out': str(out),
         'prompt': list(CAPTIONS),
         'dtype': 'float32',
         'steps': 2,
     }
-    with flagsaver.flagsaver(**(usual | chosen)):
+    with flagsaver.flagsaver(**(flags | chosen)):
         sample.main(['sample'])
     return video.read_video(out / 'video_0.mp4')[0]
 
@@ -75,23 +77,29 @@ def test_given_clips_are_extended(folder, tmp_path):
     video.write_mp4(tmp_path / 'given.mp4', clip, 8, scale=8)
     made = run_sample(tmp_path / 'out', folder, given=[str(tmp_path / 'given.mp4')])
     assert made.shape[0] == 9 + 5
+
+    # The video begins with the given clip, as it comes back from the codec.
     codec = latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32))
     seen = video.read_video(tmp_path / 'given.mp4', height_px=32, width_px=32)[0][None]
     through = codec.decode_video(codec.encode_video(seen, (9,)), (3,))[0]
-    shown = video.read_video(tmp_path / 'out/video_0.mp4', height_px=32, width_px=32)[0][:9] / 255
-    assert np.abs(through - shown).mean() < 0.05
+    frames = video.read_video(tmp_path / 'out/video_0.mp4', height_px=32, width_px=32)[0]
+    assert np.abs(through - frames[:9] / 255).mean() < 0.05
+
+    # The clip changes the scene that is sampled.
     other = run_sample(tmp_path / 'free', folder)
     assert np.abs(made[9:].astype(int) - other[5:]).max() > 20
 
 
 def test_size_frames_tiling_and_negative_prompt(folder, sampled, tmp_path):
     made = run_sample(tmp_path / 'a', folder, height=32, width=48, frames=9, tiling=True)
-    assert made.shape[0] == 18 and made.shape[1] * 3 == made.shape[2] * 2
-    assert (
-        run_sample(tmp_path / 'b', folder, negative_prompt='blue ball on white stays') != sampled
-    ).any()
+    num_frames, height, width, _ = made.shape
+    assert num_frames == 18
+    assert height * 3 == width * 2
     record = json.loads((tmp_path / 'a/story.json').read_text())
     assert (record['width'], record['tiling'], record['dtype']) == (48, True, 'float32')
+
+    guided = run_sample(tmp_path / 'b', folder, negative_prompt='blue ball on white stays')
+    assert (guided != sampled).any()
 
 
 @pytest.mark.parametrize(
@@ -107,67 +115,76 @@ def test_sampling_errors_name_the_input(folder, tmp_path, chosen, message):
 
 
 def test_a_lora_file_gives_the_frames_of_the_merged_folder(folder, sampled, tmp_path):
+    def random(x):
+        return np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32)
+
     model, params = load_lib.load_transformer(folder / 'transformer')
-    cfg = lora.LoraConfig(2, alpha=3.0)
-    tree = jax.tree.map(
-        lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32),
-        lora.init(jax.random.key(0), params, cfg),
-    )
-    lora_files.write_lora(tmp_path, model.cfg, tree, cfg)
-    made = run_sample(
-        tmp_path / 'a', folder, lora=str(tmp_path / 'pytorch_lora_weights.safetensors')
-    )
-    shutil.copytree(folder, tmp_path / 'merged', ignore=shutil.ignore_patterns('transformer'))
-    tensors = export.export_params('transformer', model.cfg, lora.merge(params, tree, cfg))
-    tensor_io.write_safetensors(tmp_path / 'merged/transformer', 'model', tensors)
-    shutil.copyfile(folder / 'transformer/config.json', tmp_path / 'merged/transformer/config.json')
-    np.testing.assert_array_equal(made, run_sample(tmp_path / 'b', tmp_path / 'merged'))
+    lora_config = lora.LoraConfig(2, alpha=3.0)
+    tree = jax.tree.map(random, lora.init(jax.random.key(0), params, lora_config))
+    lora_files.write_lora(tmp_path, model.cfg, tree, lora_config)
+    file = tmp_path / 'pytorch_lora_weights.safetensors'
+    made = run_sample(tmp_path / 'a', folder, lora=str(file))
+
+    merged = tmp_path / 'merged'
+    shutil.copytree(folder, merged, ignore=shutil.ignore_patterns('transformer'))
+    merged_params = lora.merge(params, tree, lora_config)
+    tensors = export.export_params('transformer', model.cfg, merged_params)
+    tensor_io.write_safetensors(merged / 'transformer', 'model', tensors)
+    shutil.copyfile(folder / 'transformer/config.json', merged / 'transformer/config.json')
+    np.testing.assert_array_equal(made, run_sample(tmp_path / 'b', merged))
+
+    # The LoRA is not too small to be seen.
     assert np.abs(made.astype(int) - sampled).max() > 10
 
 
 def all_tensors(folder):
-    return {n: v for f in folder.glob('*.safetensors') for n, v in load_file(f).items()}
+    tensors = {}
+    for file in folder.glob('*.safetensors'):
+        tensors |= load_file(file)
+    return tensors
 
 
 def test_round_trip_of_the_folder_is_bit_equal(folder, converted, tmp_path):
     back = tmp_path / 'back'
     counts = export.convert_folder(converted, back)
     for kind in names.NETWORKS:
-        want, have = all_tensors(folder / kind), all_tensors(back / kind)
-        assert have.keys() == want.keys()
-        for name in want:
-            assert have[name].dtype == want[name].dtype
-            np.testing.assert_array_equal(have[name], want[name], err_msg=name)
-        assert counts[kind] == sum(v.size for v in want.values())
-        assert (back / kind / 'config.json').read_text() == (
-            folder / kind / 'config.json'
-        ).read_text()
-    assert (back / 'tokenizer/spiece.model').exists() and (
-        back / 'scheduler/scheduler_config.json'
-    ).exists()
+        expected = all_tensors(folder / kind)
+        found = all_tensors(back / kind)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name].dtype == expected[name].dtype
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        assert counts[kind] == sum(value.size for value in expected.values())
+
+    networks = [f'{kind}/config.json' for kind in names.NETWORKS]
+    for name in (*networks, 'tokenizer/spiece.model', 'scheduler/scheduler_config.json'):
+        assert (back / name).read_bytes() == (folder / name).read_bytes()
+
     with pytest.raises(ValueError, match='is not empty'):
         export.convert_folder(converted, back)
 
 
 def test_loading_follows_the_sharding(folder):
     mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
-    cfg = load_lib.read_config('transformer', folder / 'transformer')
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'fsdp'))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread if x.ndim == 3 else whole),
-        names.abstract_params(cfg),
-    )
-    params = load_lib.read_params('transformer', folder / 'transformer', cfg, target)
-    one = load_lib.load_transformer(folder / 'transformer')[1]
-    jax.tree.map(np.testing.assert_array_equal, params, one)
+
+    def placed(x):
+        sharding = spread if x.ndim == 3 else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    model_config = config_json.read_config('transformer', folder / 'transformer')
+    target = jax.tree.map(placed, names.abstract_params(model_config))
+    params = load_lib.read_params('transformer', folder / 'transformer', model_config, target)
+
+    _, on_one_device = load_lib.load_transformer(folder / 'transformer')
+    jax.tree.map(np.testing.assert_array_equal, params, on_one_device)
     assert params['blocks']['ff_in']['kernel'].sharding == spread
 
 
-def test_fine_tuning_and_handing_back(folder, tmp_path):
-    """main on a model folder: trained on stories through its VAE and T5, sampled, exported, loaded
-    again."""
-    cfg = config_lib.Config(
+def test_a_fine_tuned_folder_is_sampled_exported_and_loaded_again(folder, tmp_path):
+    """Training on stories goes through the folder's VAE and T5."""
+    config = config_lib.Config(
         data=config_lib.DataConfig(
             layouts=((5, 5),), height_px=32, width_px=32, num_train=8, num_test=4
         ),
@@ -180,42 +197,63 @@ def test_fine_tuning_and_handing_back(folder, tmp_path):
         eval=config_lib.EvalConfig(4, 4),
         mesh=mesh_lib.MeshConfig(data=4, fsdp=2, cpu_devices=8),
     )
-    cfg = load_lib.with_model_from(cfg, folder)
-    assert cfg.model.remat == 'full' and cfg.schedule.snr_shift_scale == 3.0
+    config = load_lib.with_model_from(config, folder)
+    assert config.model.remat == 'full'
+    assert config.schedule.snr_shift_scale == 3.0
     workdir = tmp_path / 'runs/tuned'
-    trainer.train_and_evaluate(cfg, workdir)
-    with flagsaver.flagsaver(
-        workdir=str(workdir), out=str(tmp_path / 'out'), prompt=list(CAPTIONS)
-    ):
+    trainer.train_and_evaluate(config, workdir)
+
+    out = tmp_path / 'out'
+    with flagsaver.flagsaver(workdir=str(workdir), out=str(out), prompt=list(CAPTIONS)):
         sample.main(['sample'])
-    assert len(video.read_video(tmp_path / 'out/video_0.mp4')[0]) == 10
-    export.convert_folder(workdir, tmp_path / 'exported')
-    model, params = load_lib.load_transformer(tmp_path / 'exported/transformer')
-    assert model.cfg == dataclasses.replace(
-        TRANSFORMER, attention_backend=model.cfg.attention_backend
-    )
+    assert len(video.read_video(out / 'video_0.mp4')[0]) == 10
+
+    exported = tmp_path / 'exported'
+    export.convert_folder(workdir, exported)
+    model, params = load_lib.load_transformer(exported / 'transformer')
+    backend = model.cfg.attention_backend
+    assert model.cfg == dataclasses.replace(TRANSFORMER, attention_backend=backend)
     target = load_lib.on_one_device(names.abstract_params(model.cfg))
-    ema = checkpoint.latest(workdir, {'ema': target})[1]['ema']
-    jax.tree.map(np.testing.assert_array_equal, params, ema)
-    assert (
-        load_lib.load_schedule(tmp_path / 'exported/scheduler/scheduler_config.json')
-        == cfg.schedule
-    )
+    _, items = checkpoint.latest(workdir, {'ema': target})
+    jax.tree.map(np.testing.assert_array_equal, params, items['ema'])
+    schedule = config_json.load_schedule(exported / 'scheduler/scheduler_config.json')
+    assert schedule == config.schedule
 
 
-def test_models_without_a_counterpart_are_not_exported():
-    tiny = dataclasses.replace(TRANSFORMER, position_rule='continuous', learned_positions=True)
-    for cfg, message in (
-        (dataclasses.replace(TRANSFORMER, pattern='causal'), "no 'causal' mask"),
-        (tiny, "position_rule 'continuous'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            names.transformer_json(cfg)
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'pattern': 'causal'}, "no 'causal' mask"),
+        (
+            {'position_rule': 'continuous', 'learned_positions': True},
+            "position_rule 'continuous'",
+        ),
+    ],
+)
+def test_models_without_a_counterpart_are_not_exported(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_json.transformer_json(dataclasses.replace(TRANSFORMER, **changes))
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        ({'num_layer': 2}, 'Transformer config.json has keys that are not known here: num_layer'),
+        ({'activation_fn': 'relu'}, "activation_fn to something other than 'gelu-approximate'"),
+        ({'attn_msk_version': 3}, 'attn_msk_version 3 is not implemented'),
+        ([], r'config\.json is not a transformer configuration'),
+    ],
+)
+def test_configurations_that_cannot_be_read_are_named(content, message, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        config_json.read_config('transformer', tmp_path)
 
 
 def test_tokenizer(folder, tmp_path):
     import tokenizers
 
+    # A caption ends with EOS; a short one is padded, and a long one is cut.
     tokenize = t5.load_tokenizer(folder / 'tokenizer')
     ids = tokenize(['it grows', '', 'red ring on gray moves left ' * 4], 12)
     processor = sentencepiece.SentencePieceProcessor(
@@ -224,19 +262,21 @@ def test_tokenizer(folder, tmp_path):
     words = processor.encode('it grows')
     assert list(ids[0]) == [*words, t5.EOS] + [t5.PAD] * (11 - len(words))
     assert list(ids[1]) == [t5.EOS] + [t5.PAD] * 11
-    assert ids[2, -1] == t5.EOS and t5.PAD not in ids[2]
+    assert ids[2, -1] == t5.EOS
+    assert t5.PAD not in ids[2]
+
     # The same vocabulary as tokenizer.json, as newer folders have it.
-    vocab = [
-        (processor.id_to_piece(i), processor.get_score(i))
-        for i in range(processor.get_piece_size())
-    ]
+    size = processor.get_piece_size()
+    vocab = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(size)]
     fast = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=2))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     fast.save(str(tmp_path / 'tokenizer.json'))
-    np.testing.assert_array_equal(
-        t5.load_tokenizer(tmp_path)(['it grows', 'red ring on gray'], 12),
-        tokenize(['it grows', 'red ring on gray'], 12),
-    )
+    captions = ['it grows', 'red ring on gray']
+    tokenize_json = t5.load_tokenizer(tmp_path)
+    np.testing.assert_array_equal(tokenize_json(captions, 12), tokenize(captions, 12))
+
+
+def test_damaged_and_missing_tokenizers_are_named(folder, tmp_path):
     (tmp_path / 'tokenizer.json').write_text('{}')
     with pytest.raises(ValueError, match=r'tokenizer\.json is damaged'):
         t5.load_tokenizer(tmp_path)
@@ -245,13 +285,17 @@ def test_tokenizer(folder, tmp_path):
 
 
 def test_padding_can_be_hidden_from_the_text_encoder(folder):
-    seen, hidden = (
-        latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(
-            ['it grows']
+    def states(mask_padding):
+        codec = latent_codec.pretrained_codec(
+            folder, TRANSFORMER, (32, 32), mask_padding=mask_padding
         )
-        for m in (False, True)
-    )
-    assert seen.shape == (1, 12, 24) and np.abs(seen - hidden)[0, 0].max() > 1e-3
+        return codec.encode_text(['it grows'])  # [1, M, E]
+
+    seen = states(mask_padding=False)
+    hidden = states(mask_padding=True)
+    assert seen.shape == (1, 12, 24)
+    first_token = 0, 0
+    assert np.abs(seen - hidden)[first_token].max() > 1e-3
 
 
 def test_tiles_must_fit():
@@ -261,18 +305,16 @@ def test_tiles_must_fit():
 
 
 def test_networks_that_do_not_fit_together(folder):
+    wider = dataclasses.replace(TRANSFORMER, text_embed_dim=25)
     with pytest.raises(ValueError, match='do not fit a transformer of 4 and 25'):
-        latent_codec.pretrained_codec(
-            folder, dataclasses.replace(TRANSFORMER, text_embed_dim=25), (32, 32)
-        )
+        latent_codec.pretrained_codec(folder, wider, (32, 32))
 
 
-def test_command_lines_are_checked(folder, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match='holds neither transformer/, vae/, text_encoder/ nor checkpoints'
-    ):
+def test_folders_that_hold_no_model_are_named(tmp_path):
+    message = 'holds neither transformer/, vae/, text_encoder/ nor checkpoints'
+    with pytest.raises(FileNotFoundError, match=message):
         export.convert_folder(tmp_path, tmp_path / 'out')
-    with pytest.raises(
-        FileNotFoundError, match=r'neither a checkpoint of a workdir .* nor a model folder'
-    ):
+
+    message = r'neither a checkpoint of a workdir .* nor a model folder'
+    with pytest.raises(FileNotFoundError, match=message):
         run_sample(tmp_path, tmp_path / 'nothing')
