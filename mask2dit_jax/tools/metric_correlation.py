@@ -37,7 +37,7 @@ from mask2dit_jax.evaluation import cuts, evaluator, metrics
 from mask2dit_jax.evaluation import videos as videos_lib
 from mask2dit_jax.pretrained import names as names_lib
 from mask2dit_jax.pretrained import runs
-from mask2dit_jax.stories import scores, world
+from mask2dit_jax.stories import rendering, scores, world
 from mask2dit_jax.training import validation
 
 FOLLOWS = (
@@ -91,7 +91,7 @@ def _centred(story: world.Story, scene: int) -> np.ndarray:
     travel, _ = world.MOTIONS[story.actions[scene]]
     start = tuple((8 - t / 2) * story.size_px / 16 for t in travel)
     return (
-        world.render(
+        rendering.render(
             dataclasses.replace(
                 story,
                 actions=(story.actions[scene],),

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mask2dit_jax.stories import world
+from mask2dit_jax.stories import rendering, world
 from mask2dit_jax.tools import metric_correlation
 
 FRAMES = (4, 4, 8)
@@ -40,13 +40,13 @@ def found(known):
     def strangers(story, i):
         others = [c for c in world.COLORS if c != story.color]
         cut = np.split(
-            world.render(dataclasses.replace(story, color=others[i])), np.cumsum(FRAMES)[:-1]
+            rendering.render(dataclasses.replace(story, color=others[i])), np.cumsum(FRAMES)[:-1]
         )
         return cut[i]
 
     videos = {
-        'right': [world.render(s) for s in known],
-        'leaking': [world.render(leaking(s)) for s in known],
+        'right': [rendering.render(s) for s in known],
+        'leaking': [rendering.render(leaking(s)) for s in known],
         'strangers': [np.concatenate([strangers(s, i) for i in range(3)]) for s in known],
     }
     return {name: metric_correlation.score(np.stack(v) / 255, known) for name, v in videos.items()}
