@@ -1,5 +1,8 @@
-"""Stories: a small rendered world with exact scores (world, codec, scores) and its TFDS builder
-(builder)."""
+"""Stories: a small rendered world with exact scores.
+
+world.py says what there is, rendering.py draws it, codec.py takes the place of a VAE, scores.py
+measures videos, and builder.py makes a TFDS data set.
+"""
 
 from mask2dit_jax.stories.builder import Stories, StoriesConfig, StorySource, load
 from mask2dit_jax.stories.codec import (
@@ -11,6 +14,7 @@ from mask2dit_jax.stories.codec import (
     load_codec,
     save_codec,
 )
+from mask2dit_jax.stories.rendering import render
 from mask2dit_jax.stories.scores import measure, score, summarize
 from mask2dit_jax.stories.world import (
     ACTIONS,
@@ -25,7 +29,6 @@ from mask2dit_jax.stories.world import (
     captions,
     embed_captions,
     parse_captions,
-    render,
     sample_story,
     story_from_json,
     story_to_json,

@@ -1,5 +1,8 @@
-"""TFDS builder of the stories and `load`, which builds a configuration on first use and checks it
-on every use."""
+"""The stories as a TFDS data set.
+
+`load` builds a configuration on first use, and checks on every use that the stored examples are
+those that the code renders today.
+"""
 
 import dataclasses
 import hashlib
@@ -10,10 +13,13 @@ import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
 
-from mask2dit_jax.stories import world
+from mask2dit_jax.stories import rendering, world
 
 SEED = 0
-SPOT_CHECKS = 8  # stored examples that are drawn again on opening
+SPLITS = ('train', 'test')
+
+# Number of stored examples that are drawn again when a split is opened.
+SPOT_CHECKS = 8
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -21,6 +27,7 @@ class StoriesConfig(tfds.core.BuilderConfig):
     """One configuration; its name follows from the other fields.
 
     Attributes:
+        name: derived; the name of the folder.
         frames: video frames per scene.
         size_px: height and width of the frame.
         num_train: examples of the train split.
@@ -34,52 +41,56 @@ class StoriesConfig(tfds.core.BuilderConfig):
     num_test: int = 512
 
     def __post_init__(self):
-        """Derives the name, which is also the name of the folder."""
+        """Derives the name, such as 3x4_16px_16384_512 or 4-8_16px_16384_512."""
         self.frames = tuple(self.frames)
-        equal = len(set(self.frames)) == 1
-        lengths = (
-            f'{len(self.frames)}x{self.frames[0]}' if equal else '-'.join(map(str, self.frames))
-        )
+        lengths = '-'.join(map(str, self.frames))
+        if len(set(self.frames)) == 1:
+            lengths = f'{len(self.frames)}x{self.frames[0]}'
         self.name = f'{lengths}_{self.size_px}px_{self.num_train}_{self.num_test}'
 
 
 class Stories(tfds.core.GeneratorBasedBuilder):
-    """Stories as TFDS examples: the video, and the JSON text from which the Story can be
-    rebuilt."""
+    """Stories as TFDS examples: the video, and the JSON text of the Story."""
 
     VERSION = tfds.core.Version('1.0.0')
     RELEASE_NOTES = {'1.0.0': 'First release.'}  # noqa: RUF012, TFDS wants a dict
 
     def _info(self):
         config = self.builder_config
-        shape = (sum(config.frames), config.size_px, config.size_px, 3)
-        features = {
-            'index': tfds.features.Scalar(np.int64),
-            'story': tfds.features.Text(),
-            # bytes: the default encoding stores every number as a separate integer, 10 times slower
-            # to read
-            'video': tfds.features.Tensor(
-                shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-            ),
-        }
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        video_shape = (sum(config.frames), config.size_px, config.size_px, 3)
+        # The default encoding stores every number as a separate integer, which is 10 times slower
+        # to read than bytes.
+        video = tfds.features.Tensor(
+            shape=video_shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
         )
+        features = tfds.features.FeaturesDict(
+            {
+                'index': tfds.features.Scalar(np.int64),
+                'story': tfds.features.Text(),
+                'video': video,
+            }
+        )
+        return self.dataset_info_from_configs(features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        del dl_manager  # nothing to download
-        return {split: self._generate_examples(split) for split in ('train', 'test')}
+        del dl_manager  # Nothing is downloaded.
+        return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split):
-        count = num_examples(self.builder_config, split)
-        for index in tqdm.tqdm(
-            range(count), desc=f'stories {self.builder_config.name} {split}', unit='story'
-        ):
-            story = make_story(self.builder_config, split, index)
-            yield (
-                index,
-                {'index': index, 'story': world.story_to_json(story), 'video': world.render(story)},
-            )
+        config = self.builder_config
+        indices = tqdm.tqdm(
+            range(num_examples(config, split)),
+            desc=f'stories {config.name} {split}',
+            unit='story',
+        )
+        for index in indices:
+            story = make_story(config, split, index)
+            example = {
+                'index': index,
+                'story': world.story_to_json(story),
+                'video': rendering.render(story),
+            }
+            yield index, example
 
 
 def num_examples(config: StoriesConfig, split: str) -> int:
@@ -88,25 +99,46 @@ def num_examples(config: StoriesConfig, split: str) -> int:
 
 
 def make_story(config: StoriesConfig, split: str, index: int) -> world.Story:
-    """Story `index` of a split; a pure function of its arguments, whatever was drawn before."""
+    """Draws one story of a split.
+
+    Args:
+        config: the configuration.
+        split: 'train' or 'test'.
+        index: place of the story in the split.
+
+    Returns:
+        The story, a pure function of the arguments: it does not depend on earlier draws.
+    """
     rng = np.random.default_rng([SEED, split == 'test', index])
     return world.sample_story(rng, config.frames, split=split, size_px=config.size_px)
 
 
 class StorySource:
-    """Random access to one split: `source[i]` is dict(video=uint8 [F, H, W, 3], story=Story), for
-    grain or a loop.
+    """Random access to one split, for grain or a loop.
+
+    `source[i]` is dict(video=uint8 [F, H, W, 3], story=Story).
 
     Attributes:
         config: the StoriesConfig.
-        fingerprint: hexadecimal digest of the version, the configuration and examples drawn on
-            opening; equal for equal data, so that a resumed run can check that it reads the same.
+        fingerprint: hexadecimal digest of the version, the configuration and the examples that were
+            drawn again on opening. It is equal for equal data, so that a resumed run can check that
+            it reads the data of its first part.
     """
 
     def __init__(self, examples, config: StoriesConfig, split: str, folder):
-        """Wraps a TFDS data source; raises ValueError if what it holds is not what would be
-        rendered today."""
-        self._examples, self.config = examples, config
+        """Wraps a TFDS data source.
+
+        Args:
+            examples: the data source.
+            config: the configuration that it should have.
+            split: 'train' or 'test'.
+            folder: where it lies, for the message.
+
+        Raises:
+            ValueError: if the examples are not those that would be rendered today.
+        """
+        self._examples = examples
+        self.config = config
         self.fingerprint = _check(examples, config, split, folder)
 
     def __len__(self):
@@ -114,39 +146,8 @@ class StorySource:
 
     def __getitem__(self, index):
         example = self._examples[index]
-        return {
-            'video': example['video'],
-            'story': world.story_from_json(example['story'].decode()),
-        }
-
-
-def _check(examples, config, split, folder):
-    """Compares stored examples with the same ones drawn now; returns their fingerprint."""
-    count = num_examples(config, split)
-    right = len(examples) == count
-    digest = hashlib.sha256(f'stories {Stories.VERSION} {config.name} {split}'.encode())
-    for index in (
-        np.unique(np.linspace(0, count - 1, SPOT_CHECKS).astype(int)).tolist() if right else ()
-    ):
-        story, example = make_story(config, split, index), examples[index]
-        video, text = world.render(story), world.story_to_json(story).encode()
-        right = right and example['story'] == text and np.array_equal(example['video'], video)
-        digest.update(text + video.tobytes())
-    if not right:
-        raise ValueError(
-            f'the stories in {folder} are not those that this version of the code renders; delete this '
-            f'folder and they are built again.'
-        )
-    return digest.hexdigest()
-
-
-def _build(builder):
-    """Writes both splits."""
-    tfds.disable_progress_bar()  # its bars know no total; ours does
-    try:
-        builder.download_and_prepare()
-    finally:
-        tfds.enable_progress_bar()
+        story = world.story_from_json(example['story'].decode())
+        return {'video': example['video'], 'story': story}
 
 
 def load(
@@ -168,19 +169,61 @@ def load(
         num_train: examples of the train split.
         num_test: examples of the test split.
 
+    Returns:
+        The split.
+
     Raises:
         ValueError: for another split, a count below 1, or if the stored examples differ from
-          freshly rendered ones.
+            freshly rendered ones.
     """
-    if split not in ('train', 'test'):
+    if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'.")
     if min(num_train, num_test) < 1:
         raise ValueError(f'num_train {num_train} and num_test {num_test} must be at least 1.')
+
     config = StoriesConfig(frames=frames, size_px=size_px, num_train=num_train, num_test=num_test)
     builder = Stories(config=config, data_dir=os.fspath(data_dir), file_format='array_record')
+
     if not builder.data_path.exists():
         logging.info(
             'Rendering %d + %d stories to %s (once).', num_train, num_test, builder.data_path
         )
         _build(builder)
+
     return StorySource(builder.as_data_source(split), config, split, builder.data_path)
+
+
+def _build(builder):
+    """Writes both splits."""
+    # The bars of TFDS do not know the number of examples; those of _generate_examples do.
+    tfds.disable_progress_bar()
+    try:
+        builder.download_and_prepare()
+    finally:
+        tfds.enable_progress_bar()
+
+
+def _check(examples, config, split, folder):
+    """Compares stored examples with the same ones drawn now; returns their fingerprint."""
+    stale = ValueError(
+        f'the stories in {folder} are not those that this version of the code renders; delete this '
+        'folder and they are built again.'
+    )
+    count = num_examples(config, split)
+    if len(examples) != count:
+        raise stale
+
+    # Spread evenly from the first to the last; a small split has fewer than SPOT_CHECKS.
+    checked = np.unique(np.linspace(0, count - 1, SPOT_CHECKS).astype(int))
+
+    digest = hashlib.sha256(f'stories {Stories.VERSION} {config.name} {split}'.encode())
+    for index in checked.tolist():
+        story = make_story(config, split, index)
+        text = world.story_to_json(story).encode()
+        video = rendering.render(story)
+
+        example = examples[index]
+        if example['story'] != text or not np.array_equal(example['video'], video):
+            raise stale
+        digest.update(text + video.tobytes())
+    return digest.hexdigest()

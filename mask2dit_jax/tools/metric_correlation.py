@@ -39,7 +39,7 @@ from mask2dit_jax.evaluation import cuts, evaluator, metrics
 from mask2dit_jax.evaluation import videos as videos_lib
 from mask2dit_jax.pretrained import names as names_lib
 from mask2dit_jax.pretrained import runs
-from mask2dit_jax.stories import scores, world
+from mask2dit_jax.stories import rendering, scores, world
 from mask2dit_jax.training import validation
 
 
@@ -145,7 +145,7 @@ def _render_centred(story: world.Story, scene: int) -> np.ndarray:
     centred = dataclasses.replace(
         story, actions=(story.actions[scene],), frames=(story.frames[scene],), starts=(start,)
     )
-    return world.render(centred) / 255
+    return rendering.render(centred) / 255
 
 
 def _told(stories: list[world.Story], scene: int) -> dict[str, np.ndarray]:

@@ -1,12 +1,12 @@
-"""A model folder in the released layout with tiny, random networks, for trying commands, and for
-tests.
+"""A model folder in the released layout with tiny, random networks, to try commands and for tests.
 
-Everything runs on it in seconds, and nothing that comes out is worth looking at.
+Every command runs on it in seconds, and its videos are noise.
 
   python -m mask2dit_jax.tools.random_model --out=models/tiny
   python -m mask2dit_jax.tools.random_model --encoders --out=models/encoders
 """
 
+import copy
 import dataclasses
 import io
 import json
@@ -51,6 +51,7 @@ VAE = vae.VAEConfig(
 )
 T5 = t5.T5Config(vocab_size=384, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=3)
 
+# The encoders that mask2dit_jax.evaluate takes: their config.json, without sizes of the vocabulary.
 BLOCK = {
     'hidden_size': 24,
     'num_hidden_layers': 2,
@@ -67,40 +68,51 @@ ENCODERS = {
     'dinov2': BLOCK | _PICTURE,
     'videomae': BLOCK | _PICTURE | {'num_frames': 4},
 }
+
+# Merges of CLIP's tokenizer, enough for a test to tell them from single letters.
 _MERGES = ['r e', 're d</w>', 'm o', 'mo v', 'b a', 'l l</w>', 'ba ll</w>', "' s</w>", 'Ã ©</w>']
 
 
-def _json(cfg, **fixed) -> dict:
-    return {
-        f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != 'dtype'
-    } | fixed
+def _write_json(path: pathlib.Path, content) -> None:
+    path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _config_json(config, **fixed) -> dict:
+    """The fields of a network's config, without its dtype, and what else its config.json says."""
+    content = dataclasses.asdict(config)
+    del content['dtype']
+    return content | fixed
 
 
 def _write_network(
-    folder: pathlib.Path, kind: str, cfg, config_json: dict, seed: int, dtype, **kwargs
+    folder: pathlib.Path, kind: str, config, config_json: dict, seed: int, dtype, **kwargs
 ) -> None:
+    """Writes the safetensors and the config.json of one network, by names.NETWORKS."""
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
-        lambda p: rng.normal(0, 0.3, p.shape).astype(dtype), names.abstract_params(cfg, kind)
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(dtype),
+        names.abstract_params(config, kind),
     )
-    tensor_io.write_safetensors(
-        folder / kind, names.NETWORKS[kind].stem, export.export_params(kind, cfg, params), **kwargs
-    )
-    (folder / kind / 'config.json').write_text(json.dumps(config_json, indent=2) + '\n')
+    tensors = export.export_params(kind, config, params)
+
+    stem = names.NETWORKS[kind].stem
+    tensor_io.write_safetensors(folder / kind, stem, tensors, **kwargs)
+    _write_json(folder / kind / 'config.json', config_json)
 
 
 def _write_tokenizer(folder: pathlib.Path) -> None:
     """A tokenizer of single bytes and letters, which knows every text."""
-    model = io.BytesIO()
     letters = string.ascii_letters + string.digits + string.punctuation
+    sentences = [' '.join(letters)] * 2 + ['a red ring on gray moves left', 'it grows and blinks']
+
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            [' '.join(letters)] * 2 + ['a red ring on gray moves left', 'it grows and blinks']
-        ),
+        sentence_iterator=iter(sentences),
         model_writer=model,
         vocab_size=T5.vocab_size,
         hard_vocab_limit=False,
         byte_fallback=True,
+        # The numbers of the released tokenizer.
         pad_id=0,
         eos_id=1,
         unk_id=2,
@@ -112,13 +124,13 @@ def _write_tokenizer(folder: pathlib.Path) -> None:
 
 
 def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **kwargs) -> None:
-    """Writes transformer/, vae/, text_encoder/, tokenizer/, scheduler/.
+    """Writes a model folder: transformer/, vae/, text_encoder/, tokenizer/ and scheduler/.
 
     Args:
-      folder: new.
-      transformer: its configuration.
-      dtype: of the transformer's tensors.
-      **kwargs: of weights.write_safetensors, for the transformer.
+      folder: a new folder, or an empty one.
+      transformer: configuration of the transformer.
+      dtype: type of the transformer's tensors; those of the other networks are float32.
+      **kwargs: arguments of tensor_io.write_safetensors, for the transformer.
 
     Raises:
       ValueError: if the folder has something in it.
@@ -126,96 +138,98 @@ def write(folder, transformer: dit.DiTConfig = TRANSFORMER, dtype=np.float32, **
     folder = pathlib.Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f'{folder} is not empty: give --out a new folder.')
-    _write_network(
-        folder,
-        'transformer',
-        transformer,
-        config_json.transformer_json(transformer),
-        0,
-        dtype,
-        **kwargs,
-    )
-    _write_network(
-        folder,
-        'vae',
+
+    transformer_json = config_json.transformer_json(transformer)
+    _write_network(folder, 'transformer', transformer, transformer_json, 0, dtype, **kwargs)
+
+    vae_json = _config_json(
         VAE,
-        _json(
-            VAE,
-            _class_name='AutoencoderKLCogVideoX',
-            down_block_types=['CogVideoXDownBlock3D'] * 4,
-            up_block_types=['CogVideoXUpBlock3D'] * 4,
-            act_fn='silu',
-            use_quant_conv=False,
-        ),
-        1,
-        np.float32,
+        _class_name='AutoencoderKLCogVideoX',
+        down_block_types=['CogVideoXDownBlock3D'] * 4,
+        up_block_types=['CogVideoXUpBlock3D'] * 4,
+        act_fn='silu',
+        use_quant_conv=False,
     )
-    _write_network(
-        folder,
-        'text_encoder',
+    _write_network(folder, 'vae', VAE, vae_json, 1, np.float32)
+
+    t5_json = _config_json(
         T5,
-        _json(
-            T5, model_type='t5', feed_forward_proj='gated-gelu', architectures=['T5EncoderModel']
-        ),
-        2,
-        np.float32,
+        model_type='t5',
+        feed_forward_proj='gated-gelu',
+        architectures=['T5EncoderModel'],
     )
+    _write_network(folder, 'text_encoder', T5, t5_json, 2, np.float32)
+
     _write_tokenizer(folder / 'tokenizer')
+
+    schedule = dataclasses.replace(schedule_lib.Schedule(), snr_shift_scale=3.0)
     (folder / 'scheduler').mkdir()
-    schedule = config_json.schedule_json(
-        dataclasses.replace(schedule_lib.Schedule(), snr_shift_scale=3.0)
-    )
-    (folder / 'scheduler/scheduler_config.json').write_text(json.dumps(schedule, indent=2) + '\n')
+    _write_json(folder / 'scheduler/scheduler_config.json', config_json.schedule_json(schedule))
 
 
 def write_vocabulary(folder: pathlib.Path) -> int:
-    """vocab.json and merges.txt in CLIP's form; returns the number of tokens, of which the last
-    ends a text."""
+    """Writes vocab.json and merges.txt in CLIP's form.
+
+    Args:
+      folder: an existing folder.
+
+    Returns:
+      The number of tokens; the last token ends a text.
+    """
+    # Every letter alone and at the end of a word, the results of the merges, and both ends.
     letters = [*string.printable[:94], *'ÃÂâ©Ġ']
-    pieces = [*letters, *(c + '</w>' for c in letters), *(m.replace(' ', '') for m in _MERGES)]
-    pieces += ['<|startoftext|>', '<|endoftext|>']
-    (folder / 'vocab.json').write_text(
-        json.dumps({p: i for i, p in enumerate(dict.fromkeys(pieces))})
-    )
+    last_letters = [letter + '</w>' for letter in letters]
+    merged = [merge.replace(' ', '') for merge in _MERGES]
+    ends = ['<|startoftext|>', '<|endoftext|>']
+    pieces = dict.fromkeys([*letters, *last_letters, *merged, *ends])
+
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    (folder / 'vocab.json').write_text(json.dumps(vocabulary))
     (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(_MERGES) + '\n')
-    return len(dict.fromkeys(pieces))
+    return len(pieces)
 
 
 def write_encoder(folder, kind: str) -> pathlib.Path:
-    """Writes a folder of one of ENCODERS, as mask2dit_jax.evaluation.feature_encoders reads it;
-    returns it.
+    """Writes an encoder as mask2dit_jax.evaluation.feature_encoders reads it.
+
+    Args:
+      folder: a new folder.
+      kind: one of ENCODERS.
+
+    Returns:
+      The folder.
 
     Raises:
       FileExistsError: if there is such a folder.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True)
-    config = json.loads(json.dumps(ENCODERS[kind] | {'model_type': kind}))
+
+    config = copy.deepcopy(ENCODERS[kind] | {'model_type': kind})
     if kind == 'clip':
         config['text_config']['vocab_size'] = write_vocabulary(folder)
+
     rng = np.random.default_rng(0)
-    tensors = {
-        name: rng.normal(0, 0.3, shape).astype(np.float32)
-        for name, shape in feature_encoders.tensor_shapes(config).items()
+    tensors = {}
+    for name, shape in feature_encoders.tensor_shapes(config).items():
+        tensors[name] = rng.normal(0, 0.3, shape).astype(np.float32)
+
+    preprocessor = {
+        'size': {'shortest_edge': 20},
+        'crop_size': 20,
+        'image_mean': [0.4] * 3,
+        'image_std': [0.3] * 3,
     }
     safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
     (folder / 'config.json').write_text(json.dumps(config))
-    (folder / 'preprocessor_config.json').write_text(
-        json.dumps(
-            {
-                'size': {'shortest_edge': 20},
-                'crop_size': 20,
-                'image_mean': [0.4] * 3,
-                'image_std': [0.3] * 3,
-            }
-        )
-    )
+    (folder / 'preprocessor_config.json').write_text(json.dumps(preprocessor))
     return folder
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
+
     if _ENCODERS.value:
         for kind in ENCODERS:
             write_encoder(pathlib.Path(_OUT.value) / kind, kind)
@@ -226,8 +240,8 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    _OUT = flags.DEFINE_string('out', None, 'New folder.', required=True)
+    _OUT = flags.DEFINE_string('out', None, 'A new folder.', required=True)
     _ENCODERS = flags.DEFINE_bool(
-        'encoders', False, 'Write the encoders that mask2dit_jax.evaluate takes instead.'
+        'encoders', False, 'Writes the encoders that mask2dit_jax.evaluate takes, not a model.'
     )
     app.run(main)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mask2dit_jax.stories import world
+from mask2dit_jax.stories import rendering, world
 from mask2dit_jax.tools import metric_correlation
 
 FRAMES = (4, 4, 8)
@@ -23,7 +23,7 @@ def render_leaking(story):
     actions = story.actions[1:] + story.actions[:1]
     travels = [np.array(world.MOTIONS[action][0]) for action in actions]
     starts = tuple((8 - travel / 2).tolist() for travel in travels)
-    return world.render(dataclasses.replace(story, actions=actions, starts=starts))
+    return rendering.render(dataclasses.replace(story, actions=actions, starts=starts))
 
 
 def render_strangers(story):
@@ -31,14 +31,14 @@ def render_strangers(story):
     colors = [color for color in world.COLORS if color != story.color]
     scenes = []
     for scene in range(len(FRAMES)):
-        video = world.render(dataclasses.replace(story, color=colors[scene]))
+        video = rendering.render(dataclasses.replace(story, color=colors[scene]))
         scenes.append(np.split(video, np.cumsum(FRAMES)[:-1])[scene])
     return np.concatenate(scenes)
 
 
 @pytest.fixture(scope='module')
 def found(known):
-    renders = {'right': world.render, 'leaking': render_leaking, 'strangers': render_strangers}
+    renders = {'right': rendering.render, 'leaking': render_leaking, 'strangers': render_strangers}
     found = {}
     for name, render in renders.items():
         videos = np.stack([render(story) for story in known]) / 255

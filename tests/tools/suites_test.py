@@ -1,5 +1,5 @@
 """Folders and lists, read as each suite's own tool reads them: every clip must meet its caption,
-and nothing else.
+and no other one.
 
 Every caption ends in the gray level of its scene, so that a clip tells which caption it belongs to.
 """
@@ -33,15 +33,18 @@ def write_json(path, content):
 def meets(path, caption, frames=None):
     """Whether a clip is that of the caption, at the rate it had."""
     pixels, fps = video.read_video(path)
-    assert fps == FPS and frames in (None, len(pixels))
+    assert fps == FPS
+    assert frames in (None, len(pixels))
     assert np.ptp(pixels.mean((1, 2, 3))) < 4, f'{path} has frames of another scene'
     return abs(pixels.mean() - float(caption.split()[-1])) < 4
 
 
+# Level and frames of each scene. Story a has two videos, see write_samples.
 STORIES = {
     'a': ((20, 3), (60, 5)),
     'b/c': ((100, 4), (140, 2), (180, 3)),
-}  # levels and frames of scenes
+}
+SCENES = [scene for name in ('a', 'a', 'b/c') for scene in STORIES[name]]
 
 
 @pytest.fixture
@@ -52,33 +55,23 @@ def samples(tmp_path):
 
 def write_samples(folder, stories):
     for name, told in stories.items():
-        write_json(
-            folder / name / 'story.json',
-            {
-                'seed': 3,
-                'scenes': [
-                    {'caption': f'level/ {level}', 'frames': frames} for level, frames in told
-                ],
-            },
-        )
+        scenes = [{'caption': f'level/ {level}', 'frames': frames} for level, frames in told]
+        write_json(folder / name / 'story.json', {'seed': 3, 'scenes': scenes})
+
+        pixels = np.concatenate([clip(*scene) for scene in told])
         for i in range(2 if name == 'a' else 1):
-            video.write_mp4(
-                folder / name / f'video_{i}.mp4',
-                np.concatenate([clip(*scene) for scene in told]),
-                FPS,
-            )
+            video.write_mp4(folder / name / f'video_{i}.mp4', pixels, FPS)
             (folder / name / f'video_{i}.gif').touch()
     return folder
-
-
-SCENES = [scene for name in ('a', 'a', 'b/c') for scene in STORIES[name]]
 
 
 def vbench_standard(folder, info, dimensions):
     """Dimension to (video, prompt): one suffix for all names, and five videos by the name of the
     prompt."""
     names = os.listdir(folder)
-    suffix, out = pathlib.Path(names[0]).suffix, {}
+    suffix = pathlib.Path(names[0]).suffix
+
+    out = {}
     for entry in json.loads(info.read_text()):
         for dimension in set(dimensions) & set(entry['dimension']):
             wanted = [f'{entry["prompt_en"]}-{i}{suffix}' for i in range(5)]
@@ -89,15 +82,13 @@ def vbench_standard(folder, info, dimensions):
 
 def vbench_custom(folder, prompts):
     """All videos of a folder with their prompts: names are keys relative to it."""
-    found = [
-        name
-        for name in os.listdir(folder)
-        if pathlib.Path(name).suffix in ('.mp4', '.gif', '.jpg', '.png')
-    ]
-    given = {
-        os.path.abspath(os.path.join(folder, k)): v
-        for k, v in json.loads(prompts.read_text()).items()
-    }
+    suffixes = ('.mp4', '.gif', '.jpg', '.png')
+    found = [name for name in os.listdir(folder) if pathlib.Path(name).suffix in suffixes]
+
+    given = {}
+    for name, prompt in json.loads(prompts.read_text()).items():
+        given[os.path.abspath(os.path.join(folder, name))] = prompt
+
     assert len(given) >= len(found)
     return [(folder / name, given[os.path.abspath(folder / name)]) for name in found]
 
@@ -105,14 +96,15 @@ def vbench_custom(folder, prompts):
 def vbench_long_custom(folder):
     """Clips by whole video, if VBench-Long takes the given clips as they are instead of cutting its
     own."""
-    folders = [f for f in os.listdir(folder / 'split_clip') if re.search(r'-\d+$', f)]
-    assert len(folders) == len([f for f in os.listdir(folder) if f.endswith('.mp4')])
+    split = folder / 'split_clip'
+    folders = [name for name in os.listdir(split) if re.search(r'-\d+$', name)]
+    whole = [name for name in os.listdir(folder) if name.endswith('.mp4')]
+    assert len(folders) == len(whole)
+
     out = {}
-    for name in os.listdir(folder / 'split_clip'):
-        clips = sorted(os.listdir(folder / 'split_clip' / name))
-        out.setdefault(name.split('-Scene')[0], []).extend(
-            folder / 'split_clip' / name / c for c in clips
-        )
+    for name in os.listdir(split):
+        clips = [split / name / clip for clip in sorted(os.listdir(split / name))]
+        out.setdefault(name.split('-Scene')[0], []).extend(clips)
     return out
 
 
@@ -120,14 +112,12 @@ def evalcrafter(videos, checkout):
     """All that lies in the folder with prompts by name, and attributes by its first four
     characters."""
     metadata = json.loads((checkout / 'metadata.json').read_text())
-    return [
-        (
-            videos / name,
-            (checkout / 'prompts' / f'{os.path.splitext(name)[0]}.txt').read_text().strip(),
-            metadata[name[:4]]['attributes'],
-        )
-        for name in os.listdir(videos)
-    ]
+    out = []
+    for name in os.listdir(videos):
+        prompt = checkout / 'prompts' / f'{os.path.splitext(name)[0]}.txt'
+        attributes = metadata[name[:4]]['attributes']
+        out.append((videos / name, prompt.read_text().strip(), attributes))
+    return out
 
 
 def compbench(folder, metadata):
@@ -138,10 +128,11 @@ def compbench(folder, metadata):
 
 
 def check_commands(text, out):
-    """The last part is shell; what it reads in `out` is there."""
+    """The last part is shell, and the files that it reads in `out` are there."""
     commands = text.split('\n\n', 1)[1]
     assert subprocess.run(['bash', '-n', '-c', commands], check=False).returncode == 0
     assert '{' not in commands
+
     read = re.findall(
         r'--(?:videos_path|prompt_file|full_json_dir|dir_videos|read-prompt-file) (/[^;)\s]+)',
         commands,
@@ -153,28 +144,32 @@ def check_commands(text, out):
 def test_scenes_for_vbench(samples, tmp_path):
     out = tmp_path / 'out'
     commands = check_commands(suites.lay_out('vbench', samples, out), out)
+    assert f'--videos_path {out}/videos' in commands
+    assert '--mode=custom_input' in commands
+
     pairs = vbench_custom(out / 'videos', out / 'prompts.json')
-    assert len(pairs) == len(SCENES) and all(meets(*pair) for pair in pairs)
-    assert f'--videos_path {out}/videos' in commands and '--mode=custom_input' in commands
-    frames = {
-        row['file']: len(video.read_video(out / row['file'])[0])
-        for row in json.loads((out / 'clips.json').read_text())
-    }
-    assert list(frames.values()) == [count for _, count in SCENES]
+    assert len(pairs) == len(SCENES)
+    assert all(meets(*pair) for pair in pairs)
+
+    files = [row['file'] for row in json.loads((out / 'clips.json').read_text())]
+    lengths = [len(video.read_video(out / file)[0]) for file in files]
+    assert len(set(files)) == len(files)
+    assert lengths == [count for _, count in SCENES]
 
 
 def test_whole_videos_and_scenes_for_vbench_long(samples, tmp_path):
     """Clips are scenes in the order of the story, and whole videos are copies."""
     out = tmp_path / 'out'
-    assert '--mode=long_custom_input' in check_commands(
-        suites.lay_out('vbench_long', samples, out), out
-    )
+    commands = check_commands(suites.lay_out('vbench_long', samples, out), out)
+    assert '--mode=long_custom_input' in commands
+
     groups = vbench_long_custom(out / 'videos')
     rows = {row['file']: row for row in json.loads((out / 'clips.json').read_text())}
     assert len(groups) == 3
     for name, clips in groups.items():
         row = rows[f'videos/{name}.mp4']
         assert (out / row['file']).read_bytes() == pathlib.Path(row['video']).read_bytes()
+
         told = STORIES['b/c' if 'b/c' in row['video'] else 'a']
         assert row['caption'] == ' '.join(f'level/ {level}' for level, _ in told)
         for path, (level, count) in zip(clips, told, strict=True):
@@ -185,22 +180,23 @@ def test_scenes_for_evalcrafter(samples, tmp_path):
     out = tmp_path / 'out'
     commands = check_commands(suites.lay_out('evalcrafter', samples, out), out)
     found = evalcrafter(out / 'videos', out)
-    assert len(found) == len(SCENES) and all(
-        meets(path, text) and not known for path, text, known in found
-    )
-    checkout = (
-        tmp_path / 'EvalCrafter'
-    )  # its own list and what it keeps by number must not meet these videos
+    assert len(found) == len(SCENES)
+    for path, text, attributes in found:
+        assert meets(path, text)
+        assert not attributes
+
+    # The checkout's own list, and the files that it keeps by number, must not meet these videos.
+    checkout = tmp_path / 'EvalCrafter'
     for name in 'prompts/0000.txt', 'prompts/0699.txt', 'SDXL_Imgs/0000_0.png', 'metadata.json':
         write_json(checkout / name, {})
     for _ in range(2):
         subprocess.run(['bash', '-euc', commands.split('\n(')[0]], cwd=checkout, check=True)
-        assert (
-            len(evalcrafter(out / 'videos', checkout))
-            == len(os.listdir(checkout / 'prompts'))
-            == len(SCENES)
-        )
-    assert not (checkout / 'SDXL_Imgs').exists() and len(list(checkout.rglob('0699.txt'))) == 1
+        assert len(evalcrafter(out / 'videos', checkout)) == len(SCENES)
+        assert len(os.listdir(checkout / 'prompts')) == len(SCENES)
+    assert not (checkout / 'SDXL_Imgs').exists()
+    assert len(list(checkout.rglob('0699.txt'))) == 1
+
+    # These divide by the number of videos that have the attribute.
     for metric in (
         'action_score',
         'color_score',
@@ -209,79 +205,75 @@ def test_scenes_for_evalcrafter(samples, tmp_path):
         'ocr_score',
         'eval_from_metrics',
     ):
-        assert metric not in commands  # they divide by the number of videos that have the attribute
+        assert metric not in commands
 
 
 def test_scenes_for_compbench(tmp_path):
-    """From 1, and of 16 frames or more, which its detectors take of each video."""
+    """Clips count from 1, and have 16 frames or more: its detectors take 16 of each video."""
     stories = {'a': ((20, 16), (60, 17)), 'b': ((100, 16), (140, 16))}
-    samples, out = write_samples(tmp_path / 'samples', stories), tmp_path / 'out'
+    samples = write_samples(tmp_path / 'samples', stories)
+    out = tmp_path / 'out'
     check_commands(suites.lay_out('compbench', samples, out), out)
+
     pairs = compbench(out / 'video/object_interactions', out / 'meta_data/object_interactions.json')
-    assert len(pairs) == 6 and all(meets(path, entry['prompt']) for path, entry in pairs)
+    assert len(pairs) == 6
+    assert all(meets(path, entry['prompt']) for path, entry in pairs)
+
     stories['a'] = (20, 16), (60, 15)
-    with pytest.raises(
-        ValueError, match=r'a/video_0\.mp4 has 15 frames in a clip, compbench needs 16'
-    ):
-        suites.lay_out('compbench', write_samples(tmp_path / 'short', stories), tmp_path / 'again')
+    samples = write_samples(tmp_path / 'short', stories)
+    message = r'a/video_0\.mp4 has 15 frames in a clip, compbench needs 16'
+    with pytest.raises(ValueError, match=message):
+        suites.lay_out('compbench', samples, tmp_path / 'again')
 
 
 def write_source(folder, suite):
-    """A small list of prompts in a suite's form; prompts of one text where the suite has such."""
+    """A small list of prompts in a suite's form, two of one text where the suite allows it."""
     if suite.startswith('vbench'):
-        return write_json(
-            folder / 'VBench_full_info.json',
-            [
-                {'prompt_en': 'a still 20', 'dimension': ['color', 'scene']},
-                {
-                    'prompt_en': 'another, with dots. 60',
-                    'dimension': ['scene'],
-                    'auxiliary_info': {'scene': {}},
-                },
-                {'prompt_en': 'a still 20', 'dimension': ['human_action']},
-            ],
-        )
-    if suite == 'evalcrafter':
-        return write_json(
-            folder / 'metadata.json',
+        entries = [
+            {'prompt_en': 'a still 20', 'dimension': ['color', 'scene']},
             {
-                f'{i:04d}': {'prompt': f'a / thing {level}', 'attributes': {'count': '2'}}
-                for i, level in enumerate((20, 60, 20))
+                'prompt_en': 'another, with dots. 60',
+                'dimension': ['scene'],
+                'auxiliary_info': {'scene': {}},
             },
-        )
-    for n, name in enumerate(suites._COMPBENCH):
-        write_json(
-            folder / 'meta_data' / f'{name}.json',
-            [{'prompt': f'{name} {level + n}', 'extra': n} for level in (20, 120)],
-        )
+            {'prompt_en': 'a still 20', 'dimension': ['human_action']},
+        ]
+        return write_json(folder / 'VBench_full_info.json', entries)
+
+    if suite == 'evalcrafter':
+        entries = {}
+        for i, level in enumerate((20, 60, 20)):
+            entries[f'{i:04d}'] = {'prompt': f'a / thing {level}', 'attributes': {'count': '2'}}
+        return write_json(folder / 'metadata.json', entries)
+
+    for n, name in enumerate(suites.COMPBENCH_COMMANDS):
+        entries = [{'prompt': f'{name} {level + n}', 'extra': n} for level in (20, 120)]
+        write_json(folder / 'meta_data' / f'{name}.json', entries)
     return folder / 'meta_data'
 
 
 def sample(stories, samples, suite, frames=17):
-    """What sample.sh makes of all stories below a folder."""
+    """Writes for all stories below a folder what sample.sh makes of them."""
     for path in stories.rglob('story.json'):
         (caption,), _ = story_file.read_story(path)
+        level = int(caption.split()[-1])
         folder = samples / path.parent.relative_to(stories)
         for i in range(suites.SUITES[suite].videos):
-            video.write_mp4(
-                folder / f'video_{i}.mp4', clip(int(caption.split()[-1]) + i / 2, frames), FPS
-            )
-        write_json(
-            folder / 'story.json', {'scenes': [{'caption': caption, 'frames': frames}], 'seed': 1}
-        )
+            video.write_mp4(folder / f'video_{i}.mp4', clip(level + i / 2, frames), FPS)
+        scenes = [{'caption': caption, 'frames': frames}]
+        write_json(folder / 'story.json', {'scenes': scenes, 'seed': 1})
     return samples
 
 
 def round_trip(tmp_path, suite, **kwargs):
     """Prompts out, videos in: the folder, the source and the commands."""
-    source, out = write_source(tmp_path / 'checkout', suite), tmp_path / 'out'
+    source = write_source(tmp_path / 'checkout', suite)
     suites.write_prompts(suite, source, tmp_path / 'stories', frames=17, **kwargs)
     samples = sample(tmp_path / 'stories', tmp_path / 'samples', suite)
-    return (
-        out,
-        source,
-        check_commands(suites.lay_out(suite, samples, out, source=source, **kwargs), out),
-    )
+
+    out = tmp_path / 'out'
+    said = suites.lay_out(suite, samples, out, source=source, **kwargs)
+    return out, source, check_commands(said, out)
 
 
 @pytest.mark.parametrize('suite', ['vbench', 'vbench_long'])
@@ -297,34 +289,40 @@ def test_own_prompts_of_vbench(tmp_path, suite):
 
 def test_one_dimension_of_vbench(tmp_path):
     out, source, commands = round_trip(tmp_path, 'vbench', categories=['human_action'])
+    assert 'for d in human_action; do' in commands
     assert len(vbench_standard(out / 'videos', source, ['human_action'])['human_action']) == 5
-    assert len(os.listdir(out / 'videos')) == 5 and 'for d in human_action; do' in commands
+    assert len(os.listdir(out / 'videos')) == 5
 
 
 def test_own_prompts_of_evalcrafter(tmp_path):
     """Two prompts of one text are two videos; names are the keys of its prompts."""
     out, source, commands = round_trip(tmp_path, 'evalcrafter')
+    assert commands.startswith('bash start.sh $PWD ')
+
     for key, entry in json.loads(source.read_text()).items():
         (source.parent / 'prompts').mkdir(exist_ok=True)
         (source.parent / f'prompts/{key}.txt').write_text(entry['prompt'])
     found = evalcrafter(out / 'videos', source.parent)
-    assert len(found) == 3 and all(meets(path, text) and known for path, text, known in found)
-    assert commands.startswith('bash start.sh $PWD ')
+    assert len(found) == 3
+    for path, text, attributes in found:
+        assert meets(path, text)
+        assert attributes
 
 
 def test_own_prompts_of_compbench(tmp_path):
     out, source, commands = round_trip(tmp_path, 'compbench')
-    for name in suites._COMPBENCH:
+    for name in suites.COMPBENCH_COMMANDS:
         pairs = compbench(out / 'video' / name, source / f'{name}.json')
-        assert len(pairs) == 2 and all(meets(path, entry['prompt']) for path, entry in pairs)
+        assert len(pairs) == 2
+        assert all(meets(path, entry['prompt']) for path, entry in pairs)
         assert f'--video-path {out}/video/{name}' in commands
     assert f'--total_frame 17 --fps {FPS} ' in commands
-    # Segmentation resamples the videos to there, beside their folder; tracking reads them.
+    # Segmentation writes resampled videos to that folder, beside theirs; tracking reads them.
     assert f'--video-path {out}/video/video_standard/motion_binding)' in commands
 
 
 def test_stories_are_those_that_sample_takes(tmp_path):
-    """One scene with the prompt; frames only if asked for."""
+    """A story has one scene with the prompt, and frames only if asked for."""
     source = write_source(tmp_path, 'evalcrafter')
     suites.write_prompts('evalcrafter', source, tmp_path / 'plain')
     suites.write_prompts('evalcrafter', source, tmp_path / 'asked', frames=49)
@@ -333,14 +331,14 @@ def test_stories_are_those_that_sample_takes(tmp_path):
 
 
 def test_sample_script_goes_on_where_it_stopped(tmp_path):
-    """Every story once, with its own seed and folder and the caller's flags; a failure stops it."""
-    suites.write_prompts(
-        'compbench',
-        write_source(tmp_path, 'compbench'),
-        tmp_path / 'stories',
-        categories=['action_binding', 'object_interactions'],
-    )
+    """Every story is sampled once, with its own seed and folder and the caller's flags; a failure
+    stops the script."""
+    source = write_source(tmp_path, 'compbench')
+    categories = ['action_binding', 'object_interactions']
+    suites.write_prompts('compbench', source, tmp_path / 'stories', categories=categories)
     write_json(tmp_path / 'samples/action_binding/0002/story.json', {})
+
+    # A python that only notes its arguments, and fails if there is a file named broken.
     (tmp_path / 'bin').mkdir()
     fake = tmp_path / 'bin/python'
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >>calls\n[ ! -f broken ]\n')
@@ -356,30 +354,35 @@ def test_sample_script_goes_on_where_it_stopped(tmp_path):
         return done.returncode, (tmp_path / 'calls').read_text().splitlines()
 
     code, calls = run()
-    assert code == 0 and len(calls) == 3
+    assert code == 0
+    assert len(calls) == 3
     assert calls[0] == (
         f'-m mask2dit_jax.sample --story={tmp_path}/stories/action_binding/0001/story.json '
         '--num_videos=1 --seed=1 --out=samples/action_binding/0001 --workdir=my run'
     )
-    assert [re.search(r'seed=(\d)', c).group(1) for c in calls] == ['1', '3', '4']
+    assert [re.search(r'seed=(\d)', call).group(1) for call in calls] == ['1', '3', '4']
+
     (tmp_path / 'broken').touch()
     (tmp_path / 'calls').unlink()
     code, calls = run()
-    assert code != 0 and len(calls) == 1
+    assert code != 0
+    assert len(calls) == 1
 
 
 @pytest.mark.slow
 def test_end_to_end_on_a_random_model(tmp_path):
-    """Through the commands: prompts, samples, folder."""
-    source = write_json(
-        tmp_path / 'VBench_full_info.json', [{'prompt_en': 'a red ring', 'dimension': ['color']}]
-    )
+    """From prompts through samples to the folder, by the commands."""
+    entries = [{'prompt_en': 'a red ring', 'dimension': ['color']}]
+    source = write_json(tmp_path / 'VBench_full_info.json', entries)
     random_model.write(tmp_path / 'model')
-    python = f'python() {{ {sys.executable} "$@"; }}; export -f python'
-    commands = f"""{python}
-      python -m mask2dit_jax.tools.suites prompts --suite=vbench --source={source} --out=stories
-      bash stories/sample.sh samples --checkpoint=model --height=64 --width=64 --steps=1 --dtype=float32
-      python -m mask2dit_jax.tools.suites layout --suite=vbench --source={source} --videos=samples --out=out"""
+
+    commands = f"""
+      python() {{ {sys.executable} "$@"; }}; export -f python
+      suites="python -m mask2dit_jax.tools.suites"
+      $suites prompts --suite=vbench --source={source} --out=stories
+      bash stories/sample.sh samples --checkpoint=model --height=64 --width=64 --steps=1 \\
+        --dtype=float32
+      $suites layout --suite=vbench --source={source} --videos=samples --out=out"""
     done = subprocess.run(
         ['bash', '-euc', commands], cwd=tmp_path, capture_output=True, text=True, check=False
     )
