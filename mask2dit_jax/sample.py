@@ -214,7 +214,7 @@ def load_folder(folder: pathlib.Path):
         _HEIGHT.value or cfg.model.sample_height * factor,
         _WIDTH.value or cfg.model.sample_width * factor,
     )
-    codec = latent_codec.pretrained_codec(
+    codec = latent_codec.PretrainedCodec(
         folder,
         cfg.model,
         size,

@@ -84,7 +84,7 @@ def plan(job: Job):
     if job.store == 'moments':
         folder = pathlib.Path(job.folder)
         model = load_lib.read_config('transformer', folder / 'transformer', dtype=job.dtype)
-        codec = latent_codec.pretrained_codec(
+        codec = latent_codec.PretrainedCodec(
             folder, model, (job.height_px, job.width_px), tiling=job.tiling
         )
         check_frames = codec.scene_latents

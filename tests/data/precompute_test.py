@@ -122,7 +122,7 @@ def test_records_hold_what_the_networks_say(encoded, folder, videos):
         rtol=2e-2,
         atol=1e-2,
     )
-    codec = latent_codec.pretrained_codec(folder, random_model.TRANSFORMER, (SIZE, SIZE))
+    codec = latent_codec.PretrainedCodec(folder, random_model.TRANSFORMER, (SIZE, SIZE))
     np.testing.assert_allclose(
         record['text'].astype(np.float32), codec.encode_text(['shot 5'])[0], rtol=1e-2, atol=1e-2
     )

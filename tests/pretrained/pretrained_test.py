@@ -75,7 +75,7 @@ def test_given_clips_are_extended(folder, tmp_path):
     video.write_mp4(tmp_path / 'given.mp4', clip, 8, scale=8)
     made = run_sample(tmp_path / 'out', folder, given=[str(tmp_path / 'given.mp4')])
     assert made.shape[0] == 9 + 5
-    codec = latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32))
+    codec = latent_codec.PretrainedCodec(folder, TRANSFORMER, (32, 32))
     seen = video.read_video(tmp_path / 'given.mp4', height_px=32, width_px=32)[0][None]
     through = codec.decode_video(codec.encode_video(seen, (9,)), (3,))[0]
     shown = video.read_video(tmp_path / 'out/video_0.mp4', height_px=32, width_px=32)[0][:9] / 255
@@ -246,7 +246,7 @@ def test_tokenizer(folder, tmp_path):
 
 def test_padding_can_be_hidden_from_the_text_encoder(folder):
     seen, hidden = (
-        latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(
+        latent_codec.PretrainedCodec(folder, TRANSFORMER, (32, 32), mask_padding=m).encode_text(
             ['it grows']
         )
         for m in (False, True)
@@ -262,7 +262,7 @@ def test_tiles_must_fit():
 
 def test_networks_that_do_not_fit_together(folder):
     with pytest.raises(ValueError, match='do not fit a transformer of 4 and 25'):
-        latent_codec.pretrained_codec(
+        latent_codec.PretrainedCodec(
             folder, dataclasses.replace(TRANSFORMER, text_embed_dim=25), (32, 32)
         )
 

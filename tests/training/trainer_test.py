@@ -104,7 +104,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
-    codec = latent_codec.stories_codec(smoke_config(), finished[0])
+    codec = latent_codec.StoriesCodec(smoke_config(), finished[0])
     by_ema, by_params = (
         [
             path.read_bytes()
@@ -158,7 +158,7 @@ def test_resume_is_bit_equal(finished, tmp_path):
 def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
     cfg = smoke_config()
     codec, device = (
-        latent_codec.stories_codec(cfg, finished[0]),
+        latent_codec.StoriesCodec(cfg, finished[0]),
         types.SimpleNamespace(device_kind='TPU v5'),
     )
     shares = trainer._peak_share(
@@ -197,7 +197,7 @@ def test_divergence_stops_and_saves_nothing(tmp_path):
 
 def test_fine_tuning_starts_from_the_ema(finished, weights):
     cfg = smoke_config(steps=1, init_from=str(finished[0]))
-    codec = latent_codec.stories_codec(cfg, finished[0])
+    codec = latent_codec.StoriesCodec(cfg, finished[0])
     state, _ = trainer._initial_state(cfg, codec, mesh_lib.make_mesh(cfg.mesh))
     for ours in state.params, state.ema:
         jax.tree.map(np.testing.assert_array_equal, ours, weights['ema'])
@@ -215,7 +215,7 @@ def test_sampling_and_fine_tuning_take_the_newest_good_checkpoint(finished, tmp_
     assert any(f'{workdir}/checkpoints/6 is damaged' in r.getMessage() for r in caplog.records)
     cfg = smoke_config(init_from=str(workdir))
     state, _ = trainer._initial_state(
-        cfg, latent_codec.stories_codec(cfg, workdir), mesh_lib.make_mesh(cfg.mesh)
+        cfg, latent_codec.StoriesCodec(cfg, workdir), mesh_lib.make_mesh(cfg.mesh)
     )
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
