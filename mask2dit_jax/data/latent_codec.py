@@ -1,8 +1,7 @@
 """Latent codecs: captions to text states, and videos to the transformer's latents and back.
 
-`StoriesCodec` codes the rendered stories. `PretrainedCodec` codes real videos with the networks of a
-model folder. Both have the same methods and attributes, so that callers take either of them, as a
-`LatentCodec`.
+`StoriesCodec` codes the rendered stories. `PretrainedCodec` codes real videos with the networks of
+a model folder. Both have the same methods and attributes: a `LatentCodec` is either of them.
 """
 
 import hashlib

@@ -145,7 +145,7 @@ BAD_MANIFESTS = {
     'nothing in it': ('m.csv', 'caption,path\n', 'm.csv lists no usable clip'),
     'not UTF-8': ('m.csv', b'caption,path\n\xff\xfe,a.mp4\n', 'm.csv is not UTF-8'),
     'kind unknown': ('m.tsv', 'caption\tpath\n', 'm.tsv is neither .csv nor .json'),
-    'no JSON': ('m.json', '[{"values": ', r'm.json is no JSON \(.*line 1'),
+    'no JSON': ('m.json', '[{"values": ', r'm.json is not JSON \(.*line 1'),
     'JSON of another kind': ('m.json', '7', 'm.json holds neither a list nor an object'),
     'JSON without clips': (
         'm.json',

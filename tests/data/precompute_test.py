@@ -101,13 +101,13 @@ def batches_of(cfg):
 def test_records_hold_what_the_networks_say(encoded, folder, videos):
     records = records_lib.Records(encoded / 'stories')
     assert records.rows.tolist() == [
-        [0, 0, 5],
-        [0, 1, 5],
-        [0, 2, 5],
-        [1, 0, 5],
-        [1, 1, 5],
-        [1, 2, 9],
-        [1, 3, 5],
+        (0, 0, 5),
+        (0, 1, 5),
+        (0, 2, 5),
+        (1, 0, 5),
+        (1, 1, 5),
+        (1, 2, 9),
+        (1, 3, 5),
     ]
     record = records[5]
     assert record['caption'] == b'shot 5' and record['moments'].shape == (3, 4, 4, 8)
@@ -140,7 +140,7 @@ def test_frames_can_be_stored_instead(videos, tmp_path):
     records = records_lib.Records(tmp_path / 'out')
     assert len(records) == 14 and records[0]['video'].shape == (FRAMES, SIZE, SIZE, 3)
     assert (
-        len(np.unique(records.rows[:, 0])) == 14
+        len(np.unique(records.rows['story'])) == 14
         and (records[0]['video'] != records[1]['video']).any()
     )
 
@@ -308,7 +308,7 @@ def test_scenes_that_the_vae_cannot_code_are_listed(folder, videos, tmp_path):
     (tmp_path / 'stories.json').write_text(json.dumps({'scenes': shots}))
     precompute.precompute(job(tmp_path / 'stories.json', folder), tmp_path / 'out')
     assert 'A scene of 6 frames cannot be coded' in (tmp_path / 'out/report.md').read_text()
-    assert records_lib.Records(tmp_path / 'out').rows.tolist() == [[0, 1, 9]]
+    assert records_lib.Records(tmp_path / 'out').rows.tolist() == [(0, 1, 9)]
     with pytest.raises(ValueError, match='A scene of 6 frames cannot be coded'):
         precompute.precompute(job(tmp_path / 'stories.json', folder, frames=6), tmp_path / 'other')
 
@@ -395,7 +395,7 @@ def cut(path, length):
 
 
 BAD_DATA = {
-    'not one': (lambda d: shutil.rmtree(d), {}, 'is no data set of clips'),
+    'not one': (lambda d: shutil.rmtree(d), {}, 'is not a data set of clips'),
     'unfinished': (
         lambda d: next(d.glob('*-00001-of-*')).unlink(),
         {},

@@ -307,7 +307,7 @@ def test_story_files_and_frames(tmp_path):
         '{"scenes": [{"caption": "a", "fames": 4}]}',
     ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r'story.json (is no story file|needs a text caption)'):
+        with pytest.raises(ValueError, match=r'story.json (is not a story file|needs a text caption)'):
             story_file.read_story(path)
     assert sample.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
     with pytest.raises(
