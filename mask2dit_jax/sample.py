@@ -22,7 +22,7 @@ from absl import app, flags, logging
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import logs, pipeline
-from mask2dit_jax.data import latent_codec, manifest, story_file, video
+from mask2dit_jax.data import latent_codec, manifest, sheets, story_file, video
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
@@ -248,7 +248,7 @@ def write_outputs(
             story_file.split_scenes(pixels, frames),
             [s < num_given for s in range(len(frames))],
         )
-        video.write_png(out / f'sheet_{i}.png', video.contact_sheet(scenes, captions, given=marks))
+        video.write_png(out / f'sheet_{i}.png', sheets.contact_sheet(scenes, captions, given=marks))
     (out / 'story.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
 
 

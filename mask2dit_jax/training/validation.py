@@ -10,7 +10,7 @@ import tqdm
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import logs, pipeline, tables
 from mask2dit_jax.data import batches as batches_lib
-from mask2dit_jax.data import clips, latent_codec, story_file, video
+from mask2dit_jax.data import clips, latent_codec, sheets, story_file, video
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
@@ -155,7 +155,7 @@ def write_sample_grids(
         if jax.process_index() == 0:
             grid = [story_file.split_scenes(v, frames) for v in out]
             marks = [[i < given for i in range(len(frames))]] * count
-            video.write_png(paths[-1], video.story_grid(grid, captions, given=marks))
+            video.write_png(paths[-1], sheets.story_grid(grid, captions, given=marks))
             known = {'stories': [list(c) for c in captions], 'given_scenes': given}
             paths[-1].with_suffix('.json').write_text(json.dumps(known) + '\n', encoding='utf-8')
     return paths

@@ -250,7 +250,7 @@ def bad_videos(root):
         'odd.gif': ('odd size', True, '65x65'),
         'variable.mp4': ('variable rate', True, 'read at a constant'),
         'small.mp4': ('enlarged', True, '16x16 was scaled up to 32x32'),
-        'good.mp4': ('manifest differs', True, 'says frames 400, not 40: the file was believed'),
+        'good.mp4': ('manifest differs', True, 'says frames 400, not 40: the video file decides'),
     }
 
 
