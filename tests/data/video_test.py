@@ -77,9 +77,8 @@ def test_mp4_is_yuv420p_h264(tmp_path):
 
 
 def test_gif_loops_forever_at_the_mean_rate(tmp_path):
-    video.write_gif(
-        tmp_path / 'clip.gif', _frames(16), 16
-    )  # 62.5 ms is no multiple of the gif's 10 ms
+    # 62.5 ms per frame is not a multiple of the gif's 10 ms.
+    video.write_gif(tmp_path / 'clip.gif', _frames(16), 16)
     with Image.open(tmp_path / 'clip.gif') as image:
         assert image.info['loop'] == 0
         durations_ms = []
@@ -107,9 +106,8 @@ def test_read_covers_the_size_and_crops_the_centre(tmp_path, height_px, width_px
 
 def test_read_antialiases(tmp_path):
     board = np.indices((64, 64)).sum(0) % 2 * 255
-    video.write_gif(
-        tmp_path / 'clip.gif', np.repeat(board[None, :, :, None], 3, -1).astype(np.uint8), 8
-    )
+    frames = np.repeat(board[None, :, :, None], 3, axis=-1).astype(np.uint8)  # [1, H, W, 3]
+    video.write_gif(tmp_path / 'clip.gif', frames, 8)
     read, _ = video.read_video(tmp_path / 'clip.gif', height_px=16, width_px=16)
     assert np.abs(read.astype(float) - 127.5).max() < 30
 
@@ -128,9 +126,11 @@ def _write_audio(path):
 def test_read_errors_name_the_path(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'missing\.mp4'):
         video.read_video(tmp_path / 'missing.mp4')
+
     (tmp_path / 'text.mp4').write_text('this is no video')
     with pytest.raises(ValueError, match=r'text\.mp4 cannot be decoded'):
         video.read_video(tmp_path / 'text.mp4')
+
     _write_audio(tmp_path / 'sound.wav')
     with pytest.raises(ValueError, match=r'sound\.wav has no video stream'):
         video.read_video(tmp_path / 'sound.wav')
@@ -139,12 +139,13 @@ def test_read_errors_name_the_path(tmp_path):
 def test_a_cut_off_file_is_an_error(tmp_path):
     video.write_mp4(tmp_path / 'clip.mp4', _frames(), 8)
     content = (tmp_path / 'clip.mp4').read_bytes()
+
     (tmp_path / 'cut.mp4').write_bytes(content[:-20])
     with pytest.raises(ValueError, match=r'cut\.mp4 cannot be decoded'):
         video.read_video(tmp_path / 'cut.mp4')
-    (tmp_path / 'empty.mp4').write_bytes(
-        content[: content.index(b'mdat') + 4]
-    )  # the header comes first
+
+    # The header comes first: without the pictures it is still whole.
+    (tmp_path / 'empty.mp4').write_bytes(content[: content.index(b'mdat') + 4])
     with pytest.raises(ValueError, match=r'empty\.mp4 is cut off: it has 0 of the 6 frames'):
         video.read_video(tmp_path / 'empty.mp4')
 
