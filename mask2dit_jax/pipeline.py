@@ -23,7 +23,7 @@ import tqdm
 from absl import logging
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import latent_codec, manifest, story_file
+from mask2dit_jax.data import latent_codec, manifest, sheets, story_file
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -354,7 +354,7 @@ def save(videos: Sequence[Video], folder) -> None:
         video_lib.write_gif(folder / f'video_{i}.gif', pixels, video.fps, scale)
 
         given = [s < video.num_given for s in range(len(video.scenes))]
-        sheet = video_lib.contact_sheet(video.scenes, video.captions, given=given)
+        sheet = sheets.contact_sheet(video.scenes, video.captions, given=given)
         video_lib.write_png(folder / f'sheet_{i}.png', sheet)
 
     record = videos[0].record | {'num_videos': len(videos)}
@@ -617,7 +617,7 @@ def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelF
     factor = config_json.read_config('vae', folder / 'vae').spatial_factor
     height_px = settings.height or config.model.sample_height * factor
     width_px = settings.width or config.model.sample_width * factor
-    codec = latent_codec.pretrained_codec(
+    codec = latent_codec.PretrainedCodec(
         folder,
         config.model,
         (height_px, width_px),

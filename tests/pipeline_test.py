@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     params = jax.tree.map(
         lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), names.abstract_params(MODEL)
     )
-    codec = latent_codec.stories_codec(CONFIG, tmp_path_factory.mktemp('run'))
+    codec = latent_codec.StoriesCodec(CONFIG, tmp_path_factory.mktemp('run'))
     return functools.partial(pipeline.generate, CONFIG, params, codec, frames=FRAMES, seed=1)
 
 

@@ -1,7 +1,7 @@
-"""Batches as a pure function of the step: of rendered stories, encoded at the start, or of clips
-that encode has coded.
+"""Training batches as a pure function of the step.
 
-And the codec between captions or pixels and what the model sees.
+The examples are rendered stories, encoded at the start of the run, or clips that
+mask2dit_jax.encode has encoded.
 """
 
 import collections
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import clips, latent_codec
@@ -24,7 +25,7 @@ from mask2dit_jax.stories import builder, world
 
 
 class EncodedStories:
-    """Random access to the latents and text of a split, encoded once and held in memory."""
+    """Random access to latents and text of rendered stories, encoded once and held in memory."""
 
     def __init__(
         self,
@@ -33,13 +34,23 @@ class EncodedStories:
         frames: tuple[int, ...],
         caption_style: str,
     ):
+        """Encodes all stories of a split.
+
+        Args:
+          source: the split.
+          codec: the codec of the run.
+          frames: pixel frames of each scene.
+          caption_style: how captions are worded; see world.captions.
+        """
         examples = [source[i] for i in range(len(source))]
-        self._latents = codec.encode_video(np.stack([e['video'] for e in examples]), frames)
-        # Captions repeat: each distinct one is encoded once.
-        captions = [world.captions(e['story'], caption_style) for e in examples]
-        distinct = sorted({c for story in captions for c in story})
-        text = dict(zip(distinct, codec.encode_text(distinct)))
-        self._text = [[text[c] for c in story] for story in captions]
+        videos = np.stack([example['video'] for example in examples])  # [B, F, H, W, 3]
+        self._latents = codec.encode_video(videos, frames)  # [B, T, h, w, C]
+
+        # Captions repeat: each distinct one is encoded once, and stories share its states.
+        captions = [world.captions(example['story'], caption_style) for example in examples]
+        distinct = sorted({caption for story in captions for caption in story})
+        states = dict(zip(distinct, codec.encode_text(distinct)))
+        self._text = [[states[caption] for caption in story] for story in captions]
 
     def __len__(self):
         return len(self._latents)
@@ -53,11 +64,11 @@ class Batches:
     """Endless shuffled batches.
 
     Attributes:
-      layouts: frames per scene of each kind of story, in the order in which steps take turns.
+      layouts: pixel frames of each scene, per kind of story; steps take the layouts in turn.
       datasets: an endless, shuffled grain data set per distinct layout.
-      batch_size: global.
-      null_text: of the empty caption, float32 [M, E].
-      fingerprint: of the data, to be checked on resuming.
+      batch_size: examples of the global batch.
+      null_text: text states of the empty caption, float32 [M, E].
+      fingerprint: digest of the data, which a resumed run compares.
     """
 
     layouts: tuple[tuple[int, ...], ...]
@@ -67,23 +78,44 @@ class Batches:
     fingerprint: str
 
     def __call__(self, step: int, rows):
-        """Layout of a step, and the examples at `rows` of its global batch."""
-        turn, cycle = step % len(self.layouts), step // len(self.layouts)
+        """Makes the batch of a step, or some rows of it.
+
+        Args:
+          step: the step.
+          rows: positions in the global batch.
+
+        Returns:
+          The layout of the step, and the examples as a dict of arrays, stacked along axis 0.
+        """
+        cycle, turn = divmod(step, len(self.layouts))
         layout = self.layouts[turn]
+
+        # Batches of this layout before this step: a layout may have several turns in a cycle.
         seen = cycle * self.layouts.count(layout) + self.layouts[:turn].count(layout)
-        examples = [self.datasets[layout][seen * self.batch_size + row] for row in rows]
-        return layout, {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+        first = seen * self.batch_size
+        examples = [self.datasets[layout][first + row] for row in rows]
+        batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        return layout, batch
 
 
 def open_stories(
     config: config_lib.Config, workdir, frames: tuple[int, ...], split: str
 ) -> builder.StorySource:
-    """One split of the stories, rendered on first use; process 0 renders, the others wait."""
+    """Opens one split of the stories, and renders it on first use.
+
+    With several processes, process 0 renders and the others wait for it.
+
+    Args:
+      config: the configuration of the run.
+      workdir: its folder; stories lie in `data` beside it unless config.data.dir names a folder.
+      frames: pixel frames of each scene.
+      split: 'train' or 'test'.
+    """
     data = config.data
-    folder = data.dir or os.path.join(os.path.dirname(os.path.abspath(workdir)), 'data')
-    opened = functools.partial(
+    beside_workdir = os.path.join(os.path.dirname(os.path.abspath(workdir)), 'data')
+    load = functools.partial(
         builder.load,
-        folder,
+        data.dir or beside_workdir,
         frames,
         split,
         size_px=latent_codec.square(data),
@@ -91,60 +123,80 @@ def open_stories(
         num_test=data.num_test,
     )
     if jax.process_count() == 1:
-        return opened()
-    from jax.experimental import multihost_utils
+        return load()
 
     if jax.process_index() == 0:
-        opened()
+        load()
     multihost_utils.sync_global_devices('stories')
-    return opened()
+    return load()
 
 
 def train_batches(config: config_lib.Config, workdir, codec: latent_codec.LatentCodec) -> Batches:
     """Training batches of every layout in the configuration.
 
+    Args:
+      config: the configuration of the run.
+      workdir: its folder.
+      codec: its codec.
+
     Raises:
       FileNotFoundError, ValueError: naming what the data lacks.
     """
-    layouts, size = config.data.layouts, config.train.batch_size
+    layouts = config.data.layouts
+    distinct_layouts = tuple(dict.fromkeys(layouts))
+    batch_size = config.train.batch_size
+
     if config.data.encoded:
         encoded = clips.EncodedClips(config, codec.latent_shape, config.data.encoded)
-        datasets = {f: encoded.endless(f) for f in dict.fromkeys(layouts)}
-        return Batches(layouts, datasets, size, encoded.null_text, encoded.fingerprint)
-    sources = {f: open_stories(config, workdir, f, 'train') for f in dict.fromkeys(layouts)}
-    datasets = {
-        f: grain.MapDataset.source(EncodedStories(s, codec, f, config.data.caption_style))
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        for f, s in sources.items()
+        datasets = {layout: encoded.endless(layout) for layout in distinct_layouts}
+        return Batches(layouts, datasets, batch_size, encoded.null_text, encoded.fingerprint)
+
+    sources = {
+        layout: open_stories(config, workdir, layout, 'train') for layout in distinct_layouts
     }
-    digest = hashlib.sha256(
-        repr([(f, s.fingerprint) for f, s in sources.items()]).encode()
-    ).hexdigest()
-    return Batches(layouts, datasets, size, codec.encode_text([''])[0], digest)
+    datasets = {}
+    for layout, source in sources.items():
+        stories = EncodedStories(source, codec, layout, config.data.caption_style)
+        dataset = grain.MapDataset.source(stories).seed(config.seed)
+        datasets[layout] = dataset.shuffle().repeat()
+
+    null_text = codec.encode_text([''])[0]  # [M, E]
+    identity = repr([(layout, source.fingerprint) for layout, source in sources.items()])
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return Batches(layouts, datasets, batch_size, null_text, fingerprint)
 
 
 @contextlib.contextmanager
 def prefetched(function: Callable, items: Iterable, ahead: int = 2):
-    """An iterator over function(item) in the order of items, made by one thread while the last one
-    is in use.
+    """Applies a function to items in one thread, ahead of their use.
 
-    What the function raises is raised where its item's turn comes. Leaving the context waits for
-    the item in work.
+    grain's own prefetching does not serve here: it drops results that are None, and closing it does
+    not wait for its thread, which may then still use devices after the end of the run.
+
+    Args:
+      function: what is applied.
+      items: its arguments.
+      ahead: results that are made, or being made, before they are asked for.
+
+    Yields:
+      An iterator over function(item) in the order of the items. An error of the function is raised
+      where the turn of its item comes. Leaving the context waits for the item in work.
     """
-    items = iter(items)
+    remaining = iter(items)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = collections.deque(
-            pool.submit(function, item) for item in itertools.islice(items, ahead)
-        )
+        waiting = collections.deque()
+
+        def submit(count: int) -> None:
+            for item in itertools.islice(remaining, count):
+                waiting.append(pool.submit(function, item))
 
         def results():
             while waiting:
                 result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+                submit(1)
                 yield result
 
+        submit(ahead)
         try:
             yield results()
         finally:

@@ -1,4 +1,4 @@
-"""Stories made of the clips of a data set that `encode` wrote."""
+"""Training stories made of the clips of a data set that mask2dit_jax.encode wrote."""
 
 import dataclasses
 import hashlib
@@ -14,159 +14,217 @@ from mask2dit_jax.data import records as records_lib
 
 
 def with_data_from(config: config_lib.Config) -> config_lib.Config:
-    """`config` with the size of the clips that it is to train on."""
-    made = records_lib.read_settings(config.data.encoded)
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(
-            config.data, codec='vae', height_px=made['height_px'], width_px=made['width_px']
-        ),
+    """`config` with the codec and the frame size of the clips in config.data.encoded."""
+    settings = records_lib.read_settings(config.data.encoded)
+    data = dataclasses.replace(
+        config.data,
+        codec='vae',
+        height_px=settings['height_px'],
+        width_px=settings['width_px'],
     )
+    return dataclasses.replace(config, data=data)
 
 
 class EncodedClips:
-    """Stories made of the clips of a data set that encode wrote.
+    """Stories made of encoded clips, each clip one scene.
+
+    config.data.scenes says which clips make a story: 'consecutive' takes neighbouring scenes of one
+    story of the data set, 'unrelated' takes any clips.
 
     Attributes:
-      null_text: of the empty caption, float32 [M, E].
-      fingerprint: of the data and of how stories are made of it.
+      null_text: text states of the empty caption, float32 [M, E].
+      fingerprint: digest of the data and of how stories are made of it.
     """
 
     def __init__(self, config: config_lib.Config, latent_shape: tuple[int, int, int], folder):
         """Opens the data set in a folder.
 
         Args:
-          config: the configuration.
-          latent_shape: (h, w, C) of the VAE.
-          folder: that encode wrote.
+          config: the configuration of the run.
+          latent_shape: (h, w, C) of the run's VAE.
+          folder: the data set that encode wrote.
 
         Raises:
-          FileNotFoundError, ValueError: if it is none, or does not fit the model or the VAE.
+          FileNotFoundError: if the folder is not a data set of clips.
+          ValueError: if the data set is not complete, or does not fit the model or the VAE.
         """
-        self._records, self._config = records_lib.Records(folder), config
-        self._folder, made = self._records.folder, self._records.settings
-        if made['store'] != 'moments':
+        self._config = config
+        self._records = records_lib.Records(folder)
+        self._folder = self._records.folder
+        settings = self._records.settings
+        self._check_fit(settings, latent_shape)
+
+        self._scale = np.float32(settings['scaling_factor'])
+        null_text = load_file(self._folder / 'null_text.safetensors')['text']
+        self.null_text = null_text.astype(np.float32)  # [M, E]
+        identity = f'{self._records.fingerprint} {config.data.scenes}'
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def _check_fit(self, settings: dict, latent_shape: tuple[int, int, int]) -> None:
+        """Raises ValueError if the data set does not fit the model or the VAE."""
+        if settings['store'] != 'moments':
             raise ValueError(
-                f'{self._folder} holds {made["store"]}: encode the videos again with --store=moments.'
+                f'{self._folder} holds {settings["store"]}: encode the videos again with '
+                '--store=moments.'
             )
-        model, (h, w, channels) = config.model, latent_shape
-        want = [h, w, 2 * channels], [model.max_text_seq_length, model.text_embed_dim]
-        have = made['moments_shape'], made['text_shape']
-        if have != want:
+
+        model = self._config.model
+        height, width, channels = latent_shape
+        moments_wanted = [height, width, 2 * channels]
+        text_wanted = [model.max_text_seq_length, model.text_embed_dim]
+        moments_shape = settings['moments_shape']
+        text_shape = settings['text_shape']
+        if (moments_shape, text_shape) != (moments_wanted, text_wanted):
             raise ValueError(
-                f'{self._folder} has moments {have[0]} and text {have[1]}, and the configuration asks for '
-                f'{want[0]} and {want[1]}: check config.data.height_px, width_px, the model and the data.'
+                f'{self._folder} has moments {moments_shape} and text {text_shape}, and the '
+                f'configuration asks for {moments_wanted} and {text_wanted}: check '
+                'config.data.height_px, width_px, the model and the data.'
             )
-        vae_folder = latent_codec.model_folder(config) / 'vae'
-        if latent_codec.network_digest(vae_folder) != made['vae']:
+
+        vae_folder = latent_codec.model_folder(self._config) / 'vae'
+        if latent_codec.network_digest(vae_folder) != settings['vae']:
             raise ValueError(
-                f'{self._folder} was encoded with another VAE than {vae_folder}: encode the videos again '
-                'with it.'
+                f'{self._folder} was encoded with another VAE than {vae_folder}: encode the videos '
+                'again with it.'
             )
-        self._scale = np.float32(made['scaling_factor'])
-        self.null_text = load_file(self._folder / 'null_text.safetensors')['text'].astype(
-            np.float32
-        )
-        self.fingerprint = hashlib.sha256(
-            f'{self._records.fingerprint} {config.data.scenes}'.encode()
-        ).hexdigest()
 
     def candidates(self, layout: tuple[int, ...]) -> list[np.ndarray]:
-        """What an example of this layout may start from: per story the records of first scenes of
-        windows that fit, or per clip that fits the first scene itself.
+        """Records that an example of this layout may begin with, in groups.
+
+        An epoch takes one example from every group; its first record is drawn from the group.
+
+        Args:
+          layout: pixel frames of each scene.
+
+        Returns:
+          With consecutive scenes one group per story of the data set: the first records of its
+          windows that fit the layout. With unrelated scenes one group per clip that fits the first
+          scene: the clip alone.
 
         Raises:
-          ValueError: if nothing fits, naming what there is.
+          ValueError: if nothing fits, naming what the data set has.
         """
-        rows, need = self._records.rows, len(layout)
         if self._config.data.scenes == 'unrelated':
-            found = [np.array([i]) for i in np.flatnonzero(rows[:, 2] == layout[0])]
-            fits = [int(np.sum(rows[:, 2] == n)) >= layout.count(n) for n in layout]
-            found = found if all(fits) else []
+            groups = self._single_clips(layout)
         else:
-            # Windows of neighbouring records: the same story, scenes in a row, frames as the layout
-            # has them.
-            starts = np.arange(len(rows) - need + 1)
-            for i, frames in enumerate(layout):
-                here = rows[starts + i]
-                same = (
-                    (here[:, 0] == rows[starts, 0])
-                    & (here[:, 1] == rows[starts, 1] + i)
-                    & (here[:, 2] == frames)
-                )
-                starts = starts[same]
-            groups = np.unique(rows[starts, 0])
-            found = [starts[rows[starts, 0] == story] for story in groups]
-        if not found:
-            lengths, counts = np.unique(rows[:, 2], return_counts=True)
-            listed = ', '.join(f'{n} of {f} frames' for f, n in zip(lengths, counts))
-            raise ValueError(
-                f'{self._folder} has no {self._config.data.scenes} scenes of {layout} frames; its clips '
-                f'are {listed} in {len(np.unique(rows[:, 0]))} stories: change config.data.layouts or '
-                'config.data.scenes, or encode other clips.'
-            )
-        return found
+            groups = self._story_windows(layout)
+        if groups:
+            return groups
 
-    def _story(
+        rows = self._records.rows
+        lengths, counts = np.unique(rows['frames'], return_counts=True)
+        listed = ', '.join(f'{count} of {frames} frames' for frames, count in zip(lengths, counts))
+        raise ValueError(
+            f'{self._folder} has no {self._config.data.scenes} scenes of {layout} frames; its '
+            f'clips are {listed} in {len(np.unique(rows["story"]))} stories: change '
+            'config.data.layouts or config.data.scenes, or encode other clips.'
+        )
+
+    def _single_clips(self, layout: tuple[int, ...]) -> list[np.ndarray]:
+        """Clips that fit the first scene, if there are enough clips for all scenes."""
+        lengths = self._records.rows['frames']
+        for frames in layout:
+            if np.sum(lengths == frames) < layout.count(frames):
+                return []
+        return [np.array([i]) for i in np.flatnonzero(lengths == layout[0])]
+
+    def _story_windows(self, layout: tuple[int, ...]) -> list[np.ndarray]:
+        """Per story the first records of its windows that fit the layout."""
+        rows = self._records.rows
+        starts = np.arange(len(rows) - len(layout) + 1)
+        for i, frames in enumerate(layout):
+            # The i-th record of a window is of the same story, i scenes later, and long enough.
+            first = rows[starts]
+            here = rows[starts + i]
+            fits = (
+                (here['story'] == first['story'])
+                & (here['scene'] == first['scene'] + i)
+                & (here['frames'] == frames)
+            )
+            starts = starts[fits]
+
+        stories = rows['story'][starts]
+        return [starts[stories == story] for story in np.unique(stories)]
+
+    def _draw_records(
         self, starts: np.ndarray, rng: np.random.Generator, layout: tuple[int, ...]
     ) -> np.ndarray:
-        """Records of one example."""
+        """Records of one example, whose first one is drawn from `starts`."""
         first = int(rng.choice(starts))
         if self._config.data.scenes == 'consecutive':
             return first + np.arange(len(layout))
-        lengths, picked = self._records.rows[:, 2], [first]
+
+        lengths = self._records.rows['frames']
+        picked = [first]
         for frames in layout[1:]:
-            picked.append(int(rng.choice(np.setdiff1d(np.flatnonzero(lengths == frames), picked))))
+            others = np.setdiff1d(np.flatnonzero(lengths == frames), picked)
+            picked.append(int(rng.choice(others)))
         return np.array(picked)
 
     def example(self, records, rng: np.random.Generator | None) -> dict:
-        """Latents [T, h, w, C], drawn from the posterior, or its mean without rng, and text [S, M,
-        E], float32."""
-        read = [self._records[i] for i in records]
+        """One example of the model's input.
+
+        Args:
+          records: numbers of the records, one per scene.
+          rng: draws the latents from their posterior; None takes the posterior's mean.
+
+        Returns:
+          'latents' [T, h, w, C] and 'text' [S, M, E], both float32.
+        """
+        scenes = [self._records[i] for i in records]
+
         latents = []
-        for r in read:
-            mean, logvar = np.split(r['moments'].astype(np.float32), 2, axis=-1)
+        for scene in scenes:
+            moments = scene['moments'].astype(np.float32)  # [T, h, w, 2C]
+            mean, logvar = np.split(moments, 2, axis=-1)
             if rng is not None:
                 mean = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
             latents.append(mean * self._scale)
-        return {
-            'latents': np.concatenate(latents),
-            'text': np.stack([r['text'].astype(np.float32) for r in read]),
-        }
+
+        text = [scene['text'].astype(np.float32) for scene in scenes]
+        return {'latents': np.concatenate(latents), 'text': np.stack(text)}
 
     def captions(self, records) -> list[str]:
-        """Of these records."""
+        """Captions of these records."""
         return [self._records[i]['caption'].decode() for i in records]
 
     def endless(self, layout: tuple[int, ...]) -> grain.MapDataset:
-        """Shuffled examples without end; windows, companions and the posterior are drawn anew every
-        time."""
-        found = self.candidates(layout)
-        used = len(np.unique(np.concatenate(found)))
+        """Shuffled examples of a layout without end.
+
+        Windows, companions of a clip and the posterior are drawn anew every epoch.
+
+        Raises:
+          ValueError: if no example fits the layout.
+        """
+        groups = self.candidates(layout)
+        num_starts = len(np.unique(np.concatenate(groups)))
         logging.info(
             '%s: %d examples of %s frames per epoch; %d of %d clips begin one.',
             self._folder,
-            len(found),
+            len(groups),
             '+'.join(map(str, layout)),
-            used,
+            num_starts,
             len(self._records),
         )
 
         def draw(starts, rng):
-            return self.example(self._story(starts, rng, layout), rng)
+            records = self._draw_records(starts, rng, layout)
+            return self.example(records, rng)
 
-        return (
-            grain.MapDataset.source(found)
-            .seed(self._config.seed)
-            .shuffle()
-            .repeat()
-            .random_map(draw)
-        )
+        dataset = grain.MapDataset.source(groups).seed(self._config.seed)
+        return dataset.shuffle().repeat().random_map(draw)
 
     def fixed(self, layout: tuple[int, ...], count: int) -> list[np.ndarray]:
-        """Records of `count` stories, always the same ones; they come again if there are fewer."""
-        found = self.candidates(layout)
-        return [
-            self._story(found[i % len(found)], np.random.default_rng([1, i]), layout)
-            for i in range(count)
-        ]
+        """Records of `count` stories, the same ones on every call.
+
+        Stories repeat, with other windows or companions, if the data set has fewer than `count`.
+
+        Raises:
+          ValueError: if no example fits the layout.
+        """
+        groups = self.candidates(layout)
+        stories = []
+        for i in range(count):
+            rng = np.random.default_rng([1, i])
+            stories.append(self._draw_records(groups[i % len(groups)], rng, layout))
+        return stories

@@ -1,10 +1,11 @@
-"""What stands between captions or pixels and what the transformer sees."""
+"""Latent codecs: captions to text states, and videos to the transformer's latents and back.
 
-import dataclasses
-import functools
+`StoriesCodec` codes the rendered stories. `PretrainedCodec` codes real videos with the networks of
+a model folder. Both have the same methods and attributes: a `LatentCodec` is either of them.
+"""
+
 import hashlib
 import pathlib
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,30 +19,103 @@ from mask2dit_jax.stories import codec as codec_lib
 from mask2dit_jax.stories import world
 
 
-@dataclasses.dataclass(frozen=True)
-class LatentCodec:
-    """What stands between files and the transformer.
+class StoriesCodec:
+    """The fixed word vectors and the fixed linear codec of the stories.
 
     Attributes:
-      encode_text: list of N captions to float32 [N, M, E]; '' is the unconditional caption.
-      encode_video: videos in [0, 1] or uint8 [B, F, H, W, 3] and the frames of their scenes to
-        latents float32 [B, T, h, w, C].
-      decode_video: latents and the latent frames of their scenes to pixels float32 in [0, 1].
-      scene_latents: pixel frames of one scene to latent frames; raises ValueError for a number that
-        it cannot code.
-      latent_shape: (h, w, C).
-      size_px: (H, W).
+      latent_shape: (h, w, C), height and width of the latent grid and its channels.
+      size_px: (H, W), height and width of the videos.
     """
 
-    encode_text: Callable
-    encode_video: Callable
-    decode_video: Callable
-    scene_latents: Callable[[int], int]
-    latent_shape: tuple[int, int, int]
-    size_px: tuple[int, int]
+    def __init__(self, config: config_lib.Config, workdir):
+        """Reads the linear codec from the workdir, or fits it and writes it there on first use.
+
+        Args:
+          config: the configuration of the run.
+          workdir: the folder of the run, which keeps its codec for good.
+
+        Raises:
+          ValueError: if the videos are not square, or the transformer has other channels.
+        """
+        data = config.data
+        side_px = square(data)
+
+        path = pathlib.Path(workdir) / 'codec.safetensors'
+        if path.exists():
+            codec = codec_lib.load_codec(path)
+        else:
+            codec = codec_lib.default_codec(side_px, data.codec_patch_frames, data.codec_components)
+            if jax.process_index() == 0:
+                codec_lib.save_codec(path, codec)
+
+        channels = codec.basis.shape[1]
+        if (config.model.in_channels, config.model.out_channels) != (channels, channels):
+            raise ValueError(
+                f'config.model.in_channels and out_channels must be {channels}, the channels of '
+                'the codec.'
+            )
+
+        side = side_px // codec.patch_px
+        self._codec = codec
+        self._num_tokens = config.model.max_text_seq_length
+        self._text_width = config.model.text_embed_dim
+        self.latent_shape = (side, side, channels)
+        self.size_px = (side_px, side_px)
+
+    def encode_text(self, captions: list[str]) -> np.ndarray:
+        """Encodes captions.
+
+        Args:
+          captions: N captions; '' is the caption of unconditional generation.
+
+        Returns:
+          float32 [N, M, E].
+        """
+        return world.embed_captions(captions, tokens=self._num_tokens, dim=self._text_width)
+
+    def encode_video(self, videos, frames: tuple[int, ...]) -> np.ndarray:
+        """Encodes videos.
+
+        Args:
+          videos: [B, F, H, W, 3], uint8 or float in [0, 1].
+          frames: pixel frames of each scene. This codec does not need them: no patch of frames
+            crosses the border of a scene.
+
+        Returns:
+          Latents float32 [B, T, h, w, C].
+        """
+        del frames
+        return codec_lib.encode(self._codec, videos)
+
+    def decode_video(self, latents, latent_frames: tuple[int, ...]) -> np.ndarray:
+        """Decodes latents.
+
+        Args:
+          latents: [B, T, h, w, C].
+          latent_frames: latent frames of each scene. This codec does not need them.
+
+        Returns:
+          Videos float32 [B, F, H, W, 3] in [0, 1].
+        """
+        del latent_frames
+        return codec_lib.decode(self._codec, latents)
+
+    def scene_latents(self, frames: int) -> int:
+        """Number of latent frames of a scene of `frames` pixel frames.
+
+        Raises:
+          ValueError: if a scene of so many frames cannot be coded.
+        """
+        patch_frames = self._codec.patch_frames
+        if frames < 1 or frames % patch_frames:
+            raise ValueError(
+                f'A scene of {frames} frames cannot be coded: use a positive multiple of '
+                f'{patch_frames}.'
+            )
+        return frames // patch_frames
 
     def latent_frames(self, frames: tuple[int, ...]) -> tuple[int, ...]:
-        """Latent frames per scene.
+        """Latent frames of each scene, from its pixel frames.
 
         Raises:
           ValueError: if a scene cannot be coded.
@@ -49,12 +123,233 @@ class LatentCodec:
         return tuple(self.scene_latents(f) for f in frames)
 
 
-def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
-    """The released (or converted) folder that a run descends from through init_from, or None for
-    one from scratch.
+class PretrainedCodec:
+    """T5 and VAE of a model folder, released or converted.
+
+    Each network is loaded when it is called and released when the call returns, so that at most one
+    is in memory. Captions are encoded once: their states are kept. Videos are coded scene by scene;
+    latents are posterior means times the scaling factor.
+
+    Attributes:
+      latent_shape: (h, w, C), height and width of the latent grid and its channels.
+      size_px: (H, W), height and width of the videos.
+    """
+
+    def __init__(
+        self,
+        folder,
+        model: dit.DiTConfig,
+        size_px: tuple[int, int],
+        *,
+        tiling: bool = False,
+        decode_rule: str = 'reference',
+        mask_padding: bool = False,
+    ):
+        """Reads the configurations of the networks and checks that they fit the transformer.
+
+        Args:
+          folder: the model folder, which holds text_encoder/, tokenizer/ and vae/.
+          model: configuration of the transformer. T5 computes in its dtype; the VAE always computes
+            in float32.
+          size_px: height and width of the videos.
+          tiling: whether the VAE codes overlapping tiles; see vae.encode.
+          decode_rule: how latent frames are grouped for decoding; see vae.decode.
+          mask_padding: whether padding tokens are hidden from T5's attention. The reference does
+            not hide them.
+
+        Raises:
+          FileNotFoundError, ValueError: naming what is missing or does not fit the transformer.
+        """
+        folder = pathlib.Path(folder)
+        self._tokenize = t5.load_tokenizer(folder / 'tokenizer')
+        vae_config = config_json.read_config('vae', folder / 'vae')
+        t5_config = config_json.read_config('text_encoder', folder / 'text_encoder')
+
+        if tiling:
+            vae.check_tiling(vae_config)
+
+        network_widths = (vae_config.latent_channels, t5_config.d_model)
+        if network_widths != (model.in_channels, model.text_embed_dim):
+            raise ValueError(
+                f'{folder}: a VAE of {vae_config.latent_channels} channels and a text encoder of '
+                f'width {t5_config.d_model} do not fit a transformer of {model.in_channels} and '
+                f'{model.text_embed_dim}.'
+            )
+
+        height_px, width_px = size_px
+        factor = vae_config.spatial_factor
+        token_px = factor * model.patch_size
+        if height_px % token_px or width_px % token_px:
+            raise ValueError(
+                f'Videos of {height_px}x{width_px} pixels do not divide into tokens: use '
+                f'multiples of {token_px}.'
+            )
+
+        self._folder = folder
+        self._model = model
+        self._vae_config = vae_config
+        self._tiling = tiling
+        self._decode_rule = decode_rule
+        self._mask_padding = mask_padding
+        self._text_states = {}  # by caption
+        self.latent_shape = (height_px // factor, width_px // factor, vae_config.latent_channels)
+        self.size_px = size_px
+
+    def encode_text(self, captions: list[str]) -> np.ndarray:
+        """Encodes captions; T5 is loaded only if one of them is new.
+
+        Args:
+          captions: N captions; '' is the caption of unconditional generation.
+
+        Returns:
+          float32 [N, M, E].
+        """
+        new = [c for c in dict.fromkeys(captions) if c not in self._text_states]
+        if new:
+            self._encode_new(new)
+        return np.stack([self._text_states[c] for c in captions])
+
+    def _encode_new(self, captions: list[str]) -> None:
+        """Keeps the states of these captions, encoded one by one."""
+        dtype = self._model.dtype
+        network, params = load_lib.load_t5(
+            self._folder / 'text_encoder', param_dtype=dtype, dtype=dtype
+        )
+
+        token_ids = self._tokenize(captions, self._model.max_text_seq_length)  # [N, M]
+        for caption, ids in zip(captions, token_ids[:, None]):
+            mask = ids != t5.PAD if self._mask_padding else None
+            states = t5.encode(network.cfg, params, ids, mask)  # [1, M, E]
+            self._text_states[caption] = np.asarray(states, np.float32)[0]
+
+    def encode_video(self, videos, frames: tuple[int, ...]) -> np.ndarray:
+        """Encodes videos, every scene apart.
+
+        Args:
+          videos: [B, F, H, W, 3], uint8 or float in [0, 1].
+          frames: pixel frames of each scene.
+
+        Returns:
+          Latents float32 [B, T, h, w, C].
+        """
+        _, params = load_lib.load_vae(self._folder / 'vae')
+        borders = np.cumsum(frames)[:-1]
+
+        videos_latents = []
+        for video in videos:
+            pixels = _to_float(video)[None] * 2 - 1  # [1, F, H, W, 3] in -1...1
+            means = []
+            for scene in np.split(pixels, borders, axis=1):
+                mean, _ = vae.encode(self._vae_config, params, scene, self._tiling)
+                means.append(mean)
+            videos_latents.append(np.concatenate(means, axis=1))
+        return np.concatenate(videos_latents) * np.float32(self._vae_config.scaling_factor)
+
+    def decode_video(self, latents, latent_frames: tuple[int, ...]) -> np.ndarray:
+        """Decodes latents, every scene apart.
+
+        Args:
+          latents: [B, T, h, w, C].
+          latent_frames: latent frames of each scene.
+
+        Returns:
+          Videos float32 [B, F, H, W, 3] in [0, 1].
+        """
+        _, params = load_lib.load_vae(self._folder / 'vae')
+        scaling_factor = np.float32(self._vae_config.scaling_factor)
+        unscaled = np.asarray(latents, np.float32) / scaling_factor
+        borders = np.cumsum(latent_frames)[:-1]
+
+        videos = []
+        for story in np.split(unscaled, len(latents)):
+            scenes = [
+                vae.decode(self._vae_config, params, scene, self._tiling, self._decode_rule)
+                for scene in np.split(story, borders, axis=1)
+            ]
+            pixels = np.concatenate(scenes, axis=1)  # [1, F, H, W, 3] in -1...1
+            videos.append(np.clip(pixels / 2 + 0.5, 0, 1))
+        return np.concatenate(videos)
+
+    def scene_latents(self, frames: int) -> int:
+        """Number of latent frames of a scene of `frames` pixel frames.
+
+        Raises:
+          ValueError: if a scene of so many frames cannot be coded.
+        """
+        ratio = self._vae_config.temporal_compression_ratio
+        if frames < 1 or (frames - 1) % ratio:
+            nearest = max(frames - 1, 0) // ratio * ratio + 1
+            raise ValueError(
+                f'A scene of {frames} frames cannot be coded: the VAE needs one more than a '
+                f'multiple of {ratio}, e.g. {nearest}.'
+            )
+        return (frames - 1) // ratio + 1
+
+    def latent_frames(self, frames: tuple[int, ...]) -> tuple[int, ...]:
+        """Latent frames of each scene, from its pixel frames.
+
+        Raises:
+          ValueError: if a scene cannot be coded.
+        """
+        return tuple(self.scene_latents(f) for f in frames)
+
+
+LatentCodec = StoriesCodec | PretrainedCodec
+
+
+def for_run(config: config_lib.Config, workdir) -> LatentCodec:
+    """The codec of a run.
+
+    Args:
+      config: the configuration of the run.
+      workdir: the folder of the run.
+
+    Returns:
+      PretrainedCodec if the run has a model folder (see model_folder), StoriesCodec otherwise.
 
     Raises:
-      FileNotFoundError: if init_from is neither such a folder nor a workdir.
+      FileNotFoundError: if init_from or the model folder lacks a file.
+      ValueError: if config.data.codec asks for the other codec, or the codec does not fit the
+        transformer.
+    """
+    folder = model_folder(config)
+    if (folder is None) != (config.data.codec == 'stories'):
+        raise ValueError(
+            f'config.data.codec is {config.data.codec!r}, but the run descends from '
+            f'{folder or "no model folder"}: give one by --checkpoint, which sets the codec.'
+        )
+
+    if folder is None:
+        return StoriesCodec(config, workdir)
+    return PretrainedCodec(folder, config.model, (config.data.height_px, config.data.width_px))
+
+
+def model_folder(config: config_lib.Config) -> pathlib.Path | None:
+    """The folder that holds the VAE and the text encoder of a run.
+
+    Returns:
+      The model folder that the run descends from, else the one that encoded its clips, else None:
+      a run on stories needs no such networks.
+
+    Raises:
+      FileNotFoundError: if init_from is neither a model folder nor a workdir, or
+        config.data.encoded is not a data set.
+    """
+    folder = pretrained_folder(config)
+    if folder is None and config.data.encoded:
+        settings = records_lib.read_settings(config.data.encoded)
+        folder = pathlib.Path(settings['folder'])
+    return folder
+
+
+def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
+    """The model folder, released or converted, that a run descends from through init_from.
+
+    Returns:
+      The folder, or None for a run from scratch.
+
+    Raises:
+      FileNotFoundError: if init_from is neither a model folder nor a workdir.
     """
     while config.init_from:
         folder = pathlib.Path(config.init_from)
@@ -64,39 +359,18 @@ def pretrained_folder(config: config_lib.Config) -> pathlib.Path | None:
     return None
 
 
-def model_folder(config: config_lib.Config) -> pathlib.Path | None:
-    """Where the VAE and the text encoder of a run are: the folder that it descends from, or that
-    its clips were encoded with, or None for the codec and word vectors of the stories."""
-    folder = pretrained_folder(config)
-    if folder is None and config.data.encoded:
-        folder = pathlib.Path(records_lib.read_settings(config.data.encoded)['folder'])
-    return folder
-
-
-def for_run(config: config_lib.Config, workdir) -> LatentCodec:
-    """VAE and T5 of model_folder, or the codec and word vectors of the stories.
-
-    Raises:
-      ValueError: if the configuration says 'vae' and there is no such folder, or the other way
-        round.
-    """
-    folder = model_folder(config)
-    if (folder is None) != (config.data.codec == 'stories'):
-        raise ValueError(
-            f'config.data.codec is {config.data.codec!r}, but the run descends from '
-            f'{folder or "no model folder"}: give one by --checkpoint, which sets the codec.'
-        )
-    if folder is None:
-        return stories_codec(config, workdir)
-    return pretrained_codec(folder, config.model, (config.data.height_px, config.data.width_px))
-
-
 def network_digest(folder) -> str:
-    """Of the configuration of a network, to tell one VAE from another."""
-    return hashlib.sha256((pathlib.Path(folder) / 'config.json').read_bytes()).hexdigest()[:16]
+    """Digest of a network's configuration file, which tells one VAE from another."""
+    content = (pathlib.Path(folder) / 'config.json').read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def square(data: config_lib.DataConfig) -> int:
+    """The side of the stories' square frames, in pixels.
+
+    Raises:
+      ValueError: if the configured height and width differ.
+    """
     if data.height_px != data.width_px:
         raise ValueError(
             f'Stories are square, and config.data asks for {data.height_px}x{data.width_px}: set '
@@ -108,164 +382,30 @@ def square(data: config_lib.DataConfig) -> int:
 def latent_shape(
     config: config_lib.Config, frames: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, int, int]]:
-    """Latent frames per scene and (h, w, C), from the configuration alone, without codec."""
-    data, channels = config.data, config.model.in_channels
-    if data.codec == 'stories':
-        factor, latent = (
-            codec_lib.Codec.patch_px,
-            tuple(f // data.codec_patch_frames for f in frames),
-        )
-    else:  # CogVideoX's VAE
-        factor, latent = (
-            8,
-            tuple((f - 1) // config.model.temporal_compression_ratio + 1 for f in frames),
-        )
-    return latent, (data.height_px // factor, data.width_px // factor, channels)
-
-
-def stories_codec(config: config_lib.Config, workdir) -> LatentCodec:
-    """The fixed word vectors and linear codec of the stories; the codec is kept in the workdir for
-    good."""
-    path, data = pathlib.Path(workdir) / 'codec.safetensors', config.data
-    side_px = square(data)
-    if path.exists():
-        codec = codec_lib.load_codec(path)
-    else:
-        codec = codec_lib.default_codec(side_px, data.codec_patch_frames, data.codec_components)
-        if jax.process_index() == 0:
-            codec_lib.save_codec(path, codec)
-    side, channels = side_px // codec.patch_px, codec.basis.shape[1]
-    if (config.model.in_channels, config.model.out_channels) != (channels, channels):
-        raise ValueError(
-            f'config.model.in_channels and out_channels must be {channels}, the channels of the codec.'
-        )
-
-    def scene_latents(frames):
-        if frames < 1 or frames % codec.patch_frames:
-            raise ValueError(
-                f'A scene of {frames} frames cannot be coded: use a positive multiple of '
-                f'{codec.patch_frames}.'
-            )
-        return frames // codec.patch_frames
-
-    return LatentCodec(
-        encode_text=functools.partial(
-            world.embed_captions,
-            tokens=config.model.max_text_seq_length,
-            dim=config.model.text_embed_dim,
-        ),
-        # Patches of frames do not cross scenes, so that scenes are coded apart anyway.
-        encode_video=lambda videos, frames: codec_lib.encode(codec, videos),
-        decode_video=lambda latents, latent_frames: codec_lib.decode(codec, latents),
-        scene_latents=scene_latents,
-        latent_shape=(side, side, channels),
-        size_px=(side_px, side_px),
-    )
-
-
-def _to_float(video):
-    """Pixels float32 in [0, 1]."""
-    return (
-        video.astype(np.float32) / 255 if video.dtype == np.uint8 else np.asarray(video, np.float32)
-    )
-
-
-def pretrained_codec(
-    folder,
-    model: dit.DiTConfig,
-    size_px: tuple[int, int],
-    *,
-    tiling: bool = False,
-    decode_rule: str = 'reference',
-    mask_padding: bool = False,
-) -> LatentCodec:
-    """T5 and VAE of a model folder, released or converted.
-
-    Each network is loaded when it is called and let go when it returns, so that at most one is in
-    memory; captions once encoded are kept. Videos are coded scene by scene; latents are posterior
-    means times the scaling factor.
+    """Shape of the latents, from the configuration alone, without a codec.
 
     Args:
-      folder: holds text_encoder/, tokenizer/ and vae/.
-      model: the transformer that they serve; its dtype is also theirs for T5, while the VAE
-        computes in float32.
-      size_px: height and width of the videos.
-      tiling, decode_rule: see vae.decode.
-      mask_padding: hide padding tokens from T5's attention; the reference does not.
+      config: the configuration of the run.
+      frames: pixel frames of each scene.
 
-    Raises:
-      FileNotFoundError, ValueError: naming what is missing or does not fit the transformer.
+    Returns:
+      Latent frames of each scene, and (h, w, C).
     """
-    folder = pathlib.Path(folder)
-    tokenize = t5.load_tokenizer(folder / 'tokenizer')
-    vae_cfg, t5_cfg = (
-        config_json.read_config(kind, folder / kind) for kind in ('vae', 'text_encoder')
-    )
-    factor = vae_cfg.spatial_factor
-    if tiling:
-        vae.check_tiling(vae_cfg)
-    if (vae_cfg.latent_channels, t5_cfg.d_model) != (model.in_channels, model.text_embed_dim):
-        raise ValueError(
-            f'{folder}: a VAE of {vae_cfg.latent_channels} channels and a text encoder of width '
-            f'{t5_cfg.d_model} do not fit a transformer of {model.in_channels} and '
-            f'{model.text_embed_dim}.'
-        )
-    if size_px[0] % (factor * model.patch_size) or size_px[1] % (factor * model.patch_size):
-        raise ValueError(
-            f'Videos of {size_px[0]}x{size_px[1]} pixels do not divide into tokens: use multiples of '
-            f'{factor * model.patch_size}.'
-        )
-    known = {}
+    data = config.data
+    if data.codec == 'stories':
+        factor = codec_lib.Codec.patch_px
+        latent_frames = tuple(f // data.codec_patch_frames for f in frames)
+    else:
+        factor = 8  # of CogVideoX's VAE
+        ratio = config.model.temporal_compression_ratio
+        latent_frames = tuple((f - 1) // ratio + 1 for f in frames)
 
-    def encode_text(captions):
-        new = [c for c in dict.fromkeys(captions) if c not in known]
-        if new:
-            network, params = load_lib.load_t5(
-                folder / 'text_encoder', param_dtype=model.dtype, dtype=model.dtype
-            )
-            for caption, ids in zip(new, tokenize(new, model.max_text_seq_length)[:, None]):
-                mask = ids != t5.PAD if mask_padding else None
-                known[caption] = np.asarray(t5.encode(network.cfg, params, ids, mask), np.float32)[
-                    0
-                ]
-        return np.stack([known[c] for c in captions])
+    grid = (data.height_px // factor, data.width_px // factor)
+    return latent_frames, (*grid, config.model.in_channels)
 
-    def encode_video(videos, frames):
-        _, params = load_lib.load_vae(folder / 'vae')
-        means = []
-        for video in videos:
-            x = _to_float(video)[None] * 2 - 1
-            scenes = np.split(x, np.cumsum(frames)[:-1], axis=1)
-            means.append(
-                np.concatenate([vae.encode(vae_cfg, params, s, tiling)[0] for s in scenes], axis=1)
-            )
-        return np.concatenate(means) * np.float32(vae_cfg.scaling_factor)
 
-    def decode_video(latents, latent_frames):
-        _, params = load_lib.load_vae(folder / 'vae')
-        videos = []
-        for story in np.split(
-            np.asarray(latents, np.float32) / np.float32(vae_cfg.scaling_factor), len(latents)
-        ):
-            scenes = np.split(story, np.cumsum(latent_frames)[:-1], axis=1)
-            pixels = [vae.decode(vae_cfg, params, s, tiling, decode_rule) for s in scenes]
-            videos.append(np.clip(np.concatenate(pixels, axis=1) / 2 + 0.5, 0, 1))
-        return np.concatenate(videos)
-
-    def scene_latents(frames):
-        ratio = vae_cfg.temporal_compression_ratio
-        if frames < 1 or (frames - 1) % ratio:
-            raise ValueError(
-                f'A scene of {frames} frames cannot be coded: the VAE needs one more than a multiple of '
-                f'{ratio}, e.g. {max(frames - 1, 0) // ratio * ratio + 1}.'
-            )
-        return (frames - 1) // ratio + 1
-
-    return LatentCodec(
-        encode_text,
-        encode_video,
-        decode_video,
-        scene_latents,
-        (size_px[0] // factor, size_px[1] // factor, vae_cfg.latent_channels),
-        size_px,
-    )
+def _to_float(video) -> np.ndarray:
+    """Pixels as float32 in [0, 1], from uint8 or from floats in [0, 1]."""
+    if video.dtype == np.uint8:
+        return video.astype(np.float32) / 255
+    return np.asarray(video, np.float32)

@@ -1,5 +1,8 @@
-"""Manifests of videos: the reference's CSV and JSON, and story files; and which frames of a video
-make a clip."""
+"""Manifests, the lists of videos and captions to encode; and which frames of a video make a clip.
+
+A manifest is one of the reference's two files (a CSV of single clips for pretraining, a JSON of
+stories for fine-tuning) or a JSON of story files.
+"""
 
 import csv
 import dataclasses
@@ -24,13 +27,14 @@ class Clip:
     """One scene to be cut from a video.
 
     Attributes:
-      story, scene: its place; scenes of a story follow each other.
-      path: of the video.
-      caption: what it shows.
-      frames: of the clip, or None for the default.
-      claims: what the manifest says of the file, 'frames', 'height_px' and 'width_px', where it
-        does.
-      where: its place in the manifest, for messages.
+      story: number of its story; every clip of a CSV is a story of its own.
+      scene: position in its story, from 0.
+      path: the video.
+      caption: what the scene shows.
+      frames: frames of the clip, or None for the default of the data set.
+      claims: what the manifest says about the video file, under 'frames', 'height_px' and
+        'width_px'; a key is missing where the manifest says nothing.
+      where: place in the manifest, for messages.
     """
 
     story: int
@@ -47,10 +51,10 @@ class Problem:
     """Something wrong with a row or a file.
 
     Attributes:
-      kind: a word to count by.
+      kind: a word or two to count by.
       where: place in the manifest.
-      path: of the video, '' if the row names none.
-      message: what, and what to do.
+      path: the video, '' if the row names none.
+      message: what is wrong, and what to do about it.
       used: whether the clip is in the data set all the same.
     """
 
@@ -63,31 +67,41 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a manifest lists; kind is one of KINDS."""
+    """The content of a manifest.
+
+    Attributes:
+      kind: one of KINDS.
+      clips: the usable rows, in the order of the file.
+      problems: the rows that are not usable, and strange numbers in rows that are.
+    """
 
     kind: str
-    clips: list[Clip]
-    problems: list[Problem]
+    clips: list[Clip] = dataclasses.field(default_factory=list)
+    problems: list[Problem] = dataclasses.field(default_factory=list)
 
 
 def read(path, root=None) -> Manifest:
     """Reads a manifest.
 
-    `.csv` is the reference's list of single clips, with columns caption and path, and num_frame,
-    width and height if it likes. `.json` is its list of stories, {"values": [{"url", "caption"},
-    ...]}, or {"stories": [{"scenes": [{"video", "caption", "frames"}, ...]}, ...]}, or one such
-    story alone; any scene may say its own number of frames. Other keys and columns are ignored.
+    A `.csv` file is the reference's list of single clips. Its columns are caption and path, and
+    optionally num_frame, width and height.
+
+    A `.json` file is the reference's list of stories, [{"values": [{"url", "caption"}, ...]}, ...],
+    or {"stories": [{"scenes": [{"video", "caption", "frames"}, ...]}, ...]}, or one such story
+    alone. Any scene may state its own number of frames.
+
+    Other columns and keys are ignored.
 
     Args:
       path: the file.
-      root: folder that videos are relative to; the manifest's own by default.
+      root: folder that the paths of videos are relative to; the manifest's own folder by default.
 
     Returns:
-      Its clips, and a problem for each row that names none.
+      The clips of the manifest, and a problem for each row that is not usable.
 
     Raises:
-      FileNotFoundError: without the file.
-      ValueError: if it is neither kind of manifest.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is not a manifest of either kind, or has no usable row.
     """
     path = pathlib.Path(path)
     root = pathlib.Path(root) if root else path.absolute().parent
@@ -97,190 +111,219 @@ def read(path, root=None) -> Manifest:
         text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8 text ({error}): save it as UTF-8.') from error
-    if path.suffix.lower() == '.csv':
+
+    suffix = path.suffix.lower()
+    if suffix == '.csv':
         manifest = _read_csv(path, text, root)
-    elif path.suffix.lower() == '.json':
+    elif suffix == '.json':
         manifest = _read_json(path, text, root)
     else:
         raise ValueError(f'{path} is neither .csv nor .json: name the manifest by its kind.')
+
     if not manifest.clips:
-        told = (
-            f'; first of {len(manifest.problems)} problems: {manifest.problems[0].message}'
-            if (manifest.problems)
-            else ''
-        )
-        raise ValueError(f'{path} lists no usable clip{told}.')
+        problems = manifest.problems
+        reason = ''
+        if problems:
+            reason = f'; first of {len(problems)} problems: {problems[0].message}'
+        raise ValueError(f'{path} lists no usable clip{reason}.')
     return manifest
 
 
-def _read_csv(path, text, root) -> Manifest:
+def _read_csv(path: pathlib.Path, text: str, root: pathlib.Path) -> Manifest:
+    """Reads the reference's list of single clips."""
     rows = csv.reader(io.StringIO(text, newline=''))
-    header = [h.strip() for h in next(rows, [])]
-    missing = [c for c in _CSV_COLUMNS if c not in header]
+    header = [name.strip() for name in next(rows, [])]
+    missing = [name for name in _CSV_COLUMNS if name not in header]
     if missing:
         raise ValueError(
-            f'{path} has no column {", ".join(missing)} in its first line, which must name the columns: '
-            'fps,width,height,caption,path,num_frame.'
+            f'{path} has no column {", ".join(missing)} in its first line, which must name the '
+            'columns: fps,width,height,caption,path,num_frame.'
         )
-    clips, problems = [], []
+
+    manifest = Manifest(SINGLE_SCENE)
     try:
         for row in rows:
             where = f'{path.name} line {rows.line_num}'
             if not row:
                 continue
             if len(row) != len(header):
-                problems.append(
-                    Problem(
-                        'malformed row',
-                        where,
-                        '',
-                        f'{len(row)} fields instead of {len(header)}: quote captions with commas.',
-                    )
-                )
+                message = f'{len(row)} fields instead of {len(header)}: quote captions with commas.'
+                manifest.problems.append(Problem('malformed row', where, '', message))
                 continue
+
             value = dict(zip(header, row))
             claims = {
                 'frames': value.get('num_frame'),
                 'height_px': value.get('height'),
                 'width_px': value.get('width'),
             }
-            _add(
-                clips,
-                problems,
-                len(clips),
-                0,
-                value['path'],
-                value['caption'],
-                None,
-                claims,
-                where,
+            _add_clip(
+                manifest,
                 root,
+                where,
+                story=len(manifest.clips),
+                scene=0,
+                file=value['path'],
+                caption=value['caption'],
+                frames=None,
+                claims=claims,
             )
     except csv.Error as error:
         raise ValueError(
-            f'{path} line {rows.line_num} is no CSV ({error}): repair or quote it.'
+            f'{path} line {rows.line_num} is not CSV ({error}): repair or quote it.'
         ) from error
-    return Manifest(SINGLE_SCENE, clips, problems)
+    return manifest
 
 
-def _read_json(path, text, root) -> Manifest:
+def _read_json(path: pathlib.Path, text: str, root: pathlib.Path) -> Manifest:
+    """Reads the reference's list of stories, or story files."""
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f'{path} is no JSON ({error}): write {_JSON_FORM}.') from error
+        raise ValueError(f'{path} is not JSON ({error}): write {_JSON_FORM}.') from error
+
+    stories = content
     if isinstance(content, dict):
-        content = content['stories'] if isinstance(content.get('stories'), list) else [content]
-    if not isinstance(content, list):
+        several = isinstance(content.get('stories'), list)
+        stories = content['stories'] if several else [content]
+    if not isinstance(stories, list):
         raise ValueError(f'{path} holds neither a list nor an object: write {_JSON_FORM}.')
-    clips, problems = [], []
-    for number, entry in enumerate(content):
-        scenes = entry.get('scenes', entry.get('values')) if isinstance(entry, dict) else None
+
+    manifest = Manifest(MULTI_SCENE)
+    for story, entry in enumerate(stories):
+        scenes = None
+        if isinstance(entry, dict):
+            scenes = entry.get('scenes', entry.get('values'))
         if not isinstance(scenes, list) or not scenes:
-            problems.append(
-                Problem(
-                    'malformed row',
-                    f'{path.name} story {number}',
-                    '',
-                    f'no list "values" or "scenes" of clips: write {_JSON_FORM}.',
-                )
-            )
+            where = f'{path.name} story {story}'
+            message = f'no list "values" or "scenes" of clips: write {_JSON_FORM}.'
+            manifest.problems.append(Problem('malformed row', where, '', message))
             continue
+
         for scene, value in enumerate(scenes):
-            where = f'{path.name} story {number} scene {scene}'
+            where = f'{path.name} story {story} scene {scene}'
             if not isinstance(value, dict):
-                problems.append(
-                    Problem(
-                        'malformed row',
-                        where,
-                        '',
-                        'a scene must be an object with a video and a caption.',
-                    )
-                )
+                message = 'a scene must be an object with a video and a caption.'
+                manifest.problems.append(Problem('malformed row', where, '', message))
                 continue
+
+            # "frames" is not a claim: it says how long the clip is to be, not the video.
             claims = {'height_px': value.get('height'), 'width_px': value.get('width')}
-            _add(
-                clips,
-                problems,
-                number,
-                scene,
-                value.get('video', value.get('url')),
-                value.get('caption'),
-                value.get('frames'),
-                claims,
-                where,
+            _add_clip(
+                manifest,
                 root,
-            )
-    return Manifest(MULTI_SCENE, clips, problems)
-
-
-def _add(clips, problems, story, scene, file, caption, frames, claims, where, root) -> None:
-    """Appends a clip, or the problem with it."""
-
-    def refuse(message):
-        problems.append(
-            Problem('malformed row', where, file if isinstance(file, str) else '', message)
-        )
-
-    if not isinstance(file, str) or not file.strip():
-        return refuse('it names no video.')
-    if not isinstance(caption, str) or not caption.strip():
-        return refuse('it has no caption.')
-    if frames is not None and (
-        isinstance(frames, bool) or not isinstance(frames, int) or frames < 1
-    ):
-        return refuse(f'its number of frames is {frames!r}: write a whole number.')
-    whole = {k: int(v) for k, v in claims.items() if v is not None and str(v).strip().isdecimal()}
-    strange = [k for k, v in claims.items() if v not in (None, '') and k not in whole]
-    if strange:
-        problems.append(
-            Problem(
-                'strange number',
                 where,
-                file,
-                f'{", ".join(strange)} is {claims[strange[0]]!r}: the file was asked instead.',
-                used=True,
+                story=story,
+                scene=scene,
+                file=value.get('video', value.get('url')),
+                caption=value.get('caption'),
+                frames=value.get('frames'),
+                claims=claims,
             )
+    return manifest
+
+
+def _add_clip(
+    manifest: Manifest,
+    root: pathlib.Path,
+    where: str,
+    *,
+    story: int,
+    scene: int,
+    file,
+    caption,
+    frames,
+    claims: dict,
+) -> None:
+    """Appends a clip to the manifest, or the problem with it; values are as the file has them."""
+    refusal = _refusal(file, caption, frames)
+    if refusal:
+        named = file if isinstance(file, str) else ''
+        manifest.problems.append(Problem('malformed row', where, named, refusal))
+        return
+
+    # Claims only serve to be compared with the video: a strange one is noted and dropped.
+    numbers = {
+        key: int(value)
+        for key, value in claims.items()
+        if value is not None and str(value).strip().isdecimal()
+    }
+    given = [key for key, value in claims.items() if value not in (None, '')]
+    strange = [key for key in given if key not in numbers]
+    if strange:
+        message = (
+            f'{", ".join(strange)} is {claims[strange[0]]!r}, which is not a whole number: the '
+            'video file was asked instead.'
         )
-    clips.append(Clip(story, scene, root / file.strip(), caption.strip(), frames, whole, where))
+        manifest.problems.append(Problem('strange number', where, file, message, used=True))
+
+    video = root / file.strip()
+    manifest.clips.append(Clip(story, scene, video, caption.strip(), frames, numbers, where))
+
+
+def _refusal(file, caption, frames) -> str | None:
+    """The reason why a row is not usable, or None if it is."""
+    if not isinstance(file, str) or not file.strip():
+        return 'it names no video.'
+    if not isinstance(caption, str) or not caption.strip():
+        return 'it has no caption.'
+    if frames is None:
+        return None
+    # bool is a subclass of int.
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+        return f'its number of frames is {frames!r}: write a whole number.'
+    return None
 
 
 def choose_frames(
     kind: str, available: int, frames: int, stride: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Positions of a clip's frames in a video, by the reference's rules for each kind of manifest.
+    """Chooses which frames of a video make a clip, by the reference's rules.
 
-    single_scene: every stride-th frame of the middle nine tenths, from a random start. multi_scene:
-      from a random start
-    with the largest stride, at most the one asked for, that fits.
+    The frames are equally spaced from a random start. The rest depends on the kind of manifest:
+
+    * single_scene: every `stride`-th frame, all of them within the middle nine tenths of the
+      video (about 5 % to 95 % of its length). A video that is too short for this is refused.
+    * multi_scene: the spacing is the largest one, up to `stride`, with which the clip fits into the
+      whole video. Only a video with fewer frames than the clip is refused.
 
     Args:
       kind: one of KINDS.
-      available: frames of the video.
-      frames: of the clip.
-      stride: 3 makes 8 frames per second of 24.
-      rng: for the start.
+      available: number of frames of the video.
+      frames: number of frames of the clip.
+      stride: distance between neighbouring frames of the clip, in frames of the video. 3 makes 8
+        frames per second of a video of 24.
+      rng: draws the start.
 
     Returns:
-      int [frames], ascending.
+      Positions in the video, int [frames], ascending.
 
     Raises:
       ValueError: if the video is too short.
     """
-    span = (frames - 1) * stride + 1
     if kind == SINGLE_SCENE:
+        span = (frames - 1) * stride + 1
         end = int(0.95 * available)
-        first, last = int(0.05 * end), end - span
-        # The reference's condition, rounding included, and what its own draw of the start needs.
-        fits = int(available * (0.95 - 0.05) / stride) >= frames and first <= last
+        first_start = int(0.05 * end)
+        last_start = end - span
+
+        # The reference's condition, with its rounding, and the one that its draw of a start needs.
+        long_enough = int(available * (0.95 - 0.05) / stride) >= frames
+        fits = long_enough and first_start <= last_start
         needed = f'about {int(frames * stride / 0.9) + 2}'
     else:
-        stride = next((s for s in range(stride, 0, -1) if (frames - 1) * s <= available - 1), 1)
+        while stride > 1 and (frames - 1) * stride > available - 1:
+            stride -= 1
         span = (frames - 1) * stride + 1
-        first, last = 0, available - span
-        fits, needed = last >= 0, str(frames)
+        first_start = 0
+        last_start = available - span
+        fits = last_start >= 0
+        needed = str(frames)
+
     if not fits:
         raise ValueError(
-            f'it has {available} frames and {frames} were asked for, which needs {needed}: give a longer '
-            'video, fewer --frames or a smaller --stride.'
+            f'it has {available} frames and {frames} were asked for, which needs {needed}: give a '
+            'longer video, fewer --frames or a smaller --stride.'
         )
-    return int(rng.integers(first, last + 1)) + stride * np.arange(frames)
+    start = int(rng.integers(first_start, last_start + 1))
+    return start + stride * np.arange(frames)

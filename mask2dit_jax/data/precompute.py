@@ -1,11 +1,16 @@
-"""Makes a data set of videos and captions: the moments of the VAE and the states of the text
-encoder, once."""
+"""Encodes videos and captions once, into a data set that training reads.
+
+The data set holds the moments (mean and log-variance) of the VAE and the states of the text
+encoder, so that neither network is needed during training. It may hold the frames instead.
+"""
 
 import collections
 import dataclasses
 import hashlib
 import pathlib
 import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import grain
 import jax
@@ -31,16 +36,18 @@ class Job:
     """What to make.
 
     Attributes:
-      manifest, root: the list of videos, and the folder they are relative to.
-      folder: model folder of VAE and text encoder; not needed to store frames.
-      frames: of a clip, where the manifest does not say.
-      height_px, width_px: of a clip.
-      stride: largest distance between frames taken of a video.
-      windows: times that every video is cut, from other starts.
-      seed: of the starts.
-      store: one of clips.STORES.
-      tiling, dtype: of the VAE and the text encoder.
-      part_clips: clips in a part.
+      manifest: the list of videos and captions.
+      root: folder that the videos are relative to, or None for the manifest's own.
+      folder: model folder with the VAE and the text encoder; None if frames are stored.
+      frames: frames of a clip, where the manifest does not say.
+      height_px, width_px: size of a clip.
+      stride: largest distance between neighbouring frames of a clip, in frames of the video.
+      windows: number of clips that are cut from every video, each from another start.
+      seed: seed of the random starts.
+      store: what is stored, one of records.STORES.
+      tiling: whether the VAE codes overlapping tiles; see vae.encode.
+      dtype: dtype in which the text encoder computes; the VAE always computes in float32.
+      part_clips: number of clips in a part.
     """
 
     manifest: str
@@ -58,18 +65,43 @@ class Job:
     part_clips: int = 64
 
 
-def plan(job: Job):
-    """What is to be made.
+class Window(NamedTuple):
+    """A clip of the manifest, cut for the `window`-th time."""
 
-    Returns:
-      Settings of the data set; its clips, every one of the manifest `windows` times, as (clip,
-      window); problems of the manifest's rows; and a function that raises ValueError for a number
-      of frames that cannot be coded.
+    clip: manifest_lib.Clip
+    window: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A job, checked.
+
+    Attributes:
+      settings: how the data set is made; they are written beside it, and a job that continues must
+        have the same.
+      windows: everything that is to be cut, in the order of the records.
+      problems: the problems of the manifest's rows.
+      check_frames: raises ValueError for a number of frames that cannot be coded.
+    """
+
+    settings: dict
+    windows: list[Window]
+    problems: list[manifest_lib.Problem]
+    check_frames: Callable[[int], int]
+
+
+def plan(job: Job) -> Plan:
+    """Checks a job and lists what it is to make, without reading a video.
 
     Raises:
       FileNotFoundError, ValueError: naming what is missing or does not fit.
     """
     manifest = manifest_lib.read(job.manifest, job.root)
+
+    # The scenes of one story lie together, so that training can read them as a window of records.
+    windows = [Window(clip, i) for clip in manifest.clips for i in range(job.windows)]
+    windows.sort(key=lambda item: (item.clip.story, item.window))
+
     settings = {
         'kind': manifest.kind,
         'store': job.store,
@@ -85,139 +117,200 @@ def plan(job: Job):
     if job.store == 'moments':
         folder = pathlib.Path(job.folder)
         model = config_json.read_config('transformer', folder / 'transformer', dtype=job.dtype)
-        codec = latent_codec.pretrained_codec(
-            folder, model, (job.height_px, job.width_px), tiling=job.tiling
-        )
+        size_px = (job.height_px, job.width_px)
+        codec = latent_codec.PretrainedCodec(folder, model, size_px, tiling=job.tiling)
         check_frames = codec.scene_latents
         check_frames(job.frames)
-        *size, channels = codec.latent_shape
-        settings |= {
-            'tiling': job.tiling,
-            'dtype': job.dtype,
-            'moments_shape': [*size, 2 * channels],
-            'text_shape': [model.max_text_seq_length, model.text_embed_dim],
-            'scaling_factor': config_json.read_config('vae', folder / 'vae').scaling_factor,
-            'folder': str(folder.absolute()),
-            'vae': latent_codec.network_digest(folder / 'vae'),
-            'text_encoder': latent_codec.network_digest(folder / 'text_encoder'),
-        }
-    listed = [(c, w) for c in manifest.clips for w in range(job.windows)]
-    listed.sort(key=lambda x: (x[0].story, x[1]))  # the scenes of one story lie together
-    settings['parts'] = -(-len(listed) // job.part_clips)
-    return settings, listed, manifest.problems, check_frames
+        settings |= _network_settings(job, model, codec.latent_shape)
+    settings['parts'] = -(-len(windows) // job.part_clips)
+    return Plan(settings, windows, manifest.problems, check_frames)
 
 
-def cut(clip: manifest_lib.Clip, window: int, job: Job, kind: str, check_frames):
-    """Reads the frames of one clip.
+def _network_settings(job: Job, model: dit.DiTConfig, latent_shape: tuple[int, int, int]) -> dict:
+    """Settings that depend on the model folder."""
+    folder = pathlib.Path(job.folder)
+    height, width, channels = latent_shape
+    return {
+        'tiling': job.tiling,
+        'dtype': job.dtype,
+        'moments_shape': [height, width, 2 * channels],
+        'text_shape': [model.max_text_seq_length, model.text_embed_dim],
+        'scaling_factor': config_json.read_config('vae', folder / 'vae').scaling_factor,
+        'folder': str(folder.absolute()),
+        'vae': latent_codec.network_digest(folder / 'vae'),
+        'text_encoder': latent_codec.network_digest(folder / 'text_encoder'),
+    }
+
+
+def cut(
+    clip: manifest_lib.Clip, window: int, job: Job, kind: str, check_frames: Callable[[int], int]
+) -> tuple[np.ndarray | None, list[manifest_lib.Problem]]:
+    """Reads the frames of one clip from its video.
+
+    Args:
+      clip: a clip of the manifest.
+      window: number of this cut of the clip; it changes the random start.
+      job: the job.
+      kind: kind of the manifest.
+      check_frames: see Plan.
 
     Returns:
-      uint8 [F, H, W, 3], or None, and the problems of the clip.
+      Frames uint8 [F, H, W, 3], or None if the clip cannot be used; and the problems of the clip.
     """
     problems = []
 
-    def note(word, message, used=True):
-        problems.append(manifest_lib.Problem(word, clip.where, str(clip.path), message, used))
+    def note(problem_kind: str, message: str, used: bool) -> None:
+        problems.append(
+            manifest_lib.Problem(problem_kind, clip.where, str(clip.path), message, used)
+        )
 
+    frames = clip.frames or job.frames
+    failure = 'frames'  # the kind of problem, if the next step fails
     try:
-        frames = clip.frames or job.frames
-        word = 'frames'
         check_frames(frames)
-        word = 'unreadable'
+
+        failure = 'unreadable'
         info = video.probe(clip.path)
-        facts = {'frames': len(info.times), 'height_px': info.height_px, 'width_px': info.width_px}
-        wrong = [f'{k} {v}, not {facts[k]}' for k, v in clip.claims.items() if v != facts[k]]
-        if wrong:
-            note(
-                'manifest differs', f'the manifest says {", ".join(wrong)}: the file was believed.'
-            )
-        if info.rotation_deg:
-            note('rotated', f'turned by {info.rotation_deg} degrees, as the file asks.')
-        if info.variable_rate:
-            note('variable rate', f'read at a constant {info.fps:.4g} frames per second.')
-        if info.height_px % 2 or info.width_px % 2:
-            note('odd size', f'{info.height_px}x{info.width_px} was cropped.')
-        if info.height_px < job.height_px or info.width_px < job.width_px:
-            note(
-                'enlarged',
-                f'{info.height_px}x{info.width_px} was scaled up to {job.height_px}x{job.width_px}.',
-            )
-        word = 'short'
+        for oddity, message in _oddities(clip, info, job):
+            note(oddity, message, used=True)
+
+        failure = 'short'
         rng = np.random.default_rng([job.seed, clip.story, clip.scene, window])
         indices = manifest_lib.choose_frames(kind, len(info.times), frames, job.stride, rng)
-        word = 'unreadable'
-        return video.read_frames(
+
+        failure = 'unreadable'
+        pixels = video.read_frames(
             clip.path, info, indices, height_px=job.height_px, width_px=job.width_px
-        ), problems
+        )
     except FileNotFoundError as error:
-        note('missing', str(error), False)
+        note('missing', str(error), used=False)
+        return None, problems
     except (OSError, ValueError) as error:
-        note(word, str(error), False)
-    return None, problems
+        note(failure, str(error), used=False)
+        return None, problems
+    return pixels, problems
 
 
-def _encode_captions(job: Job, model: dit.DiTConfig, captions, known: dict, network) -> np.ndarray:
-    """Text states bfloat16 [N, M, E], a few captions at a time."""
-    tokenize = t5.load_tokenizer(pathlib.Path(job.folder) / 'tokenizer')
-    new = [c for c in dict.fromkeys(captions) if c not in known]
-    for first in range(0, len(new), _CAPTIONS_AT_ONCE):
-        some = new[first : first + _CAPTIONS_AT_ONCE]
-        padded = some + [''] * (_CAPTIONS_AT_ONCE - len(some))  # one shape, one compilation
-        states = t5.encode(network[0].cfg, network[1], tokenize(padded, model.max_text_seq_length))
-        known |= zip(some, np.asarray(states, ml_dtypes.bfloat16))
-    return np.stack([known[c] for c in captions])
+def _oddities(clip: manifest_lib.Clip, info: video.Info, job: Job) -> Iterator[tuple[str, str]]:
+    """Kind and message of everything in a video that is unexpected, and harmless."""
+    found = {'frames': len(info.times), 'height_px': info.height_px, 'width_px': info.width_px}
+    wrong = [
+        f'{key} {claim}, not {found[key]}'
+        for key, claim in clip.claims.items()
+        if claim != found[key]
+    ]
+    if wrong:
+        yield (
+            'manifest differs',
+            f'the manifest says {", ".join(wrong)}: the video file decides.',
+        )
+
+    size = f'{info.height_px}x{info.width_px}'
+    if info.rotation_deg:
+        yield 'rotated', f'turned by {info.rotation_deg} degrees, as the file asks.'
+    if info.variable_rate:
+        yield 'variable rate', f'read at a constant {info.fps:.4g} frames per second.'
+    if info.height_px % 2 or info.width_px % 2:
+        yield 'odd size', f'{size} was cropped.'
+    if info.height_px < job.height_px or info.width_px < job.width_px:
+        yield 'enlarged', f'{size} was scaled up to {job.height_px}x{job.width_px}.'
 
 
-def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list]) -> None:
-    """Text states of all captions of these parts, to a file each; the text encoder is in memory
-    only here."""
-    files = {p: _text_path(out, p) for p in parts if not _text_path(out, p).exists()}
-    if not files and (out / NULL_TEXT).exists():
+def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list[Window]]) -> None:
+    """Encodes the captions of these parts, into one file per part.
+
+    The text encoder is in memory only during this call; the files last until their parts are
+    written.
+
+    Args:
+      job: the job.
+      out: folder of the data set.
+      parts: the windows of each part.
+    """
+    missing = [part for part in parts if not _text_path(out, part).exists()]
+    if not missing and (out / NULL_TEXT).exists():
         return
+
     folder = pathlib.Path(job.folder)
     model = config_json.read_config('transformer', folder / 'transformer')
-    network = load_lib.load_t5(folder / 'text_encoder', param_dtype=job.dtype, dtype=job.dtype)
-    _save(out / NULL_TEXT, _encode_captions(job, model, [''], {}, network)[0])
-    for part, file in tqdm.tqdm(files.items(), desc='captions', unit='part'):
-        _save(file, _encode_captions(job, model, [c.caption for c, _ in parts[part]], {}, network))
+    network, params = load_lib.load_t5(
+        folder / 'text_encoder', param_dtype=job.dtype, dtype=job.dtype
+    )
+    tokenize = t5.load_tokenizer(folder / 'tokenizer')
+    known = {}  # states by caption, since captions repeat
+
+    def encode(captions: list[str]) -> np.ndarray:
+        """Text states bfloat16 [N, M, E]."""
+        new = [c for c in dict.fromkeys(captions) if c not in known]
+        for first in range(0, len(new), _CAPTIONS_AT_ONCE):
+            some = new[first : first + _CAPTIONS_AT_ONCE]
+            # Every call has the same shape, so that the network is compiled once.
+            padded = some + [''] * (_CAPTIONS_AT_ONCE - len(some))
+            ids = tokenize(padded, model.max_text_seq_length)
+            states = t5.encode(network.cfg, params, ids)
+            known.update(zip(some, np.asarray(states, ml_dtypes.bfloat16)))
+        return np.stack([known[caption] for caption in captions])
+
+    _save_text(out / NULL_TEXT, encode([''])[0])
+    for part in tqdm.tqdm(missing, desc='captions', unit='part'):
+        captions = [item.clip.caption for item in parts[part]]
+        _save_text(_text_path(out, part), encode(captions))
 
 
 def _text_path(out: pathlib.Path, part: int) -> pathlib.Path:
     return out / f'text-{part:05d}.safetensors'
 
 
-def _save(path: pathlib.Path, text: np.ndarray) -> None:
-    temporary = path.with_name(
-        f'{path.name}.{uuid.uuid4().hex}.tmp'
-    )  # workers may write the same file
+def _save_text(path: pathlib.Path, text: np.ndarray) -> None:
+    """Writes text states to a file that is there whole or not at all."""
+    # Several workers may write the same file: each has a temporary name of its own.
+    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
     save_file({'text': text}, temporary)
     temporary.replace(path)
 
 
-def video_encoder(folder, tiling: bool):
-    """Function of clips uint8 [B, F, H, W, 3] to moments bfloat16 [B, T, h, w, 2C], and its batch
-    size B: one clip to every local device. Fewer clips may come at once."""
+def video_encoder(folder, tiling: bool) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+    """Loads the VAE onto all devices of this host.
+
+    Args:
+      folder: the model folder.
+      tiling: see vae.encode.
+
+    Returns:
+      A function of clips uint8 [B, F, H, W, 3] to moments bfloat16 [B, T, h, w, 2C]; and the
+      largest B that it takes, one clip per device.
+    """
     model, params = load_lib.load_vae(pathlib.Path(folder) / 'vae', dtype='float32')
+
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.array(devices), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-    spread, whole = (
-        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*a)) for a in (('data',), ())
-    )
-    params = jax.device_put(params, whole)
+    one_clip_each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put(params, replicated)
 
-    def run(pixels):
-        rows = np.resize(np.arange(len(pixels)), len(devices))  # one shape, one compilation
-        x = jax.device_put(pixels[rows].astype(np.float32) / 127.5 - 1, spread)
-        moments = np.concatenate(vae.encode(model.cfg, params, x, tiling), axis=-1)
-        return moments[: len(pixels)].astype(ml_dtypes.bfloat16)
+    def encode(clips: np.ndarray) -> np.ndarray:
+        # Fewer clips are filled up by repetition: one shape is compiled once.
+        rows = np.resize(np.arange(len(clips)), len(devices))
+        pixels = clips[rows].astype(np.float32) / 127.5 - 1  # [B, F, H, W, 3] in -1...1
+        posterior = vae.encode(model.cfg, params, jax.device_put(pixels, one_clip_each), tiling)
+        moments = np.concatenate(posterior, axis=-1)  # [B, T, h, w, 2C]
+        return moments[: len(clips)].astype(ml_dtypes.bfloat16)
 
-    return run, len(devices)
+    return encode, len(devices)
 
 
-def in_batches(stream, size: int):
-    """Lists of up to `size` neighbours of (number, frames) that have the same length."""
+class Cut(NamedTuple):
+    """Frames of a clip, uint8 [F, H, W, 3], and the clip's position in its part."""
+
+    position: int
+    frames: np.ndarray
+
+
+def in_batches(cuts: Iterable[Cut], size: int) -> Iterator[list[Cut]]:
+    """Lists of up to `size` neighbours that have the same number of frames."""
     batch = []
-    for item in stream:
-        if batch and (len(batch) == size or len(item[1]) != len(batch[0][1])):
+    for item in cuts:
+        if batch and (len(batch) == size or len(item.frames) != len(batch[0].frames)):
             yield batch
             batch = []
         batch.append(item)
@@ -226,13 +319,14 @@ def in_batches(stream, size: int):
 
 
 def precompute(job: Job, out, worker: int = 0, num_workers: int = 1, threads: int = 4) -> bool:
-    """Makes a data set, or this worker's share of it; goes on where it was stopped.
+    """Makes a data set, or this worker's share of it; continues where it was stopped.
 
     Args:
       job: what to make.
-      out: folder.
-      worker, num_workers: which share, and of how many.
-      threads: that read videos ahead.
+      out: folder of the data set.
+      worker: number of this worker, from 0.
+      num_workers: number of workers that share the parts.
+      threads: number of threads that read videos ahead.
 
     Returns:
       Whether the data set is complete.
@@ -242,116 +336,153 @@ def precompute(job: Job, out, worker: int = 0, num_workers: int = 1, threads: in
         read.
     """
     out = pathlib.Path(out)
-    settings, listed, row_problems, check_frames = plan(job)
+    planned = plan(job)
+    settings = planned.settings
     records.write_settings(out, settings)
-    parts = {
-        p: listed[p * job.part_clips : (p + 1) * job.part_clips] for p in range(settings['parts'])
-    }
-    mine = {p: parts[p] for p in range(worker, settings['parts'], num_workers)}
-    todo = {p: c for p, c in mine.items() if not records.part_path(out, settings, p).exists()}
+
+    # Worker w takes every num_workers-th part, and leaves out those that are there already.
+    todo = {}
+    mine = range(worker, settings['parts'], num_workers)
+    for part in mine:
+        if not records.part_path(out, settings, part).exists():
+            first = part * job.part_clips
+            todo[part] = planned.windows[first : first + job.part_clips]
     logging.info(
-        '%d clips in %d parts; %d of the %d parts of this worker are to do.',
-        len(listed),
-        len(parts),
-        len(todo),
+        '%d clips in %d parts; this worker has %d parts, and %d of them are to do.',
+        len(planned.windows),
+        settings['parts'],
         len(mine),
+        len(todo),
     )
+
     if job.store == 'moments':
         encode_text(job, out, todo)
-    _encode_parts(job, out, settings, todo, check_frames, threads)
-    done = records.write_info(out, settings)
-    if done is None:
-        logging.info('This worker is done; the last one completes %s.', out)
+    if todo:
+        _encode_parts(job, out, planned, todo, threads)
+
+    parts = records.write_info(out, settings)
+    if parts is None:
+        logging.info('This worker is done; the last worker to finish completes %s.', out)
         return False
-    problems = row_problems + [p for part in done for p in part.problems]
-    rows = [r for part in done for r in part.rows]
-    (out / 'report.md').write_text(report(settings, len(listed), rows, problems), encoding='utf-8')
+    problems = planned.problems + [problem for part in parts for problem in part.problems]
+    rows = [row for part in parts for row in part.rows]
+    text = report(settings, len(planned.windows), rows, problems)
+    (out / 'report.md').write_text(text, encoding='utf-8')
     return True
 
 
-def _encode_parts(job, out, settings, todo, check_frames, threads) -> None:
-    flat = [
-        (p, i, clip, window) for p, part in todo.items() for i, (clip, window) in enumerate(part)
-    ]
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    dataset = grain.MapDataset.source(flat).map(
-        lambda x: (x[0], x[1], *cut(x[2], x[3], job, settings['kind'], check_frames))
-    )
-    bar = tqdm.tqdm(total=len(flat), desc='clips', unit='clip')
-    problems = collections.defaultdict(list)
-    read = iter(dataset.to_iter_dataset(ahead))
+def _encode_parts(
+    job: Job, out: pathlib.Path, planned: Plan, todo: dict[int, list[Window]], threads: int
+) -> None:
+    """Reads, encodes and writes parts, one after another."""
+    kind = planned.settings['kind']
+    encode, batch_size = None, 1
+    if job.store == 'moments':
+        encode, batch_size = video_encoder(job.folder, job.tiling)
 
-    def of_part(part, count):
-        for _ in range(count):
-            _, i, frames, found = next(read)
-            problems[part].extend(found)
+    # Threads read ahead, over the borders of parts. The order of the clips is kept.
+    windows = [item for part in todo.values() for item in part]
+    dataset = grain.MapDataset.source(windows).map(
+        lambda item: cut(item.clip, item.window, job, kind, planned.check_frames)
+    )
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    results = iter(dataset.to_iter_dataset(options))
+    bar = tqdm.tqdm(total=len(windows), desc='clips', unit='clip')
+
+    def usable_cuts(count: int, problems: list) -> Iterator[Cut]:
+        """The next `count` clips, without those that cannot be used; appends to `problems`."""
+        for position in range(count):
+            frames, found = next(results)
+            problems.extend(found)
             bar.update()
             if frames is not None:
-                yield i, frames
+                yield Cut(position, frames)
 
-    run, size = (
-        video_encoder(job.folder, job.tiling) if job.store == 'moments' and todo else (None, 1)
-    )
-    for part, listed in todo.items():
-        stream = of_part(part, len(listed))
-        if job.store == 'moments':
-            text = load_file(_text_path(out, part))['text']
-            coded = (
-                (i, len(frames), {'moments': m, 'text': text[i]})
-                for batch in in_batches(stream, size)
-                for (i, frames), m in zip(batch, run(np.stack([frames for _, frames in batch])))
-            )
-        else:
-            coded = ((i, len(frames), {'video': frames}) for i, frames in stream)
-        examples = (
-            {
-                'story': listed[i][0].story * job.windows + listed[i][1],
-                'scene': listed[i][0].scene,
-                'frames': n,
-                'caption': listed[i][0].caption,
-                'path': str(listed[i][0].path),
-                **x,
-            }
-            for i, n, x in coded
-        )
-        records.write_part(out, settings, part, examples, problems[part])
+    def examples(part: int, problems: list) -> Iterator[dict]:
+        """Records of a part."""
+        cuts = usable_cuts(len(todo[part]), problems)
+        if job.store == 'frames':
+            for item in cuts:
+                yield _example(job, todo[part], item, {'video': item.frames})
+            return
+
+        text = load_file(_text_path(out, part))['text']  # [clips of the part, M, E]
+        for batch in in_batches(cuts, batch_size):
+            moments = encode(np.stack([item.frames for item in batch]))
+            for item, own_moments in zip(batch, moments):
+                content = {'moments': own_moments, 'text': text[item.position]}
+                yield _example(job, todo[part], item, content)
+
+    for part in todo:
+        problems = []  # filled while the examples are written
+        records.write_part(out, planned.settings, part, examples(part, problems), problems)
         _text_path(out, part).unlink(missing_ok=True)
     bar.close()
 
 
-def report(settings: dict, listed: int, rows, problems) -> str:
-    """report.md: what is in a data set, and everything that was wrong."""
-    counts = collections.Counter((p.kind, p.used) for p in problems)
-    summary = [
-        {'what': kind, 'clips': n, 'in the data set': 'yes' if used else 'NO'}
-        for (kind, used), n in sorted(counts.items())
-    ]
-    lengths = collections.Counter(r[2] for r in rows)
-    listing = [
-        {
-            'kind': p.kind,
-            'in': 'yes' if p.used else 'NO',
-            'where': p.where,
-            'file': p.path,
-            'what': p.message,
-        }
-        for p in sorted(problems, key=lambda p: p.used)
-    ]
-    malformed = sum(p.kind == 'malformed row' for p in problems)
+def _example(job: Job, windows: list[Window], item: Cut, content: dict) -> dict:
+    """One record with the keys of records.features; every window makes a story of its own."""
+    clip, window = windows[item.position]
+    return {
+        'story': clip.story * job.windows + window,
+        'scene': clip.scene,
+        'frames': len(item.frames),
+        'caption': clip.caption,
+        'path': str(clip.path),
+        **content,
+    }
+
+
+def report(
+    settings: dict,
+    listed: int,
+    rows: list[records.Row],
+    problems: list[manifest_lib.Problem],
+) -> str:
+    """Text of report.md: what is in a data set, and everything that was wrong.
+
+    Args:
+      settings: how the data set was made.
+      listed: number of clips that were to be made.
+      rows: one per record.
+      problems: those of the manifest's rows and of the clips.
+    """
+    lengths = collections.Counter(row.frames for row in rows)
+    per_length = ', '.join(f'{frames} ({n} clips)' for frames, n in sorted(lengths.items()))
+    malformed = sum(problem.kind == 'malformed row' for problem in problems)
     lines = [
         f'# {settings["kind"]}',
         '',
-        f'{len(rows)} of {listed} clips are in the data set; '
-        f'{listed - len(rows)} are not, and {malformed} rows of the manifest are malformed. Frames per clip: '
-        + (', '.join(f'{f} ({n} clips)' for f, n in sorted(lengths.items())) or 'none')
-        + '.',
+        f'{len(rows)} of {listed} clips are in the data set; {listed - len(rows)} are not, and '
+        f'{malformed} rows of the manifest are malformed. '
+        f'Frames per clip: {per_length or "none"}.',
         '',
     ]
     if problems:
-        lines += [
-            tables.format_table(summary, ('what', 'clips', 'in the data set')),
-            '',
-            tables.format_table(listing, ('kind', 'in', 'where', 'file', 'what')),
-            '',
-        ]
+        lines += [_summary_table(problems), '', _problem_table(problems), '']
     return '\n'.join(lines)
+
+
+def _summary_table(problems: list[manifest_lib.Problem]) -> str:
+    """Number of problems by kind."""
+    counts = collections.Counter((problem.kind, problem.used) for problem in problems)
+    rows = [
+        {'what': kind, 'clips': count, 'in the data set': 'yes' if used else 'NO'}
+        for (kind, used), count in sorted(counts.items())
+    ]
+    return tables.format_table(rows, ('what', 'clips', 'in the data set'))
+
+
+def _problem_table(problems: list[manifest_lib.Problem]) -> str:
+    """All problems, those that cost a clip first."""
+    rows = [
+        {
+            'kind': problem.kind,
+            'in': 'yes' if problem.used else 'NO',
+            'where': problem.where,
+            'file': problem.path,
+            'what': problem.message,
+        }
+        for problem in sorted(problems, key=lambda problem: problem.used)
+    ]
+    return tables.format_table(rows, ('kind', 'in', 'where', 'file', 'what'))

@@ -1,12 +1,12 @@
 """Data sets of encoded clips: TFDS data sets of ArrayRecord files, written part by part.
 
-TFDS's own builders write a data set in one go on one machine, and start over when killed. Here
-every part is a file of its own, by any host, and appears under its name only when it is whole; the
-last step adds what makes a TFDS data set of them, so that
+TFDS's own builders write a data set in one run on one machine, and start from nothing after a kill.
+Here every part is a file of its own, which any host may write, and which appears under its name
+only when it is whole. The last step adds the files that make a TFDS data set of the parts, so that
 `tfds.builder_from_directory(DIR).as_data_source('train')` reads it without this package.
 
-Beside the records lie encode.json (how they were made), an index of each part with its problems,
-and report.md.
+Three more kinds of files lie beside the records: encode.json says how they were made, an index of
+each part lists its records and problems, and report.md is the summary for people.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import uuid
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -30,42 +31,60 @@ _SETTINGS = 'encode.json'
 _VERSION = '1.0.0'
 
 
+class Row(NamedTuple):
+    """The place of a record in its story, and its length in pixel frames."""
+
+    story: int
+    scene: int
+    frames: int
+
+
+# The same as columns of an array.
+_ROW_DTYPE = np.dtype([(name, np.int64) for name in Row._fields])
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What became of a part of the clips.
+    """The result of encoding one part of the clips.
 
     Attributes:
-      rows: story, scene, and frames of each record, in their order.
-      problems: those of its clips.
+      rows: one per record, in the order of the records.
+      problems: the problems of the part's clips.
     """
 
-    rows: list[tuple[int, int, int]]
+    rows: list[Row]
     problems: list[manifest.Problem]
 
 
 def features(settings: dict) -> tfds.features.FeaturesDict:
-    """Of one clip: with store 'moments', mean and log-variance of the VAE [T, h, w, 2C] and text
-    [M, E], both bfloat16; with 'frames', video uint8 [F, H, W, 3]."""
+    """Features of one record.
+
+    Args:
+      settings: how the data set is made, as in encode.json.
+
+    Returns:
+      Story, scene, frames, caption and path. With store 'moments' also 'moments', mean and
+      log-variance of the VAE [T, h, w, 2C], and 'text' [M, E], both bfloat16; with store 'frames'
+      also 'video', uint8 [F, H, W, 3].
+    """
     tensor = functools.partial(tfds.features.Tensor, encoding=tfds.features.Encoding.BYTES)
-    known = {
+    common = {
         'story': np.int64,
         'scene': np.int64,
         'frames': np.int64,
         'caption': tfds.features.Text(),
         'path': tfds.features.Text(),
     }
+
     if settings['store'] == 'frames':
-        size = settings['height_px'], settings['width_px']
-        return tfds.features.FeaturesDict(
-            known | {'video': tensor(shape=(None, *size, 3), dtype=np.uint8)}
-        )
-    return tfds.features.FeaturesDict(
-        known
-        | {
-            'moments': tensor(shape=(None, *settings['moments_shape']), dtype=ml_dtypes.bfloat16),
-            'text': tensor(shape=tuple(settings['text_shape']), dtype=ml_dtypes.bfloat16),
-        }
-    )
+        shape = (None, settings['height_px'], settings['width_px'], 3)
+        return tfds.features.FeaturesDict(common | {'video': tensor(shape=shape, dtype=np.uint8)})
+
+    encoded = {
+        'moments': tensor(shape=(None, *settings['moments_shape']), dtype=ml_dtypes.bfloat16),
+        'text': tensor(shape=tuple(settings['text_shape']), dtype=ml_dtypes.bfloat16),
+    }
+    return tfds.features.FeaturesDict(common | encoded)
 
 
 def part_path(folder, settings: dict, part: int) -> pathlib.Path:
@@ -79,76 +98,88 @@ def _index_path(folder, part: int) -> pathlib.Path:
 
 
 def write_json(path: pathlib.Path, content) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(
-        f'{path.name}.{uuid.uuid4().hex}.tmp'
-    )  # hosts may write the same file
+    """Writes a JSON file that is there whole or not at all."""
+    # Several hosts may write the same file: each has a temporary name of its own.
+    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
     temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
     os.replace(temporary, path)
 
 
 def write_part(folder, settings: dict, part: int, examples, problems: list) -> Part:
-    """Writes one part; `examples` are dicts of features' keys, from an iterable that may append to
-    `problems`."""
-    final, described = part_path(folder, settings, part), features(settings)
-    serializer = example_serializer.ExampleSerializer(described.get_serialized_info())
+    """Writes one part.
+
+    Args:
+      folder: folder of the data set.
+      settings: how the data set is made.
+      part: number of the part.
+      examples: iterable of dicts with the keys of `features`.
+      problems: problems of the part's clips; `examples` may append to this list until it ends.
+
+    Returns:
+      What was written.
+    """
+    final = part_path(folder, settings, part)
     temporary = final.with_name(f'{final.name}.{os.getpid()}.tmp')
+    record_features = features(settings)
+    serializer = example_serializer.ExampleSerializer(record_features.get_serialized_info())
+
     rows = []
-    # One record a group: batches read single clips at random.
+    # Groups of one record, because batches read single clips at random.
     writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), 'group_size:1')
     for example in examples:
-        writer.write(serializer.serialize_example(described.encode_example(example)))
-        rows.append((int(example['story']), int(example['scene']), int(example['frames'])))
+        encoded = record_features.encode_example(example)
+        writer.write(serializer.serialize_example(encoded))
+        rows.append(Row(int(example['story']), int(example['scene']), int(example['frames'])))
     writer.close()
-    # The index first: a part is done when its records are there.
-    write_json(
-        _index_path(folder, part),
-        {'rows': rows, 'problems': [dataclasses.asdict(p) for p in problems]},
-    )
+
+    # The index comes first, because a part counts as done once its records are there.
+    index = {'rows': rows, 'problems': [dataclasses.asdict(p) for p in problems]}
+    write_json(_index_path(folder, part), index)
     os.replace(temporary, final)
     return Part(rows, problems)
 
 
 def read_part(folder, part: int) -> Part:
-    """What write_part wrote."""
+    """Reads the index that write_part wrote."""
     content = json.loads(_index_path(folder, part).read_text(encoding='utf-8'))
-    return Part(
-        [tuple(r) for r in content['rows']], [manifest.Problem(**p) for p in content['problems']]
-    )
+    rows = [Row(*row) for row in content['rows']]
+    problems = [manifest.Problem(**problem) for problem in content['problems']]
+    return Part(rows, problems)
 
 
 def write_settings(folder, settings: dict) -> None:
-    """Writes how a data set is made, or checks that it goes on as it began.
+    """Writes how a data set is made, or checks that it continues as it began.
 
     Raises:
       ValueError: if the folder was begun with other settings, naming them.
     """
     path = pathlib.Path(folder) / _SETTINGS
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        before = json.loads(path.read_text(encoding='utf-8'))
-        changed = sorted(
-            k for k in before | settings if k != 'folder' and before.get(k) != settings.get(k)
-        )
-        if changed:
-            raise ValueError(
-                f'{folder} was begun with another {", ".join(changed)}: use the same to go on with it, or '
-                'another --out.'
-            )
-    else:
+    if not path.exists():
         write_json(path, settings)
+        return
+
+    before = json.loads(path.read_text(encoding='utf-8'))
+    # The model folder may be mounted elsewhere; the digests in the settings identify its networks.
+    keys = (before | settings).keys() - {'folder'}
+    changed = sorted(key for key in keys if before.get(key) != settings.get(key))
+    if changed:
+        raise ValueError(
+            f'{folder} was begun with another {", ".join(changed)}: use the same to continue it, '
+            'or another --out.'
+        )
 
 
 def read_settings(folder) -> dict:
     """How a data set was made.
 
     Raises:
-      FileNotFoundError: if the folder holds none.
+      FileNotFoundError: if the folder is not a data set of clips.
     """
     path = pathlib.Path(folder) / _SETTINGS
     if not path.is_file():
         raise FileNotFoundError(
-            f'{folder} is no data set of clips: make one with mask2dit_jax.encode.'
+            f'{folder} is not a data set of clips: make one with mask2dit_jax.encode.'
         )
     return json.loads(path.read_text(encoding='utf-8'))
 
@@ -159,10 +190,12 @@ def write_info(folder, settings: dict) -> list[Part] | None:
     Returns:
       All parts, or None if some are missing.
     """
-    folder, numbers = pathlib.Path(folder), range(settings['parts'])
-    if not all(part_path(folder, settings, i).exists() for i in numbers):
+    folder = pathlib.Path(folder)
+    paths = [part_path(folder, settings, i) for i in range(settings['parts'])]
+    if not all(path.exists() for path in paths):
         return None
-    parts = [read_part(folder, i) for i in numbers]
+
+    parts = [read_part(folder, i) for i in range(settings['parts'])]
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder,
         dataset_name=settings['kind'],
@@ -171,9 +204,9 @@ def write_info(folder, settings: dict) -> list[Part] | None:
     )
     split = tfds.core.SplitInfo(
         name='train',
-        shard_lengths=[len(p.rows) for p in parts],
+        shard_lengths=[len(part.rows) for part in parts],
         filename_template=template,
-        num_bytes=sum(part_path(folder, settings, i).stat().st_size for i in numbers),
+        num_bytes=sum(path.stat().st_size for path in paths),
     )
     identity = dataset_info.DatasetIdentity(
         name=settings['kind'],
@@ -194,32 +227,36 @@ class Records:
     """Random access to a data set of clips.
 
     Attributes:
-      settings: how it was made.
-      rows: int [N, 3], story, scene and frames of each record.
-      fingerprint: of settings and rows.
+      folder: folder of the data set.
+      settings: how the data set was made.
+      rows: structured array [N] with the int64 columns 'story', 'scene' and 'frames' of the
+        records.
+      fingerprint: digest of settings and rows.
     """
 
     def __init__(self, folder):
         """Opens a finished data set.
 
         Raises:
-          FileNotFoundError, ValueError: if it is none, is not finished or has lost a file.
+          FileNotFoundError: if the folder is not a data set of clips.
+          ValueError: if the data set is not finished or has lost a file.
         """
         folder = pathlib.Path(folder)
+        self.folder = folder
         self.settings = read_settings(folder)
-        numbers = range(self.settings['parts'])
-        missing = [
-            p.name for i in numbers for p in [part_path(folder, self.settings, i)] if not p.exists()
-        ]
+
+        num_parts = self.settings['parts']
+        paths = [part_path(folder, self.settings, i) for i in range(num_parts)]
+        missing = [path for path in paths if not path.exists()]
         if missing or not (folder / 'dataset_info.json').exists():
             raise ValueError(
-                f'{folder} is not finished ({len(missing)} of {len(numbers)} parts are missing): run the '
-                'same mask2dit_jax.encode command again.'
+                f'{folder} is not finished ({len(missing)} of {num_parts} parts are missing): run '
+                'the same mask2dit_jax.encode command again.'
             )
+
         try:
-            parts = [read_part(folder, i).rows for i in numbers]
-            self.rows = np.array([r for rows in parts for r in rows], np.int64).reshape(-1, 3)
-            self._ends = np.cumsum([len(rows) for rows in parts])
+            parts = [read_part(folder, i).rows for i in range(num_parts)]
+            self.rows = np.array([row for rows in parts for row in rows], _ROW_DTYPE)
             self._source = tfds.builder_from_directory(os.fspath(folder)).as_data_source('train')
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -228,27 +265,29 @@ class Records:
             ) from error
         if len(self._source) != len(self.rows):
             raise ValueError(
-                f'{folder} holds {len(self._source)} records where its index has {len(self.rows)}: delete '
-                'it and run mask2dit_jax.encode again.'
+                f'{folder} holds {len(self._source)} records where its index has '
+                f'{len(self.rows)}: delete it and run mask2dit_jax.encode again.'
             )
+
+        self._part_ends = np.cumsum([len(rows) for rows in parts])
+        # The model folder does not count: a data set may be read where that is mounted elsewhere.
         text = json.dumps([self.settings | {'folder': ''}, self.rows.tolist()])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        self.folder = folder
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index) -> dict:
-        """One record, as `features` has it.
+        """One record, a dict with the keys of `features`.
 
         Raises:
-          ValueError: if it is damaged, by ArrayRecord's checksums.
+          ValueError: if ArrayRecord's checksums say that the record is damaged.
         """
         try:
             return self._source[int(index)]
         except RuntimeError as error:
-            part = int(np.searchsorted(self._ends, index, 'right'))
+            part = int(np.searchsorted(self._part_ends, index, 'right'))
             raise ValueError(
-                f'{part_path(self.folder, self.settings, part)} is damaged ({error}): delete it, and run '
-                'the same mask2dit_jax.encode command again.'
+                f'{part_path(self.folder, self.settings, part)} is damaged ({error}): delete it, '
+                'and run the same mask2dit_jax.encode command again.'
             ) from error

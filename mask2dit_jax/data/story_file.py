@@ -7,12 +7,21 @@ import numpy as np
 
 
 def split_scenes(video, frames: tuple[int, ...]) -> list[np.ndarray]:
-    """[F, H, W, 3] into its scenes."""
-    return np.split(video, np.cumsum(frames)[:-1])
+    """Splits a video [F, H, W, 3] into its scenes.
+
+    Args:
+      video: the scenes, one after another.
+      frames: pixel frames of each scene.
+    """
+    borders = np.cumsum(frames)[:-1]
+    return np.split(video, borders)
 
 
 def read_story(path) -> tuple[list[str], list[int | None]]:
-    """Captions and frames (None where not said) of a story file.
+    """Reads a story file.
+
+    Returns:
+      The caption of each scene, and its number of frames, None where the file does not say.
 
     Raises:
       ValueError: naming the file and what is wrong in it.
@@ -20,18 +29,17 @@ def read_story(path) -> tuple[list[str], list[int | None]]:
     form = '{"scenes": [{"caption": "...", "frames": 8}, ...]}'
     try:
         scenes = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))['scenes']
-        captions, frames = [s['caption'] for s in scenes], [s.get('frames') for s in scenes]
+        captions = [scene['caption'] for scene in scenes]
+        frames = [scene.get('frames') for scene in scenes]
     except OSError as error:
         raise ValueError(f'{path} cannot be read ({error.strerror}): check --story.') from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is no story file ({error!r}): write {form}.') from error
-    extra = sorted({k for s in scenes for k in s} - {'caption', 'frames'})
-    if (
-        not captions
-        or extra
-        or not all(isinstance(c, str) for c in captions)
-        or not all(f is None or isinstance(f, int) for f in frames)
-    ):
+        raise ValueError(f'{path} is not a story file ({error!r}): write {form}.') from error
+
+    texts_fit = all(isinstance(caption, str) for caption in captions)
+    frames_fit = all(number is None or isinstance(number, int) for number in frames)
+    extra = sorted({key for scene in scenes for key in scene} - {'caption', 'frames'})
+    if not captions or extra or not texts_fit or not frames_fit:
         raise ValueError(
             f'{path} needs a text caption and whole frames per scene and nothing else '
             f'{extra or ""}: write {form}.'

@@ -1,27 +1,16 @@
-"""Video files and pictures of videos: probe, read, resize, crop, write mp4 / gif / png, contact
-sheets of scenes."""
+"""Video files: probe, read, scale and crop; write mp4, gif and png."""
 
 import contextlib
 import dataclasses
 import fractions
 import os
 import pathlib
-import textwrap
 from collections.abc import Sequence
 
 import av
 import numpy as np
 from absl import logging
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-_MARGIN_PX = 20  # around a sheet and between its rows
-_SCENE_GAP_PX = 24  # between scenes in one row
-_FRAME_GAP_PX = 3  # between frames of one scene
-_MIN_SCENE_PX = 240  # a caption stays readable over a scene of one small frame
-_FONT_PX = 15
-_LINE_PX = 20
-_MAX_CAPTION_LINES = 6
-_INK = {False: (40, 40, 40), True: (20, 90, 170)}  # caption colour by given or not
+from PIL import Image, ImageOps
 
 
 def to_uint8(frames) -> np.ndarray:
@@ -35,6 +24,7 @@ def to_uint8(frames) -> np.ndarray:
         return frames
     if frames.dtype.kind in 'biu':
         raise ValueError(f'Pixels have dtype {frames.dtype}: pass uint8, or floats in [0, 1].')
+
     frames = frames.astype(np.float32)  # also from bfloat16
     if np.isnan(frames).any():
         raise ValueError(
@@ -43,7 +33,12 @@ def to_uint8(frames) -> np.ndarray:
     return np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
-def _checked_frames(frames) -> np.ndarray:
+def checked_frames(frames) -> np.ndarray:
+    """Frames of a video as uint8 [F, H, W, 3].
+
+    Raises:
+      ValueError: for a wrong shape or dtype, and for NaN.
+    """
     frames = to_uint8(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(
@@ -52,30 +47,35 @@ def _checked_frames(frames) -> np.ndarray:
     return frames
 
 
-def _upscale(frames: np.ndarray, scale: int) -> np.ndarray:
-    """Nearest neighbour by an integer factor: pixels stay sharp squares."""
+def upscale(frames: np.ndarray, scale: int) -> np.ndarray:
+    """Enlarges [F, H, W, 3] by an integer factor, nearest neighbour: pixels stay sharp squares.
+
+    Raises:
+      ValueError: for a factor below 1.
+    """
     if scale < 1:
         raise ValueError(f'scale is {scale}: pass an integer of at least 1.')
     return frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
-def _fit(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
-    """Scales so that `size` (width, height) is covered, then crops the centre; PIL's bilinear
-    filter antialiases."""
-    return np.asarray(
-        image if size is None else ImageOps.fit(image, size, Image.Resampling.BILINEAR)
-    )
+def scale_and_crop(image: Image.Image, height_px: int, width_px: int) -> np.ndarray:
+    """Scales an image until it just covers a size, then crops the centre.
+
+    Returns:
+      uint8 [H, W, 3]. PIL's bilinear filter antialiases.
+    """
+    return np.asarray(ImageOps.fit(image, (width_px, height_px), Image.Resampling.BILINEAR))
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What a video file really holds, whatever a manifest says of it.
+    """What a video file really holds, whatever a manifest says about it.
 
     Attributes:
-      times: presentation times of its frames in seconds, ascending.
+      times: presentation times of the frames in seconds, ascending.
       fps: frames per second, on average.
-      height_px, width_px: as shown, that is after the rotation.
-      rotation_deg: counter-clockwise, as the file asks for it.
+      height_px, width_px: size as shown, after the rotation.
+      rotation_deg: rotation that the file asks for, counter-clockwise.
       variable_rate: whether frames last for different times.
     """
 
@@ -88,23 +88,28 @@ class Info:
 
     @property
     def timeline(self) -> np.ndarray:
-        """The frame shown at each tick of a constant rate, int [frames]; 0, 1, 2, ... unless the
-        rate is variable."""
+        """The frame shown at each tick of a constant rate, int [frames].
+
+        It is 0, 1, 2, ... unless the rate is variable.
+        """
+        num_frames = len(self.times)
         if not self.variable_rate:
-            return np.arange(len(self.times))
-        ticks = self.times[0] + np.arange(len(self.times)) / self.fps
-        return np.maximum(np.searchsorted(self.times, ticks + 1e-6, 'right') - 1, 0)
+            return np.arange(num_frames)
+        ticks = self.times[0] + np.arange(num_frames) / self.fps
+        shown = np.searchsorted(self.times, ticks + 1e-6, 'right') - 1
+        return np.maximum(shown, 0)
 
 
 @contextlib.contextmanager
 def _opened(path):
-    """Container and stream of a video; what FFmpeg would paper over is an error.
+    """Container and stream of a video; damage that FFmpeg would conceal is an error.
 
     Raises:
       FileNotFoundError, ValueError: as read_video.
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f'{path} is not a file: check the path of the video.')
+
     try:
         with av.open(os.fspath(path)) as container:
             if not container.streams.video:
@@ -112,10 +117,11 @@ def _opened(path):
                     f'{path} has no video stream: pass a video file such as mp4 or gif.'
                 )
             stream = container.streams.video[0]
-            # Without this, H.264 conceals what it cannot read by copying from its neighbours;
-            # threads drop the error.
+            # Without this option H.264 replaces what it cannot read by copies of its neighbours.
             stream.codec_context.options = {'err_detect': 'explode'}
-            stream.thread_type, stream.codec_context.thread_count = 'NONE', 1
+            # With threads the decoder drops the error.
+            stream.thread_type = 'NONE'
+            stream.codec_context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(
@@ -123,9 +129,18 @@ def _opened(path):
         ) from error
 
 
-def _packets(container, stream):
-    """Packets that hold a picture to show."""
-    return (p for p in container.demux(stream) if p.size and not p.is_discard)
+def _nominal_fps(stream) -> float:
+    """Frames per second that the file states or FFmpeg guesses, or 0."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def _check_complete(path, num_frames: int, stream) -> None:
+    """Raises ValueError if the file holds fewer frames than its index lists."""
+    if num_frames < stream.frames:
+        raise ValueError(
+            f'{path} is cut off: it has {num_frames} of the {stream.frames} frames that its index '
+            'lists; replace or re-encode the file.'
+        )
 
 
 def probe(path) -> Info:
@@ -135,52 +150,54 @@ def probe(path) -> Info:
       FileNotFoundError, ValueError: as read_video.
     """
     with _opened(path) as (container, stream):
-        packets = [(p.pts, p.dts) for p in _packets(container, stream)]
-        stamps = [pts for pts, _ in packets]
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if not packets or not rate:
+        # Presentation times of the packets that hold a picture to show, in ticks.
+        ticks = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+        rate = _nominal_fps(stream)
+        if not ticks or not rate:
             raise ValueError(
-                f'{path} has {len(packets)} frames at {rate:g} fps: replace or re-encode the file.'
+                f'{path} has {len(ticks)} frames at {rate:g} fps: replace or re-encode the file.'
             )
-        if len(packets) < stream.frames:
-            raise ValueError(
-                f'{path} is cut off: it has {len(packets)} of the {stream.frames} frames that its index '
-                'lists; replace or re-encode the file.'
-            )
-        times = (
-            np.arange(len(stamps)) / rate
-            if None in stamps
-            else np.sort(np.array(stamps, np.float64)) * float(stream.time_base)
-        )
+        _check_complete(path, len(ticks), stream)
+        if None in ticks:
+            times = np.arange(len(ticks)) / rate
+        else:
+            times = np.sort(np.array(ticks, np.float64)) * float(stream.time_base)
+
+    # Demuxing has used the file up: it is opened anew for the first frame.
     with _opened(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None:
             raise ValueError(
                 f'{path} has no frame that can be decoded: replace or re-encode the file.'
             )
-        height, width = (
-            (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
-        )
-        steps = np.diff(times)
-        # Rates that are no whole number of ticks make steps differ by one tick.
-        uneven = len(steps) > 1 and np.ptp(steps) > max(
-            2.5 * float(stream.time_base or 0), 0.1 * np.median(steps)
-        )
-        fps = (
-            (len(times) - 1) / (times[-1] - times[0])
-            if len(times) > 1 and times[-1] > times[0]
-            else rate
-        )
-        return Info(
-            times, float(fps) if uneven else rate, height, width, int(frame.rotation), bool(uneven)
-        )
+        height, width = frame.height, frame.width
+        rotation = int(frame.rotation)
+        tick = float(stream.time_base or 0)
+    if rotation % 180:
+        height, width = width, height
+
+    uneven = _is_uneven(times, tick)
+    fps = rate
+    if uneven and times[-1] > times[0]:
+        fps = float((len(times) - 1) / (times[-1] - times[0]))
+    return Info(times, fps, height, width, rotation, uneven)
 
 
-def _upright(path, frame, size: tuple[int, int] | None) -> np.ndarray:
-    """Pixels of a decoded frame as it is to be shown.
+def _is_uneven(times: np.ndarray, tick: float) -> bool:
+    """Whether frames last for different times; `tick` is the unit of the file's times, in s."""
+    steps = np.diff(times)
+    if len(steps) < 2:
+        return False
+    # A rate that is not a whole number of ticks makes steps differ by one tick.
+    tolerance = max(2.5 * tick, 0.1 * np.median(steps))
+    return bool(np.ptp(steps) > tolerance)
+
+
+def _upright(path, frame, height_px: int | None, width_px: int | None) -> np.ndarray:
+    """Pixels of a decoded frame, uint8 [H, W, 3], as it is to be shown.
 
     Raises:
-      ValueError: if the decoder had to guess at some of it.
+      ValueError: if the decoder had to guess some of them.
     """
     if frame.is_corrupt:
         at = '' if frame.time is None else f' at {frame.time:.2f} s'
@@ -188,15 +205,19 @@ def _upright(path, frame, size: tuple[int, int] | None) -> np.ndarray:
     image = frame.to_image()
     if frame.rotation:
         image = image.rotate(frame.rotation, expand=True)
-    return _fit(image, size)
+    if height_px is None:
+        return np.asarray(image)
+    return scale_and_crop(image, height_px, width_px)
 
 
-def read_frames(path, info: Info, indices, *, height_px: int, width_px: int) -> np.ndarray:
-    """Some frames of a video, decoding from the last key frame before the first of them.
+def read_frames(
+    path, info: Info, indices: Sequence[int], *, height_px: int, width_px: int
+) -> np.ndarray:
+    """Reads some frames of a video, decoding from the last key frame before the first of them.
 
     Args:
       path: the file.
-      info: of probe.
+      info: what probe said about the file.
       indices: ascending positions in info.timeline.
       height_px, width_px: as in read_video.
 
@@ -206,35 +227,39 @@ def read_frames(path, info: Info, indices, *, height_px: int, width_px: int) -> 
     Raises:
       FileNotFoundError, ValueError: as read_video, and for a frame that is damaged or missing.
     """
-    wanted = info.timeline[np.asarray(indices)]
+    wanted = info.timeline[np.asarray(indices)].tolist()
+    missing = set(wanted)
     found = {}
     with _opened(path) as (container, stream):
-        base = float(stream.time_base)
+        tick = float(stream.time_base)
         if wanted[0]:
-            container.seek(round(info.times[wanted[0]] / base), stream=stream)
+            container.seek(round(info.times[wanted[0]] / tick), stream=stream)
+
         for count, frame in enumerate(container.decode(stream)):
-            index = (
-                count
-                if frame.pts is None
-                else int(np.searchsorted(info.times, frame.pts * base - 1e-6))
-            )
-            if index in wanted and index not in found:
-                found[index] = _upright(path, frame, (width_px, height_px))
+            # After a seek only the time of a frame tells its position.
+            index = count
+            if frame.pts is not None:
+                index = int(np.searchsorted(info.times, frame.pts * tick - 1e-6))
+            if index in missing:
+                found[index] = _upright(path, frame, height_px, width_px)
+                missing.remove(index)
             if index >= wanted[-1]:
                 break
-    missing = sorted(set(wanted.tolist()) - set(found))
+
     if missing:
         raise ValueError(
-            f'{path}: frame {missing[0]} of {len(info.times)} is missing: replace or re-encode the file.'
+            f'{path}: frame {min(missing)} of {len(info.times)} is missing: replace or re-encode '
+            'the file.'
         )
-    return np.stack([found[i] for i in wanted.tolist()])
+    return np.stack([found[index] for index in wanted])
 
 
 def read_video(
     path, *, height_px: int | None = None, width_px: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """Decodes all frames of a video file (mp4, gif and whatever else FFmpeg reads), turned as the
-    file asks.
+    """Decodes all frames of a video file: mp4, gif and whatever else FFmpeg reads.
+
+    Frames are turned as the file asks.
 
     Args:
       path: the file.
@@ -245,56 +270,51 @@ def read_video(
       uint8 frames [F, H, W, 3] and the frames per second.
 
     Raises:
-      FileNotFoundError: without the file.
-      ValueError: without a video stream or frame, for a file that FFmpeg cannot decode or without a
-        frame rate.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if FFmpeg cannot decode the file, or it has no video stream, no frame or no frame
+        rate.
     """
     if (height_px is None) != (width_px is None):
         raise ValueError(f'height_px={height_px} and width_px={width_px}: give both or neither.')
+
     with _opened(path) as (container, stream):
-        size = None if height_px is None else (width_px, height_px)
-        frames = [_upright(path, frame, size) for frame in container.decode(stream)]
-        if len(frames) < stream.frames:
-            raise ValueError(
-                f'{path} is cut off: it has {len(frames)} of the {stream.frames} frames that its index '
-                'lists; replace or re-encode the file.'
-            )
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        frames = [_upright(path, frame, height_px, width_px) for frame in container.decode(stream)]
+        _check_complete(path, len(frames), stream)
+        fps = _nominal_fps(stream)
     if not frames or not fps:
         raise ValueError(
             f'{path} has {len(frames)} frames at {fps} fps: replace or re-encode the file.'
         )
-    return np.stack(frames), fps  # uint8 [F, H, W, 3]
+    return np.stack(frames), fps
 
 
 def _new_file(path) -> str:
+    """The path as a string; its folder is made if needed."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     return os.fspath(path)
 
 
 def _encode(path: str, frames: np.ndarray, fps: float, codec: str, options: dict[str, str]) -> None:
-    """Encodes as yuv420p, whose halved chroma needs even sizes: an odd one is padded by repeating
-    the last pixel."""
-    frames = np.pad(
-        frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode='edge'
-    )
+    """Encodes frames uint8 [F, H, W, 3] as yuv420p."""
+    # The halved chroma of yuv420p needs even sizes: the last row and column are repeated.
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode='edge')
+
+    rate = fractions.Fraction(fps).limit_denominator(1001)
     with av.open(path, 'w', format='mp4', options={'movflags': '+faststart'}) as container:
-        stream = container.add_stream(
-            codec, rate=fractions.Fraction(fps).limit_denominator(1001), options=options
-        )
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-        for frame in frames:
-            container.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')
-                )
-            )
-        container.mux(stream.encode())
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = 'yuv420p'
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format='rgb24')
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())  # what the encoder still holds back
 
 
 def write_mp4(path, frames, fps: float, scale: int = 1) -> None:
-    """Writes an mp4: H.264, or MPEG-4 part 2 (said in the log) when this PyAV is built without
-    libx264.
+    """Writes an mp4 with H.264, or with MPEG-4 part 2 when this PyAV is built without libx264.
+
+    The log says so in the second case.
 
     Args:
       path: the file to write; its folder is made if needed.
@@ -308,7 +328,7 @@ def write_mp4(path, frames, fps: float, scale: int = 1) -> None:
     """
     if fps <= 0:
         raise ValueError(f'fps is {fps}: pass a positive number of frames per second.')
-    frames = _upscale(_checked_frames(frames), scale)
+    frames = upscale(checked_frames(frames), scale)
     if 'libx264' in av.codecs_available:
         _encode(_new_file(path), frames, fps, 'libx264', {'crf': '16'})
     else:
@@ -317,13 +337,14 @@ def write_mp4(path, frames, fps: float, scale: int = 1) -> None:
 
 
 def write_gif(path, frames, fps: float, scale: int = 1) -> None:
-    """Writes a gif that loops forever; equal frames in a row are stored as one that is shown for
-    longer.
+    """Writes a gif that loops forever.
+
+    Equal frames in a row are stored as one frame that is shown for longer.
 
     Args:
       path: the file to write; its folder is made if needed.
       frames: [F, H, W, 3], uint8 or float in [0, 1].
-      fps: frames per second, at most 50 (browsers slow down faster gifs).
+      fps: frames per second, at most 50, because browsers slow down faster gifs.
       scale: integer nearest-neighbour upscale.
 
     Raises:
@@ -331,10 +352,12 @@ def write_gif(path, frames, fps: float, scale: int = 1) -> None:
     """
     if not 0 < fps <= 50:
         raise ValueError(f'fps is {fps}: a gif needs more than 0 and at most 50.')
-    images = [Image.fromarray(frame) for frame in _upscale(_checked_frames(frames), scale)]
-    # Gif counts in hundredths of a second: rounding the end times, not the durations, keeps the
+    images = [Image.fromarray(frame) for frame in upscale(checked_frames(frames), scale)]
+
+    # Gif counts in hundredths of a second. Rounding the end times, not the durations, keeps the
     # mean rate.
-    durations_ms = 10 * np.diff(np.round(np.arange(len(images) + 1) * 100 / fps)).astype(int)
+    ends = np.round(np.arange(len(images) + 1) * 100 / fps)
+    durations_ms = 10 * np.diff(ends).astype(int)
     images[0].save(
         _new_file(path),
         format='GIF',
@@ -346,121 +369,10 @@ def write_gif(path, frames, fps: float, scale: int = 1) -> None:
 
 
 def write_png(path, image) -> None:
-    """Writes one image [H, W, 3], uint8 or float in [0, 1], as png; the folder is made if
-    needed."""
-    Image.fromarray(to_uint8(image)).save(_new_file(path), format='PNG')
-
-
-def _film_strip(frames, max_frames: int, frame_height_px: int) -> np.ndarray:
-    """Evenly chosen frames side by side, uint8 [h, w, 3] with h near `frame_height_px`."""
-    frames = _checked_frames(frames)
-    frames = frames[
-        np.linspace(0, len(frames) - 1, min(len(frames), max_frames)).round().astype(int)
-    ]
-    height, width = frames.shape[1:3]
-    if height > frame_height_px:
-        size = max(1, round(width * frame_height_px / height)), frame_height_px
-        frames = np.stack([_fit(Image.fromarray(frame), size) for frame in frames])
-    frames = _upscale(frames, max(1, frame_height_px // frames.shape[1]))
-    frames = np.pad(frames, ((0, 0), (0, 0), (0, _FRAME_GAP_PX), (0, 0)), constant_values=255)
-    return np.concatenate(frames, axis=1)[:, :-_FRAME_GAP_PX]
-
-
-def _wrap(caption: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
-    """The widest wrapping whose lines fit in `width_px`; a caption too long ends in an ellipsis."""
-    for characters in range(width_px // 3, 0, -1):  # no letter mix is narrower than 3 px on average
-        lines = textwrap.wrap(caption, characters, max_lines=_MAX_CAPTION_LINES, placeholder=' …')
-        if all(font.getlength(line) <= width_px for line in lines):
-            break
-    return lines
-
-
-def _sheet_row(strips, captions, given, widths: Sequence[int]) -> Image.Image:
-    """One row of scenes: captions on a common base line above the frames."""
-    font = ImageFont.load_default(size=_FONT_PX)
-    marked = [
-        '(given) ' * is_given + caption for is_given, caption in zip(given, captions, strict=True)
-    ]
-    lines = [_wrap(caption, font, width) for caption, width in zip(marked, widths)]
-    text_px = _LINE_PX * max(map(len, lines)) + 4
-    height = text_px + max(strip.shape[0] for strip in strips)
-    row = Image.new('RGB', (sum(widths) + _SCENE_GAP_PX * (len(widths) - 1), height), 'white')
-    draw, x = ImageDraw.Draw(row), 0
-    for strip, text, is_given, width in zip(strips, lines, given, widths):
-        top = text_px - 4 - _LINE_PX * len(text)
-        for i, line in enumerate(text):
-            draw.text((x, top + _LINE_PX * i), line, fill=_INK[bool(is_given)], font=font)
-        row.paste(Image.fromarray(strip), (x, text_px))
-        x += width + _SCENE_GAP_PX
-    return row
-
-
-def _column_widths(strips: list[list[np.ndarray]]) -> list[int]:
-    """Width in px of each column of scenes; stories may differ in their number of scenes."""
-    columns = range(max(map(len, strips)))
-    return [
-        max(_MIN_SCENE_PX, *(row[i].shape[1] for row in strips if i < len(row))) for i in columns
-    ]
-
-
-def _check_structure(stories, captions, given) -> None:
-    scenes, texts, marks = (
-        [len(items) for items in nested] for nested in (stories, captions, given)
-    )
-    if not scenes or 0 in scenes or not scenes == texts == marks:
-        raise ValueError(
-            f'Stories of {scenes} scenes have {texts} captions and {marks} given marks: '
-            'pass at least one scene per story, with one caption and one mark each.'
-        )
-
-
-def story_grid(
-    stories, captions, *, given=None, max_frames: int = 4, frame_height_px: int = 128
-) -> np.ndarray:
-    """Draws one row per story: its scenes side by side, the caption above each scene.
+    """Writes an image as png.
 
     Args:
-      stories: per story a list of scenes [F, H, W, 3], uint8 or float in [0, 1]; lengths and sizes
-        may differ.
-      captions: per story a list of strings, one per scene.
-      given: per story one bool per scene; a given scene (not generated) is marked '(given)'. None
-        marks none.
-      max_frames: frames shown per scene, evenly chosen from first to last.
-      frame_height_px: a smaller frame is enlarged by the largest integer that fits, a larger one
-        shrunk to it.
-
-    Returns:
-      uint8 image [H, W, 3] on white.
-
-    Raises:
-      ValueError: without a scene, for wrong shapes or unequal numbers of scenes, captions and
-        given.
+      path: the file to write; its folder is made if needed.
+      image: [H, W, 3], uint8 or float in [0, 1].
     """
-    given = [[False] * len(story) for story in stories] if given is None else given
-    _check_structure(stories, captions, given)
-    strips = [
-        [_film_strip(scene, max_frames, frame_height_px) for scene in story] for story in stories
-    ]
-    widths = _column_widths(strips)
-    rows = [_sheet_row(s, c, g, widths[: len(s)]) for s, c, g in zip(strips, captions, given)]
-    size = (
-        max(row.width for row in rows) + 2 * _MARGIN_PX,
-        sum(row.height + _MARGIN_PX for row in rows) + _MARGIN_PX,
-    )
-    sheet, y = Image.new('RGB', size, 'white'), _MARGIN_PX
-    for row in rows:
-        sheet.paste(row, (_MARGIN_PX, y))
-        y += row.height + _MARGIN_PX
-    return np.asarray(sheet)  # uint8 [H, W, 3]
-
-
-def contact_sheet(
-    scenes, captions, *, given=None, max_frames: int = 8, frame_height_px: int = 128
-) -> np.ndarray:
-    """Draws one story with a row per scene; arguments as in `story_grid`, without the outer
-    list."""
-    given = [False] * len(scenes) if given is None else given
-    stories, captions, given = ([[item] for item in items] for items in (scenes, captions, given))
-    return story_grid(
-        stories, captions, given=given, max_frames=max_frames, frame_height_px=frame_height_px
-    )
+    Image.fromarray(to_uint8(image)).save(_new_file(path), format='PNG')

@@ -15,7 +15,7 @@ import tqdm
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import logs, pipeline, tables
 from mask2dit_jax.data import batches as batches_lib
-from mask2dit_jax.data import clips, latent_codec, story_file, video
+from mask2dit_jax.data import clips, latent_codec, sheets, story_file, video
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
@@ -175,7 +175,7 @@ def _write_grid(
     """The picture, and its captions beside it."""
     stories = [story_file.split_scenes(story, frames) for story in videos]
     is_given = [scene < given_scenes for scene in range(len(frames))]
-    grid = video.story_grid(stories, captions, given=[is_given] * len(stories))
+    grid = sheets.story_grid(stories, captions, given=[is_given] * len(stories))
     video.write_png(path, grid)
 
     description = {

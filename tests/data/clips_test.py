@@ -25,6 +25,7 @@ def test_rotated_videos_are_turned(tmp_path):
     turn(tmp_path / 'a.mp4', tmp_path / 'turned.mp4')
     info = video.probe(tmp_path / 'turned.mp4')
     assert (info.rotation_deg, info.height_px, info.width_px) == (-90, 48, 32)
+
     upright = np.rot90(video.read_video(tmp_path / 'a.mp4')[0], -1, (1, 2))
     np.testing.assert_array_equal(video.read_video(tmp_path / 'turned.mp4')[0], upright)
     some = video.read_frames(tmp_path / 'turned.mp4', info, [3, 9], height_px=48, width_px=32)
@@ -40,14 +41,17 @@ def test_variable_rates_are_read_at_a_constant_one(tmp_path):
         max(i for i, t in enumerate(ticks) if t <= tick * 20 / 11 + 1e-3) for tick in range(12)
     ]
     assert info.timeline.tolist() == shown and shown.count(5) > 3
+
     write_times(tmp_path / 'b.mp4', moving(12), range(12))
     assert not video.probe(tmp_path / 'b.mp4').variable_rate
 
 
 @pytest.mark.parametrize('at', [0.0, 0.2, 0.6, 1.0])
 def test_damage_is_not_read_over(at, tmp_path):
-    """FFmpeg alone would copy what it cannot read from the frame before. Bytes changed elsewhere
-    can make another legal video, which nobody can tell."""
+    """FFmpeg alone would copy what it cannot read from the frame before.
+
+    Bytes changed elsewhere can make another legal video, whose damage nobody can see.
+    """
     video.write_mp4(tmp_path / 'a.mp4', panned(), 25)
     damage(tmp_path / 'a.mp4', tmp_path / 'b.mp4', at)
     info = video.probe(tmp_path / 'a.mp4')
@@ -58,9 +62,10 @@ def test_damage_is_not_read_over(at, tmp_path):
 
 
 def reference_single(n, frames, rng):
-    """The reference's draw for the pretraining set, as its constants say."""
-    v = int(0.95 * n)
-    return int(rng.integers(int(0.05 * v), v - ((frames - 1) * 3 + 1) + 1)) + 3 * np.arange(frames)
+    """The reference's draw for the pretraining set, by its constants."""
+    end = int(0.95 * n)
+    last_start = end - ((frames - 1) * 3 + 1)
+    return int(rng.integers(int(0.05 * end), last_start + 1)) + 3 * np.arange(frames)
 
 
 @pytest.mark.parametrize('n', [164, 170, 300])
@@ -69,11 +74,13 @@ def test_frames_of_single_clips(n):
         got = manifest.choose_frames(manifest.SINGLE_SCENE, n, 49, 3, np.random.default_rng(seed))
         np.testing.assert_array_equal(got, reference_single(n, 49, np.random.default_rng(seed)))
         assert got[0] >= int(0.05 * int(0.95 * n)) and got[-1] < int(0.95 * n)
+
     starts = {
         manifest.choose_frames(manifest.SINGLE_SCENE, 164, 49, 3, np.random.default_rng(s))[0]
         for s in range(300)
     }
     assert starts == set(range(7, 11))  # int(.05 * 155) ... 155 - 145
+
     with pytest.raises(ValueError, match='163 frames and 49 were asked for'):
         manifest.choose_frames(manifest.SINGLE_SCENE, 163, 49, 3, np.random.default_rng(0))
 
@@ -82,7 +89,10 @@ def test_frames_of_single_clips(n):
 def test_frames_of_story_clips(n, stride):
     for seed in range(20):
         got = manifest.choose_frames(manifest.MULTI_SCENE, n, 49, 3, np.random.default_rng(seed))
-        assert set(np.diff(got)) == {stride} and len(got) == 49 and got[0] >= 0 and got[-1] < n
+        assert len(got) == 49
+        assert set(np.diff(got)) == {stride}
+        assert got[0] >= 0 and got[-1] < n
+
     with pytest.raises(ValueError, match='48 frames and 49 were asked for'):
         manifest.choose_frames(manifest.MULTI_SCENE, 48, 49, 3, np.random.default_rng(0))
 
@@ -127,6 +137,7 @@ def test_json_manifests(tmp_path):
         (c.story, c.scene, c.path.name, c.caption, c.frames, c.claims)
         for c in manifest.read(path).clips
     ] == [(0, 0, 'a.mp4', 'A', None, {}), (0, 1, 'b.mp4', 'B', None, {'width_px': 64})]
+
     story = {
         'scenes': [
             {'video': 'a.mp4', 'caption': 'A', 'frames': 9},
@@ -145,7 +156,7 @@ BAD_MANIFESTS = {
     'nothing in it': ('m.csv', 'caption,path\n', 'm.csv lists no usable clip'),
     'not UTF-8': ('m.csv', b'caption,path\n\xff\xfe,a.mp4\n', 'm.csv is not UTF-8'),
     'kind unknown': ('m.tsv', 'caption\tpath\n', 'm.tsv is neither .csv nor .json'),
-    'no JSON': ('m.json', '[{"values": ', r'm.json is no JSON \(.*line 1'),
+    'no JSON': ('m.json', '[{"values": ', r'm.json is not JSON \(.*line 1'),
     'JSON of another kind': ('m.json', '7', 'm.json holds neither a list nor an object'),
     'JSON without clips': (
         'm.json',
@@ -196,19 +207,15 @@ def test_bad_rows_are_counted_and_the_rest_is_kept(name, row, where, message, tm
     )
     found = manifest.read(tmp_path / name)
     (problem,) = found.problems
-    assert (
-        problem.kind == 'malformed row'
-        and problem.where == f'{name} {where}'
-        and message in problem.message
-    )
+    assert problem.kind == 'malformed row'
+    assert problem.where == f'{name} {where}'
+    assert message in problem.message
     assert {c.path.name for c in found.clips} == {'good.mp4'}
 
 
 def test_strange_numbers_are_noted(tmp_path):
     (tmp_path / 'm.csv').write_text('caption,path,num_frame\na cat,a.mp4,many\n')
     found = manifest.read(tmp_path / 'm.csv')
-    assert (
-        len(found.clips) == 1
-        and found.problems[0].used
-        and "frames is 'many'" in found.problems[0].message
-    )
+    assert len(found.clips) == 1
+    assert found.problems[0].used
+    assert "frames is 'many'" in found.problems[0].message

@@ -1,5 +1,7 @@
-"""Videos to data sets to batches, on a tiny random model folder: what is kept, what is refused, and
-what goes on."""
+"""Videos become data sets and batches, on a tiny random model folder.
+
+The tests say what is kept, what is refused, and what continues after a kill.
+"""
 
 import collections
 import csv
@@ -34,7 +36,7 @@ FRAMES, SIZE = 5, 32
 
 
 def job(manifest, folder, **kwargs):
-    """Moments by the networks of a folder, or frames without one."""
+    """A job that stores moments by the networks of a folder, or frames without a folder."""
     own = {
         'manifest': str(manifest),
         'root': None,
@@ -76,7 +78,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def encoded(folder, videos, tmp_path_factory):
-    """'clips' and 'stories', encoded."""
+    """A folder with two data sets, 'clips' and 'stories'."""
     out = tmp_path_factory.mktemp('encoded')
     assert precompute.precompute(job(videos / 'clips.csv', folder), out / 'clips')
     assert precompute.precompute(job(videos / 'stories.json', folder), out / 'stories')
@@ -101,16 +103,20 @@ def batches_of(cfg):
 def test_records_hold_what_the_networks_say(encoded, folder, videos):
     records = records_lib.Records(encoded / 'stories')
     assert records.rows.tolist() == [
-        [0, 0, 5],
-        [0, 1, 5],
-        [0, 2, 5],
-        [1, 0, 5],
-        [1, 1, 5],
-        [1, 2, 9],
-        [1, 3, 5],
+        (0, 0, 5),
+        (0, 1, 5),
+        (0, 2, 5),
+        (1, 0, 5),
+        (1, 1, 5),
+        (1, 2, 9),
+        (1, 3, 5),
     ]
+
     record = records[5]
-    assert record['caption'] == b'shot 5' and record['moments'].shape == (3, 4, 4, 8)
+    assert record['caption'] == b'shot 5'
+    assert record['moments'].shape == (3, 4, 4, 8)
+
+    # The moments are those of the frames that the random start chooses.
     rng = np.random.default_rng([0, 1, 2, 0])
     indices = manifest_lib.choose_frames(manifest_lib.MULTI_SCENE, 40, 9, 3, rng)
     pixels = video.read_video(videos / '5.mp4', height_px=SIZE, width_px=SIZE)[0][indices]
@@ -122,7 +128,8 @@ def test_records_hold_what_the_networks_say(encoded, folder, videos):
         rtol=2e-2,
         atol=1e-2,
     )
-    codec = latent_codec.pretrained_codec(folder, random_model.TRANSFORMER, (SIZE, SIZE))
+
+    codec = latent_codec.PretrainedCodec(folder, random_model.TRANSFORMER, (SIZE, SIZE))
     np.testing.assert_allclose(
         record['text'].astype(np.float32), codec.encode_text(['shot 5'])[0], rtol=1e-2, atol=1e-2
     )
@@ -130,7 +137,8 @@ def test_records_hold_what_the_networks_say(encoded, folder, videos):
 
 def test_the_data_set_is_one_of_tfds(encoded):
     builder = tfds.builder_from_directory(str(encoded / 'clips'))
-    assert builder.info.name == 'single_scene' and len(builder.as_data_source('train')) == 7
+    assert builder.info.name == 'single_scene'
+    assert len(builder.as_data_source('train')) == 7
     assert tfds.builder_from_directory(str(encoded / 'stories')).info.name == 'multi_scene'
 
 
@@ -138,27 +146,27 @@ def test_frames_can_be_stored_instead(videos, tmp_path):
     cut = job(videos / 'clips.csv', None, windows=2)
     assert precompute.precompute(cut, tmp_path / 'out')
     records = records_lib.Records(tmp_path / 'out')
-    assert len(records) == 14 and records[0]['video'].shape == (FRAMES, SIZE, SIZE, 3)
-    assert (
-        len(np.unique(records.rows[:, 0])) == 14
-        and (records[0]['video'] != records[1]['video']).any()
-    )
+    assert len(records) == 14
+    assert records[0]['video'].shape == (FRAMES, SIZE, SIZE, 3)
+    # The two windows of a video are stories of their own, with other frames.
+    assert len(np.unique(records.rows['story'])) == 14
+    assert (records[0]['video'] != records[1]['video']).any()
 
 
 def test_workers_share_the_parts(encoded, folder, videos, tmp_path):
     work = job(videos / 'stories.json', folder)
     assert [precompute.precompute(work, tmp_path / 'out', w, 2) for w in (1, 0)] == [False, True]
-    np.testing.assert_array_equal(
-        records_lib.Records(tmp_path / 'out').rows, records_lib.Records(encoded / 'stories').rows
-    )
+
+    shared = records_lib.Records(tmp_path / 'out')
+    alone = records_lib.Records(encoded / 'stories')
+    np.testing.assert_array_equal(shared.rows, alone.rows)
     for i in range(7):
-        a, b = records_lib.Records(tmp_path / 'out')[i], records_lib.Records(encoded / 'stories')[i]
-        np.testing.assert_array_equal(a['moments'], b['moments'])
+        np.testing.assert_array_equal(shared[i]['moments'], alone[i]['moments'])
 
 
 def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
-    """Killed when its first part is there: that part stays as it is, and the whole is what it would
-    have been."""
+    """A kill after the first part: that part stays as it is, and the whole is what it would have
+    been."""
     out = tmp_path / 'out'
     command = [
         sys.executable,
@@ -176,19 +184,22 @@ def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
     process = subprocess.Popen(
         command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
     deadline = time.monotonic() + 300
     while not list(out.glob('*-00000-of-00003')):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
     kept = {p: p.stat().st_mtime_ns for p in out.glob('*-of-00003')}
     assert precompute.precompute(job(videos / 'clips.csv', folder), out)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    resumed = records_lib.Records(out)
+    undisturbed = records_lib.Records(encoded / 'clips')
     for i in range(7):
-        a, b = records_lib.Records(out)[i], records_lib.Records(encoded / 'clips')[i]
-        np.testing.assert_array_equal(a['moments'], b['moments'])
-        assert a['path'] == b['path']
+        np.testing.assert_array_equal(resumed[i]['moments'], undisturbed[i]['moments'])
+        assert resumed[i]['path'] == undisturbed[i]['path']
 
 
 def test_other_settings_do_not_go_on(encoded, folder, videos):
@@ -250,12 +261,12 @@ def bad_videos(root):
         'odd.gif': ('odd size', True, '65x65'),
         'variable.mp4': ('variable rate', True, 'read at a constant'),
         'small.mp4': ('enlarged', True, '16x16 was scaled up to 32x32'),
-        'good.mp4': ('manifest differs', True, 'says frames 400, not 40: the file was believed'),
+        'good.mp4': ('manifest differs', True, 'says frames 400, not 40: the video file decides'),
     }
 
 
 def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
-    """All at once: the good rest is encoded."""
+    """All of them in one manifest: the good rest is encoded."""
     expected = bad_videos(tmp_path)
     with (tmp_path / 'clips.csv').open('w', newline='') as file:
         csv.writer(file).writerows(
@@ -265,18 +276,17 @@ def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
             ]
         )
     assert precompute.precompute(job(tmp_path / 'clips.csv', None), tmp_path / 'out')
-    records, used = (
-        records_lib.Records(tmp_path / 'out'),
-        [n for n, (_, ok, _) in expected.items() if ok],
-    )
-    assert [records[i]['path'].decode() for i in range(len(records))] == [
-        str(tmp_path / n) for n in used
-    ]
+
+    # The usable ones are in the data set, in their order.
+    records = records_lib.Records(tmp_path / 'out')
+    used = [name for name, (_, ok, _) in expected.items() if ok]
+    paths = [records[i]['path'].decode() for i in range(len(records))]
+    assert paths == [str(tmp_path / name) for name in used]
+
+    # The report counts them, and lists every problem in a line of its own.
     text = (tmp_path / 'out/report.md').read_text()
-    assert (
-        f'{len(used)} of {len(expected)} clips are in the data set; {len(expected) - len(used)} are not'
-        in text
-    )
+    left_out = len(expected) - len(used)
+    assert f'{len(used)} of {len(expected)} clips are in the data set; {left_out} are not' in text
     for name, (kind, ok, message) in expected.items():
         (line,) = (
             x
@@ -284,6 +294,8 @@ def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
             if f'{tmp_path / name} ' in x and x.startswith(f'| {kind} ')
         )
         assert message in line and ('yes' in line.split('|')[2]) == ok, line
+
+    # The summary counts the problems by kind.
     counts = collections.Counter(kind for kind, _, _ in expected.values())
     cells = [
         [c.strip() for c in x.split('|')[1:-1]] for x in text.splitlines() if x.startswith('| ')
@@ -292,15 +304,22 @@ def test_bad_videos_are_counted_listed_and_left_out(tmp_path):
 
 
 def test_a_host_reads_only_its_rows(encoded, folder, monkeypatch):
-    cfg, read, real = config_of(folder, encoded / 'stories'), [], records_lib.Records.__getitem__
-    monkeypatch.setattr(
-        records_lib.Records, '__getitem__', lambda self, i: read.append(int(i)) or real(self, i)
-    )
-    batches = batches_of(cfg)
+    read = []
+    real = records_lib.Records.__getitem__
+
+    def observed(self, index):
+        read.append(int(index))
+        return real(self, index)
+
+    monkeypatch.setattr(records_lib.Records, '__getitem__', observed)
+    batches = batches_of(config_of(folder, encoded / 'stories'))
     batches(2, range(4))
-    whole, read[:] = list(read), []
+    whole = list(read)
+    assert len(whole) == 8
+
+    read.clear()
     batches(2, [1, 3])
-    assert len(whole) == 8 and read == whole[2:4] + whole[6:8]
+    assert read == whole[2:4] + whole[6:8]
 
 
 def test_scenes_that_the_vae_cannot_code_are_listed(folder, videos, tmp_path):
@@ -308,7 +327,7 @@ def test_scenes_that_the_vae_cannot_code_are_listed(folder, videos, tmp_path):
     (tmp_path / 'stories.json').write_text(json.dumps({'scenes': shots}))
     precompute.precompute(job(tmp_path / 'stories.json', folder), tmp_path / 'out')
     assert 'A scene of 6 frames cannot be coded' in (tmp_path / 'out/report.md').read_text()
-    assert records_lib.Records(tmp_path / 'out').rows.tolist() == [[0, 1, 9]]
+    assert records_lib.Records(tmp_path / 'out').rows.tolist() == [(0, 1, 9)]
     with pytest.raises(ValueError, match='A scene of 6 frames cannot be coded'):
         precompute.precompute(job(tmp_path / 'stories.json', folder, frames=6), tmp_path / 'other')
 
@@ -321,21 +340,23 @@ def stories_of(batches, encoded, cfg, steps):
     records = records_lib.Records(encoded)
     text = np.stack([records[i]['text'].astype(np.float32) for i in range(len(records))])
     rows = range(cfg.train.batch_size)
-    return [
-        [
-            [int(np.flatnonzero((text == scene).all((1, 2)))[0]) for scene in story]
-            for story in batches(step, rows)[1]['text']
-        ]
-        for step in range(steps)
-    ]
+
+    def record_of(scene):
+        return int(np.flatnonzero((text == scene).all((1, 2)))[0])
+
+    found = []
+    for step in range(steps):
+        _, batch = batches(step, rows)
+        found.append([[record_of(scene) for scene in story] for story in batch['text']])
+    return found
 
 
 def test_consecutive_scenes_are_windows_of_a_story(encoded, folder):
     cfg = config_of(folder, encoded / 'stories')
-    seen = {
-        tuple(s) for step in stories_of(batches_of(cfg), encoded / 'stories', cfg, 30) for s in step
-    }
+    steps = stories_of(batches_of(cfg), encoded / 'stories', cfg, 30)
+    seen = {tuple(story) for step in steps for story in step}
     assert seen == {(0, 1), (1, 2), (3, 4)}  # not across stories, nor over the scene of 9 frames
+
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, layouts=((5, 9, 5), (9, 5))))
     batches = batches_of(cfg)
     shapes = [batches(step, [0])[1]['latents'].shape[1] for step in range(4)]
@@ -348,9 +369,8 @@ def test_unrelated_scenes_are_any_other_clips(encoded, folder):
     stories = [s for step in steps for s in step]
     assert all(len(set(s)) == 2 for s in stories)
     firsts = [s[0] for s in stories]
-    assert all(
-        sorted(firsts[i : i + 7]) == list(range(7)) for i in range(0, 56, 7)
-    )  # every clip once an epoch
+    # Every clip begins one example per epoch.
+    assert all(sorted(firsts[i : i + 7]) == list(range(7)) for i in range(0, 56, 7))
     assert len({tuple(s) for s in stories}) > 20
 
 
@@ -368,13 +388,16 @@ def test_the_posterior_is_drawn_anew_every_time(encoded, folder):
         ]
     )
     assert len(draws) == 200
+
     mean, logvar = np.split(records[4]['moments'].astype(np.float32), 2, -1)
     z = (draws / 0.7 - mean) / np.exp(0.5 * logvar)
-    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02 and np.abs(z.mean(0)).max() < 0.4
+    assert abs(z.mean()) < 0.02
+    assert abs(z.std() - 1) < 0.02
+    assert np.abs(z.mean(0)).max() < 0.4
 
 
 def test_batches_are_a_function_of_the_step(encoded, folder):
-    """Whatever was read before, and whoever reads which rows."""
+    """Neither the batches read before nor the choice of rows changes a row."""
     cfg = config_of(folder, encoded / 'stories')
     whole = batches_of(cfg)
     later = [whole(step, range(4))[1] for step in range(6)][5]
@@ -395,7 +418,7 @@ def cut(path, length):
 
 
 BAD_DATA = {
-    'not one': (lambda d: shutil.rmtree(d), {}, 'is no data set of clips'),
+    'not one': (lambda d: shutil.rmtree(d), {}, 'is not a data set of clips'),
     'unfinished': (
         lambda d: next(d.glob('*-00001-of-*')).unlink(),
         {},
@@ -477,10 +500,12 @@ def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):
         eval=config_lib.EvalConfig(stories=8, batch_size=8),
         mesh=mesh_lib.MeshConfig(data=8, cpu_devices=8),
     )
+
     rows = trainer.train_and_evaluate(cfg, tmp_path / 'run')
     assert [(r['task'], r['frames']) for r in rows] == [('generated', '5+5'), ('extended', '5+5')]
-    assert all(np.isfinite(r['loss']) for r in rows) and rows[0]['loss'] != rows[1]['loss']
+    assert all(np.isfinite(r['loss']) for r in rows)
+    assert rows[0]['loss'] != rows[1]['loss']
     assert len(list((tmp_path / 'run/sheets').glob('*.png'))) == 2
-    assert (
-        trainer.train_and_evaluate(cfg, tmp_path / 'run') == rows
-    )  # finished: scored again, at the same noise
+
+    # A finished run is scored again, at the same noise.
+    assert trainer.train_and_evaluate(cfg, tmp_path / 'run') == rows

@@ -1,5 +1,4 @@
-"""Batches made ahead come in order, errors where their turn is, and nothing goes on after the
-end."""
+"""Batches made ahead come in order, errors come where their turn is, and the thread ends."""
 
 import threading
 import time

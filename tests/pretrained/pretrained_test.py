@@ -79,7 +79,7 @@ def test_given_clips_are_extended(folder, tmp_path):
     assert made.shape[0] == 9 + 5
 
     # The video begins with the given clip, as it comes back from the codec.
-    codec = latent_codec.pretrained_codec(folder, TRANSFORMER, (32, 32))
+    codec = latent_codec.PretrainedCodec(folder, TRANSFORMER, (32, 32))
     seen = video.read_video(tmp_path / 'given.mp4', height_px=32, width_px=32)[0][None]
     through = codec.decode_video(codec.encode_video(seen, (9,)), (3,))[0]
     frames = video.read_video(tmp_path / 'out/video_0.mp4', height_px=32, width_px=32)[0]
@@ -286,7 +286,7 @@ def test_damaged_and_missing_tokenizers_are_named(folder, tmp_path):
 
 def test_padding_can_be_hidden_from_the_text_encoder(folder):
     def states(mask_padding):
-        codec = latent_codec.pretrained_codec(
+        codec = latent_codec.PretrainedCodec(
             folder, TRANSFORMER, (32, 32), mask_padding=mask_padding
         )
         return codec.encode_text(['it grows'])  # [1, M, E]
@@ -307,7 +307,7 @@ def test_tiles_must_fit():
 def test_networks_that_do_not_fit_together(folder):
     wider = dataclasses.replace(TRANSFORMER, text_embed_dim=25)
     with pytest.raises(ValueError, match='do not fit a transformer of 4 and 25'):
-        latent_codec.pretrained_codec(folder, wider, (32, 32))
+        latent_codec.PretrainedCodec(folder, wider, (32, 32))
 
 
 def test_folders_that_hold_no_model_are_named(tmp_path):

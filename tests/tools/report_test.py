@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import video
+from mask2dit_jax.data import sheets, video
 from mask2dit_jax.tools import report
 from mask2dit_jax.training import metric_writer
 
@@ -45,7 +45,7 @@ def write_run(folder, steps=60, scores=True):
     story = np.split(pixels((4, 4)), 2)
     for name in '00000030_generated', '00000060_extended', '00000060_generated':
         captions = [['a ball', NASTY]]
-        video.write_png(folder / f'sheets/{name}.png', video.story_grid([story], captions))
+        video.write_png(folder / f'sheets/{name}.png', sheets.story_grid([story], captions))
         (folder / f'sheets/{name}.json').write_text(
             json.dumps({'stories': captions, 'given_scenes': 0})
         )
@@ -73,7 +73,7 @@ def write_samples(folder, frames=(4, 8, 3)):
         video.write_mp4(folder / f'video_{i}.mp4', pixels(frames), 8)
         parts = np.split(pixels(frames), np.cumsum(frames)[:-1])
         video.write_png(
-            folder / f'sheet_{i}.png', video.contact_sheet(parts, [s['caption'] for s in scenes])
+            folder / f'sheet_{i}.png', sheets.contact_sheet(parts, [s['caption'] for s in scenes])
         )
     (folder / 'story.json').write_text(
         json.dumps({'scenes': scenes, 'given': [{'file': NASTY}], 'seed': 3})

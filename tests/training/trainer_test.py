@@ -109,7 +109,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
     workdir, _ = finished
     cfg = smoke_config()
-    codec = latent_codec.stories_codec(cfg, workdir)
+    codec = latent_codec.StoriesCodec(cfg, workdir)
 
     def pictures(item):
         paths = validation.write_sample_grids(cfg, weights[item], codec, tmp_path / item, 6)
@@ -215,7 +215,7 @@ def test_records_are_means_since_the_last_one(monkeypatch):
 def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
     workdir, _ = finished
     cfg = smoke_config()
-    codec = latent_codec.stories_codec(cfg, workdir)
+    codec = latent_codec.StoriesCodec(cfg, workdir)
 
     device = types.SimpleNamespace(device_kind='TPU v5')
     mesh_of_four = types.SimpleNamespace(size=4, devices=np.array([device]))
@@ -257,7 +257,7 @@ def test_divergence_stops_and_saves_nothing(tmp_path):
 def test_fine_tuning_starts_from_the_ema(finished, weights):
     workdir, _ = finished
     cfg = smoke_config(steps=1, init_from=str(workdir))
-    codec = latent_codec.stories_codec(cfg, workdir)
+    codec = latent_codec.StoriesCodec(cfg, workdir)
     state, _ = trainer._initial_state(cfg, codec, mesh_lib.make_mesh(cfg.mesh))
 
     for ours in state.params, state.ema:
@@ -286,7 +286,7 @@ def test_sampling_and_fine_tuning_take_the_newest_good_checkpoint(finished, tmp_
 
     # Fine-tuning.
     cfg = smoke_config(init_from=str(workdir))
-    codec = latent_codec.stories_codec(cfg, workdir)
+    codec = latent_codec.StoriesCodec(cfg, workdir)
     state, _ = trainer._initial_state(cfg, codec, mesh_lib.make_mesh(cfg.mesh))
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
@@ -372,7 +372,9 @@ def test_story_files_and_frames(tmp_path):
         '{"scenes": [{"caption": "a", "fames": 4}]}',
     ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r'story.json (is no story file|needs a text caption)'):
+        with pytest.raises(
+            ValueError, match=r'story.json (is not a story file|needs a text caption)'
+        ):
             story_file.read_story(path)
 
     assert sample.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
