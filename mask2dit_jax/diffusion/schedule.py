@@ -14,7 +14,17 @@ import numpy as np
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Scheduler settings under the names of scheduler_config.json; defaults are CogVideoX-5B's (2B:
-    shift 3.0)."""
+    shift 3.0).
+
+    Attributes:
+      num_train_timesteps: timesteps of the noise schedule.
+      beta_start: variance that the first timestep adds.
+      beta_end: variance that the last timestep adds; square roots are linear in between.
+      snr_shift_scale: the signal-to-noise ratio is divided by it at every timestep.
+      rescale_betas_zero_snr: whether the last timestep is pure noise.
+      timestep_spacing: timesteps that a sampler visits: 'trailing', 'leading' or 'linspace'.
+      steps_offset: added to the timesteps of 'leading'.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
