@@ -41,7 +41,9 @@ MINIATURE = {  # regular expressions
     r'configs/tiny.py:lora': f'configs/tiny.py:lora {_SHORT}',
     r'runs/unconditional|runs/dual': 'runs/tiny',
     r'runs/full,runs/isolated': 'runs/lora',
-    r'configs/sft.py:5b': 'configs/sft.py:tiny --config.train.steps=2 --config.train.conditional_from_step=0',
+    r'configs/sft.py:5b': (
+        'configs/sft.py:tiny --config.train.steps=2 --config.train.conditional_from_step=0'
+    ),
     r'--config.lora.rank=64': '--config.lora.rank=4',
     r'\bDIR\b|CogVideoX-5b': 'models/tiny',
     r'clip\.mp4': 'data/videos/carphone_pristine_0.mp4',
@@ -236,7 +238,8 @@ def test_from_python(folder):
     code = python.replace('DIR', 'models/tiny').replace('(13, 13, 13)', '(2, 2, 2)')
     before = (
         'import numpy as np\nlatents, text = np.ones((1, 6, 4, 4, 4)), np.ones((1, 3, 12, 24))\n'
-        't, ids, pixels = np.zeros((1, 3), int), np.ones((1, 12), int), np.zeros((1, 9, 32, 32, 3))\n'
+        't, ids = np.zeros((1, 3), int), np.ones((1, 12), int)\n'
+        'pixels = np.zeros((1, 9, 32, 32, 3))\n'
     )
     after = 'print(v.shape, mean.shape, pixels.shape, states.shape, len(tensors) > 20)\n'
     (folder / 'block.py').write_text(before + code + after)
