@@ -149,7 +149,7 @@ class SampleConfig:
     Attributes:
       sampler: 'ddim', 'dpm++2m' or 'euler'.
       steps: steps of the sampler.
-      guidance: scale of classifier-free guidance; 1 is no guidance.
+      guidance: scale of classifier-free guidance; 1 switches guidance off.
       sheet_stories: stories in a sample grid.
     """
 

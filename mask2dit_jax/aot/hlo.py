@@ -185,7 +185,7 @@ def analyze(text: str) -> Program:
     program = Program()
 
     def visit(name, times, fused, in_loop) -> bool:
-        """Adds a computation that runs so many times; returns whether it has a matrix product."""
+        """Adds a computation that runs `times` times; returns whether it has a matrix product."""
         has_product = False
         for instruction in computations[name]:
             kind = instruction.opcode.removesuffix('-start')
@@ -221,7 +221,7 @@ def analyze(text: str) -> Program:
 
 
 def _count_collective(program, instruction, kind, computation, times, in_loop, shapes) -> None:
-    """Adds a collective that runs so many times."""
+    """Adds a collective that runs `times` times."""
     # An all-reduce that is fused with the slicing of its result.
     if computation.startswith('all-reduce-scatter'):
         kind = 'reduce-scatter'

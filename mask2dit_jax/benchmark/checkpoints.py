@@ -16,7 +16,7 @@ _ARRAY_BYTES = 4 * _SIDE**2  # 64 MiB in float32
 
 
 def _random_state(arrays: int) -> train_step.TrainState:
-    """Parameters, EMA and two moments, each of so many arrays."""
+    """Parameters, EMA and two moments, each a tree of `arrays` arrays."""
     trees = []
     for i in range(4):
         keys = [jax.random.key(arrays * i + j) for j in range(arrays)]

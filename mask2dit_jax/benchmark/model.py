@@ -15,7 +15,7 @@ import tqdm
 
 
 class Group(NamedTuple):
-    """Cases that are compared: all do the same work on stories of so many scenes."""
+    """Cases that are compared: all do the same work on stories with the same number of scenes."""
 
     scenes: int
     what: str
@@ -28,14 +28,14 @@ TASKS = {
     'scenes': [Group(scenes, 'forward + backward') for scenes in (1, 3, 6)],
 }
 
-# Attention backends and rematerialization of the training step, for the tasks train and others.
-TRAINING = (
+# Attention backend and rematerialization of the cases: in the task train, and in all other groups.
+TRAIN_VARIANTS = (
     ('blockwise', 'save_matmuls'),
     ('blockwise', 'none'),
     ('blockwise', 'full'),
     ('dense', 'none'),
 )
-OTHERS = (
+VARIANTS = (
     ('blockwise', 'save_matmuls'),
     ('dense', 'save_matmuls'),
 )
@@ -76,7 +76,7 @@ def start_worker(case: dict) -> subprocess.Popen:
 def _cases(task: str, group: Group) -> list[dict]:
     """What the workers of a group run; diffusers is the last if it is installed."""
     trains = group.what == 'forward + backward'
-    variants = TRAINING if trains and task == 'train' else OTHERS
+    variants = TRAIN_VARIANTS if trains and task == 'train' else VARIANTS
     cases = []
     for formulation, remat in variants:
         cases.append(
