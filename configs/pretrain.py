@@ -1,17 +1,17 @@
-"""Pretraining of the multi-scene masks: unrelated scenes side by side, none of them given.
+"""Pretraining of the multi-scene masks: unrelated clips are the scenes, and none of them is given.
 
-  python -m mask2dit_jax.main --config=configs/pretrain.py:5b --checkpoint=CogVideoX-5b --workdir=runs/pretrained \\
-    --config.data.encoded=data/clips
+  python -m mask2dit_jax.main --config=configs/pretrain.py:5b --workdir=runs/pretrained \\
+    --checkpoint=CogVideoX-5b --config.data.encoded=data/clips
   python -m mask2dit_jax.aot --config=configs/pretrain.py:tpu_native,v6e-64
 
-After the colon as in configs/sft.py, from which it differs in that scenes are unrelated clips and
-none is given. Without --checkpoint the parameters are random, and the VAE that encoded the clips is
-used.
+Variants, after the colon, are those of configs/sft.py. Without --checkpoint the parameters start at
+random, and the VAE is the one that encoded the clips.
 """
 
 import importlib.util
 import pathlib
 
+# configs/ is not a package, so sft.py is loaded by its path.
 _SPEC = importlib.util.spec_from_file_location('sft', pathlib.Path(__file__).with_name('sft.py'))
 sft = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(sft)
@@ -19,7 +19,7 @@ VARIANTS = sft.VARIANTS
 
 
 def get_config(variant='5b'):
-    c = sft.get_config(variant)
-    c.train.conditional_probability = 0.0
-    c.data.scenes = 'unrelated'
-    return c
+    config = sft.get_config(variant)
+    config.train.conditional_probability = 0.0
+    config.data.scenes = 'unrelated'
+    return config

@@ -1,11 +1,16 @@
-"""A tiny multi-scene model of the stories world, trained, sampled and scored on a laptop's CPU.
+"""A tiny multi-scene model on rendered stories, trained, sampled and scored on a laptop's CPU.
 
   python -m mask2dit_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
-Variants, after a colon: `dual` (the default), `full` (no mask), `isolated` (scenes see nothing of
-each other), `unconditional` (dual, but no scene is ever given in training), `conditional`
-(fine-tunes another run with given scenes: --config.init_from=runs/unconditional), `lora` (the same
-by LoRA of rank 8), `mixed` (2 to 5 scenes of unequal length), `smoke` (seconds, checks the path).
+Variants, after the colon:
+  dual           both masks (the default)
+  full           no attention mask
+  isolated       a scene sees nothing of the others
+  unconditional  dual, but no scene is ever given in training
+  conditional    fine-tunes another run with given scenes: --config.init_from=runs/unconditional
+  lora           as conditional, by LoRA of rank 8
+  mixed          2 to 5 scenes of unequal length
+  smoke          a few steps in seconds, to check that everything runs
 """
 
 from mask2dit_jax import config as config_lib
@@ -18,8 +23,9 @@ def get_config(variant='dual'):
         raise ValueError(
             f'configs/tiny.py has no variant {variant!r}: use one of {", ".join(VARIANTS)}.'
         )
-    c = config_lib.default()
-    c.model.update(
+
+    config = config_lib.default()
+    config.model.update(
         num_layers=4,
         num_attention_heads=2,
         attention_head_dim=48,
@@ -37,11 +43,11 @@ def get_config(variant='dual'):
         dtype='float32',
         remat='full',
     )
-    c.data.codec_components = 24
-    c.optimizer.update(
+    config.data.codec_components = 24
+    config.optimizer.update(
         name='muon', learning_rate=8e-3, muon_rms=0.5, warmup_steps=50, final_fraction=0.02
     )
-    c.train.update(
+    config.train.update(
         steps=3000,
         batch_size=16,
         conditional_probability=0.5,
@@ -49,30 +55,38 @@ def get_config(variant='dual'):
         ema_decay=0.995,
         checkpoint_every_steps=1000,
     )
-    c.sample.update(steps=20, guidance=1.5)
+    config.sample.update(steps=20, guidance=1.5)
+
     if variant in ('full', 'isolated'):
-        c.model.pattern = variant
+        config.model.pattern = variant
     if variant == 'unconditional':
-        c.train.conditional_probability = 0.0
+        config.train.conditional_probability = 0.0
     if variant == 'conditional':
-        c.optimizer.learning_rate = 3e-3
-        c.train.update(steps=800, conditional_from_step=0)
+        config.optimizer.learning_rate = 3e-3
+        config.train.update(steps=800, conditional_from_step=0)
     if variant == 'lora':
-        c.lora.rank = 8
-        c.optimizer.update(name='adamw', learning_rate=1e-2)
-        c.train.update(steps=800, conditional_from_step=0)
+        config.lora.rank = 8
+        config.optimizer.update(name='adamw', learning_rate=1e-2)
+        config.train.update(steps=800, conditional_from_step=0)
     if variant == 'mixed':
-        c.data.layouts = ((4, 4, 4), (8, 4), (4, 4, 4), (4, 8, 4, 4), (4, 4, 4), (4, 4, 8, 4, 4))
-        c.train.steps = 6000
+        config.data.layouts = (
+            (4, 4, 4),
+            (8, 4),
+            (4, 4, 4),
+            (4, 8, 4, 4),
+            (4, 4, 4),
+            (4, 4, 8, 4, 4),
+        )
+        config.train.steps = 6000
     if variant == 'smoke':
-        c.data.update(num_train=64, num_test=16)
-        c.train.update(
+        config.data.update(num_train=64, num_test=16)
+        config.train.update(
             steps=12,
             conditional_from_step=6,
             checkpoint_every_steps=6,
             sample_every_steps=6,
             log_every_steps=3,
         )
-        c.sample.update(steps=2, sheet_stories=2)
-        c.eval.update(stories=16, batch_size=16)
-    return c
+        config.sample.update(steps=2, sheet_stories=2)
+        config.eval.update(stories=16, batch_size=16)
+    return config

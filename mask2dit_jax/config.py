@@ -1,13 +1,17 @@
-"""The whole configuration as documented, frozen dataclasses; ml_collections only at the edge.
+"""The whole configuration: frozen dataclasses, their validation, their file and their help text.
 
-`default()` is a locked ConfigDict of the defaults, for configs/*.py and command-line overrides;
-`parse` turns it back into dataclasses and refuses what they do not know.
+`default()` returns the defaults as a locked ConfigDict for configs/*.py and for command-line
+overrides. `parse` turns that ConfigDict into dataclasses and refuses keys and values that they do
+not know. Everything else in the package takes the dataclasses; ml_collections stays at this edge.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import pathlib
+import re
+import textwrap
 
 import ml_collections
 
@@ -16,6 +20,7 @@ from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
 from mask2dit_jax.models import lora as lora_lib
 
+# Values that a key may have.
 OPTIMIZERS = ('adamw', 'muon')
 CODECS = ('stories', 'vae')
 SCENES = ('consecutive', 'unrelated')
@@ -24,25 +29,30 @@ GIVEN = ('leading', 'any')
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to train on: real videos that mask2dit_jax.encode has coded, or rendered stories.
+    """The training data: real videos that mask2dit_jax.encode has encoded, or rendered stories.
 
     Attributes:
-      layouts: frames per scene of each kind of story; batches of one kind alternate in this order,
-        so that a kind listed twice is seen twice as often.
-      encoded: folder of clips that encode wrote; empty for rendered stories.
-      held_out: another such folder, for the sheets and the last losses; empty to take the one that
-        is trained on.
-      scenes: what makes a story of clips: 'consecutive' ones of one story from a random start
-        (SFT), or 'unrelated' ones (pretraining).
-      codec: what makes latents of pixels: 'stories', a fixed linear codec, or 'vae', that of a
-        model folder.
-      height_px, width_px: size of the videos; stories are square.
-      caption_style: 'first' names character and place in the first caption only, 'every' in each.
-      codec_patch_frames: frames per latent frame of the stories' codec.
-      codec_components: its latent channels.
-      num_train, num_test: stories of each kind.
-      fps: frames per second of videos written.
-      dir: where data sets are kept; empty for <workdir>/../data.
+      layouts: frames per scene of each kind of story. Batches of one kind alternate in this order,
+        so a kind that is listed twice is seen twice as often.
+      encoded: folder of a data set that mask2dit_jax.encode wrote; empty to train on rendered
+        stories.
+      held_out: folder of another such data set, for the sample grids and the losses at the end;
+        empty to take them from the data set that is trained on.
+      scenes: how clips become a story: 'consecutive' takes consecutive clips of one story, from a
+        random start (fine-tuning), 'unrelated' takes clips that do not belong together
+        (pretraining).
+      codec: the codec between pixels and latents: 'stories' is a fixed linear codec, 'vae' is the
+        VAE of a model folder.
+      height_px: height of the videos in pixels.
+      width_px: width of the videos in pixels; rendered stories must be square.
+      caption_style: captions of rendered stories: 'first' names character and place in the first
+        scene's caption only, 'every' names them in each caption.
+      codec_patch_frames: frames per latent frame of the 'stories' codec.
+      codec_components: latent channels of the 'stories' codec.
+      num_train: rendered stories of each kind for training.
+      num_test: rendered stories of each kind that are held out.
+      fps: frames per second of the videos that are written.
+      dir: folder for rendered data sets; empty for <workdir>/../data.
     """
 
     layouts: tuple[tuple[int, ...], ...] = ((4, 4, 4),)
@@ -63,16 +73,24 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the blocks' attention and MLP matrices with Nesterov AdamW for the rest
-    (as optax has it).
+    """AdamW, or Muon as optax has it.
+
+    Muon updates the attention and MLP matrices of the blocks; all other parameters then get AdamW
+    with Nesterov momentum.
 
     Attributes:
       name: 'adamw' or 'muon'.
-      learning_rate: peak, after warmup_steps of linear warm-up from 0.
+      learning_rate: peak of the learning rate, which rises linearly from 0 during warmup_steps and
+        then follows a cosine.
+      warmup_steps: updates until the learning rate is at its peak.
       final_fraction: the cosine ends at this fraction of the peak; 1 keeps the rate constant.
-      clip_norm: global gradient norm limit.
-      muon_rms: root mean square of Muon's update of a matrix, in units of the learning rate (0.2 is
-        AdamW's).
+      b1: decay of AdamW's first moment.
+      b2: decay of AdamW's second moment.
+      eps: added to the denominator of AdamW's update.
+      weight_decay: decoupled weight decay, multiplied by the learning rate.
+      clip_norm: largest global norm of the gradient; longer gradients are scaled down to it.
+      muon_rms: root mean square of Muon's update of a matrix, in units of the learning rate; 0.2
+        is the typical value of AdamW's updates.
     """
 
     name: str = 'adamw'
@@ -92,16 +110,21 @@ class TrainConfig:
     """The training loop.
 
     Attributes:
-      batch_size: global, over all devices and accumulated micro-batches.
+      steps: updates of the whole training.
+      batch_size: stories per update, over all devices and accumulated micro-batches.
       grad_accumulation: micro-batches per update.
-      caption_dropout: share of stories trained on empty captions, for classifier-free guidance.
-      conditional_probability: share of stories in which some scenes are given (clean, timestep 0),
-        but never all.
-      given: which, 'leading' ones as in extension, or 'any' subset.
+      caption_dropout: share of stories whose captions are emptied, for classifier-free guidance.
+      conditional_probability: share of stories in which some scenes, but never all, are given
+        (clean, at timestep 0).
+      given: which scenes are given: 'leading' ones as in extension, or 'any' subset.
       conditional_from_step: updates before this one give no scenes.
-      ema_decay: limit of the decay min((1 + k) / (10 + k), ema_decay).
-      keep_checkpoints: the newest ones that stay on disk.
-      keep_every_steps: checkpoints of multiples of this stay for good; 0 for none.
+      ema_decay: upper limit of the EMA's decay, which is min((1 + k) / (10 + k), ema_decay) at
+        update k.
+      log_every_steps: updates between two records of the metrics.
+      checkpoint_every_steps: updates between two checkpoints.
+      sample_every_steps: updates between two sample grids.
+      keep_checkpoints: the newest checkpoints that stay on disk.
+      keep_every_steps: checkpoints at multiples of this step stay on disk for good; 0 for none.
     """
 
     steps: int = 1000
@@ -121,7 +144,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Sampling, in training's sheets, in the final scores, and as the defaults of `sample`."""
+    """Sampling, for the sample grids and the final scores, and the defaults of the command sample.
+
+    Attributes:
+      sampler: 'ddim', 'dpm++2m' or 'euler'.
+      steps: steps of the sampler.
+      guidance: scale of classifier-free guidance; 1 switches guidance off.
+      sheet_stories: stories in a sample grid.
+    """
 
     sampler: str = 'ddim'
     steps: int = 50
@@ -131,7 +161,12 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Scores at the end of training: held-out stories, and how many per batch."""
+    """Scores on held-out stories at the end of training.
+
+    Attributes:
+      stories: held-out stories that are scored, of each kind and task; a multiple of batch_size.
+      batch_size: stories that are generated at once.
+    """
 
     stories: int = 256
     batch_size: int = 64
@@ -139,13 +174,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything `main` needs.
+    """Everything that the command main needs.
 
     Attributes:
-      init_from: where training starts: a workdir or one of its checkpoints, for its EMA parameters,
-        or a model folder, released or converted, whose VAE and text encoder are then used, too.
-        Empty for random parameters. `main --checkpoint` sets it, and takes the model's sizes from
-        there.
+      seed: seed of the initial parameters, of the order of the data, of the noise and of sampling.
+      init_from: where training starts. A workdir, or one of its checkpoints, gives its EMA
+        parameters; a model folder, released or converted, gives its transformer, and its VAE and
+        text encoder are used, too. Empty for random parameters. --checkpoint sets it, and also
+        takes the model's sizes from there.
     """
 
     seed: int = 0
@@ -162,112 +198,205 @@ class Config:
 
 
 def default() -> ml_collections.ConfigDict:
-    """The defaults as a ConfigDict that refuses new keys."""
+    """Returns the defaults as a ConfigDict that refuses new keys."""
     return ml_collections.ConfigDict(_plain(Config()), convert_dict=True)
 
 
-def _plain(config) -> dict:
-    return {
-        f.name: _plain(v) if dataclasses.is_dataclass(v) else v
-        for f in dataclasses.fields(config)
-        for v in [getattr(config, f.name)]
-    }
-
-
-def _tuples(value):
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _build(cls, values: dict, where: str):
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(
-            f'{where} has unknown keys {", ".join(unknown)}; it knows {", ".join(fields)}.'
-        )
-    nested = {k: v for k, v in values.items() if dataclasses.is_dataclass(fields[k].default)}
-    built = {k: _build(type(fields[k].default), v, f'{where}.{k}') for k, v in nested.items()}
-    return cls(**({k: _tuples(v) for k, v in values.items()} | built))
-
-
 def parse(config) -> Config:
-    """Validated dataclasses from a ConfigDict or a nested dict.
+    """Returns the validated dataclasses of a configuration.
+
+    Args:
+      config: a ConfigDict or a nested dict; keys that it lacks take their defaults.
 
     Raises:
       ValueError: naming the section and key that is unknown or out of range.
     """
-    config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+
     parsed = _build(Config, config, 'config')
     _check(parsed)
     return parsed
 
 
-def _check(config: Config) -> None:
-    t, m = config.train, config.mesh
-    for name in ('rank', 'alpha'):
-        if getattr(config.lora, name) < 0:
-            raise ValueError(
-                f'config.lora.{name} must not be negative, got {getattr(config.lora, name)}.'
-            )
-    if config.optimizer.name not in OPTIMIZERS:
+def describe() -> str:
+    """Returns the help text of the configuration: sections, keys, defaults and what they mean.
+
+    The text is made of the dataclasses themselves: their fields, the defaults, and the Attributes
+    in their docstrings.
+    """
+    config = Config()
+    sections = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            sections[field.name] = value
+
+    lines = [
+        'Configuration: every key below is a flag, --config.SECTION.KEY=VALUE, for example',
+        '--config.train.steps=2000. The values shown are the defaults; the file that',
+        '--config names changes some of them.',
+        '',
+        *_describe_keys('config', config),
+    ]
+    for name, section in sections.items():
+        summary = inspect.getdoc(type(section)).partition('\nAttributes:\n')[0]
+        lines += ['', f'config.{name}:', *_wrapped(summary, '  '), '']
+        lines += _describe_keys(f'config.{name}', section)
+    return '\n'.join(lines) + '\n'
+
+
+def _describe_keys(prefix: str, section) -> list[str]:
+    """Lines with key, default and meaning of every plain field of a dataclass."""
+    meanings = _attribute_texts(type(section))
+    lines = []
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            continue
+        lines.append(f'  --{prefix}.{field.name}={value!r}')
+        lines += _wrapped(meanings.get(field.name, ''), '      ')
+    return lines
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    """Lines of at most 80 characters."""
+    text = ' '.join(text.split())
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent)
+
+
+def _attribute_texts(cls) -> dict[str, str]:
+    """What the Attributes section of a dataclass's docstring says, by field.
+
+    An entry may name several fields, separated by commas.
+    """
+    _, _, section = inspect.getdoc(cls).partition('\nAttributes:\n')
+    # Entries are indented by two spaces, and the lines that continue them by more.
+    entries = re.findall(r'^  (\w[\w, ]*):((?:.*\n?)(?:^   .*\n?)*)', section, re.MULTILINE)
+
+    texts = {}
+    for names, text in entries:
+        for name in names.split(', '):
+            texts[name] = ' '.join(text.split())
+    return texts
+
+
+def _plain(config) -> dict:
+    """A dataclass as a dict, nested as its sections are."""
+    plain = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain[field.name] = _plain(value) if dataclasses.is_dataclass(value) else value
+    return plain
+
+
+def _tuples(value):
+    """Lists to tuples at every depth, since JSON knows no tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_tuples(v) for v in value)
+    return value
+
+
+def _build(cls, values: dict, where: str):
+    """An instance of a dataclass from a nested dict; `where` names the section in errors."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
         raise ValueError(
-            f'config.optimizer.name is {config.optimizer.name!r}: use one of {", ".join(OPTIMIZERS)}.'
+            f'{where} has unknown keys {", ".join(unknown)}; it knows {", ".join(fields)}.'
         )
+
+    built = {}
+    for key, value in values.items():
+        section = fields[key].default
+        if dataclasses.is_dataclass(section):
+            built[key] = _build(type(section), value, f'{where}.{key}')
+        else:
+            built[key] = _tuples(value)
+    return cls(**built)
+
+
+def _check(config: Config) -> None:
+    """Refuses values that are out of range or do not fit together."""
+    data = config.data
+    train = config.train
+    mesh = config.mesh
+
+    # Low-rank fine-tuning.
+    for name in ('rank', 'alpha'):
+        value = getattr(config.lora, name)
+        if value < 0:
+            raise ValueError(f'config.lora.{name} must not be negative, got {value}.')
+
+    # Words of which only a few are known.
     for name, value, known in (
-        ('data.codec', config.data.codec, CODECS),
-        ('data.scenes', config.data.scenes, SCENES),
-        ('train.given', t.given, GIVEN),
+        ('optimizer.name', config.optimizer.name, OPTIMIZERS),
+        ('data.codec', data.codec, CODECS),
+        ('data.scenes', data.scenes, SCENES),
+        ('train.given', train.given, GIVEN),
     ):
         if value not in known:
             raise ValueError(f'config.{name} is {value!r}: use one of {", ".join(known)}.')
-    if config.data.held_out and not config.data.encoded:
+
+    # Data.
+    if data.held_out and not data.encoded:
         raise ValueError(
             'config.data.held_out goes with config.data.encoded: give both, or neither.'
         )
-    if t.batch_size % (t.grad_accumulation * m.data * m.fsdp):
+    if not data.layouts:
         raise ValueError(
-            f'config.train.batch_size {t.batch_size} does not divide into grad_accumulation '
-            f'{t.grad_accumulation} x data {m.data} x fsdp {m.fsdp}: make it a multiple.'
+            'config.data.layouts is empty: list at least one kind of story, e.g. ((4, 4, 4),).'
         )
-    for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
-        if not 0 <= getattr(t, name) <= 1:
-            raise ValueError(f'config.train.{name} must lie in 0...1, got {getattr(t, name)}.')
-    if t.keep_checkpoints < 1 or t.keep_every_steps % t.checkpoint_every_steps:
-        raise ValueError(
-            f'config.train.keep_checkpoints {t.keep_checkpoints} must be at least 1 and keep_every_steps '
-            f'{t.keep_every_steps} a multiple of checkpoint_every_steps {t.checkpoint_every_steps}.'
-        )
-    doubled = {
-        'eval.batch_size': config.eval.batch_size,
-        'sample.sheet_stories': config.sample.sheet_stories,
-    }
-    for name, size in doubled.items():
-        if 2 * size % (m.data * m.fsdp):  # both halves of classifier-free guidance
+    for layout in data.layouts:
+        if not layout or min(layout) < 1:
             raise ValueError(
-                f'config.{name} {size}, doubled for guidance, does not divide over data {m.data} x fsdp '
-                f'{m.fsdp}: make it a multiple of {m.data * m.fsdp // math.gcd(2, m.data * m.fsdp)}.'
+                f'config.data.layouts has {layout}: a story needs scenes, and a scene frames.'
+            )
+
+    # The training loop.
+    for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
+        value = getattr(train, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f'config.train.{name} must lie in 0...1, got {value}.')
+    if train.keep_checkpoints < 1 or train.keep_every_steps % train.checkpoint_every_steps:
+        raise ValueError(
+            f'config.train.keep_checkpoints {train.keep_checkpoints} must be at least 1 and '
+            f'keep_every_steps {train.keep_every_steps} a multiple of checkpoint_every_steps '
+            f'{train.checkpoint_every_steps}.'
+        )
+
+    # Batches divide over the devices. In sampling, guidance doubles the batch.
+    groups = mesh.data * mesh.fsdp
+    if train.batch_size % (train.grad_accumulation * groups):
+        raise ValueError(
+            f'config.train.batch_size {train.batch_size} does not divide into grad_accumulation '
+            f'{train.grad_accumulation} x data {mesh.data} x fsdp {mesh.fsdp}: make it a multiple.'
+        )
+    for name, size in (
+        ('eval.batch_size', config.eval.batch_size),
+        ('sample.sheet_stories', config.sample.sheet_stories),
+    ):
+        if 2 * size % groups:
+            raise ValueError(
+                f'config.{name} {size}, doubled for guidance, does not divide over data '
+                f'{mesh.data} x fsdp {mesh.fsdp}: make it a multiple of '
+                f'{groups // math.gcd(2, groups)}.'
             )
     if config.eval.stories % config.eval.batch_size:
         raise ValueError(
             f'config.eval.stories {config.eval.stories} is not a multiple of eval.batch_size '
             f'{config.eval.batch_size}.'
         )
-    for layout in config.data.layouts:
-        if not layout or min(layout) < 1:
-            raise ValueError(
-                f'config.data.layouts has {layout}: a story needs scenes, and a scene frames.'
-            )
-    if not config.data.layouts:
-        raise ValueError(
-            'config.data.layouts is empty: list at least one kind of story, e.g. ((4, 4, 4),).'
-        )
 
 
 def save(config: Config, path: pathlib.Path) -> None:
-    """Writes the configuration as JSON, at once, so that a kill leaves no half of it."""
-    whole = path.with_name(path.name + '.tmp')
-    whole.write_text(json.dumps(_plain(config), indent=2) + '\n')
-    whole.replace(path)
+    """Writes the configuration as JSON.
+
+    The file appears under its name only when it is complete, so a kill leaves no half of it.
+    """
+    unfinished = path.with_name(path.name + '.tmp')
+    unfinished.write_text(json.dumps(_plain(config), indent=2) + '\n')
+    unfinished.replace(path)
 
 
 # Names of backends in the workdirs of earlier versions.
@@ -278,24 +407,30 @@ def load(path: pathlib.Path) -> Config:
     """Reads what `save` wrote.
 
     Raises:
-      FileNotFoundError: if there is none, which means that path's folder is no workdir.
+      FileNotFoundError: if there is no such file, which means that its folder is not a workdir.
+      ValueError: as for `parse`.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main wrote.'
         )
+
     values = json.loads(path.read_text())
-    model = values['model']
-    model['attention_backend'] = _RENAMED_BACKENDS.get(
-        model['attention_backend'], model['attention_backend']
-    )
+    backend = values['model']['attention_backend']
+    values['model']['attention_backend'] = _RENAMED_BACKENDS.get(backend, backend)
     return parse(values)
 
 
 def load_run(folder) -> Config:
-    """Configuration of the run whose workdir, or one of whose checkpoints, this is; errors as
-    `load`."""
+    """Returns the configuration of a run.
+
+    Args:
+      folder: the run's workdir, or one of its checkpoints.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `load`.
+    """
     folder = pathlib.Path(folder).absolute()
-    return load(
-        (folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'config.json'
-    )
+    is_checkpoint = folder.parent.name == 'checkpoints'
+    workdir = folder.parent.parent if is_checkpoint else folder
+    return load(workdir / 'config.json')

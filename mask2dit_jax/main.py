@@ -1,37 +1,45 @@
-"""Trains a multi-scene model, draws sample sheets, and scores it on held-out stories.
+"""Trains a multi-scene model, draws sample grids, and scores it on held-out stories.
+
+Required flags: --config, the configuration file, and --workdir, the folder of the run.
 
   python -m mask2dit_jax.main --config=configs/tiny.py --workdir=runs/tiny
-  python -m mask2dit_jax.main --config=configs/tiny.py:isolated --config.train.steps=2000 --workdir=runs/isolated
-  python -m mask2dit_jax.main --config=configs/tiny.py:conditional --config.init_from=runs/tiny --workdir=runs/more
-  python -m mask2dit_jax.main --config=configs/tiny.py:lora --config.init_from=runs/tiny --workdir=runs/lora
-  python -m mask2dit_jax.main --config=configs/sft.py:5b --checkpoint=CogVideoX-5b --workdir=runs/5b \
-    --config.data.encoded=data/stories
+  python -m mask2dit_jax.main --config=configs/tiny.py:isolated --workdir=runs/isolated \\
+    --config.train.steps=2000
+  python -m mask2dit_jax.main --config=configs/tiny.py:conditional --workdir=runs/more \\
+    --config.init_from=runs/tiny
+  python -m mask2dit_jax.main --config=configs/tiny.py:lora --workdir=runs/lora \\
+    --config.init_from=runs/tiny
+  python -m mask2dit_jax.main --config=configs/sft.py:5b --workdir=runs/5b \\
+    --checkpoint=CogVideoX-5b --config.data.encoded=data/stories
 
-The same command goes on with a run that was stopped; one that is finished is scored again. SIGTERM
-saves after the step that runs and exits with 0. However a run ends, the next start continues from
-the newest good checkpoint, to the very bits of a run that nothing stopped; a damaged one is named,
-set aside as STEP.damaged, and the one before is taken.
+Data: a data set that mask2dit_jax.encode wrote, if config.data.encoded names one. Otherwise it is
+rendered stories, which are made at the first start in <workdir>/../data.
 
-  python -m mask2dit_jax.main ... --coordinator=HOST:1234 --num_processes=2 --process_id=0     # and 1, elsewhere
+Resuming: the same command continues a run that was stopped; a run that is finished is scored again.
+SIGTERM saves a checkpoint after the present step and exits with 0. The next start continues from
+the newest good checkpoint, and its results are the same to the bit as without the stop. A damaged
+checkpoint is named in the log and renamed to STEP.damaged, and the one before it is used.
 
-Several processes share the workdir and take their parts of every batch. On hosts of a TPU slice the
-three flags are not needed. A process whose peer is killed, stopped or hung exits with an error
-within two minutes, or later where that peer would compile or save: at its first steps, at sheets
-and scores.
+Several processes: start the same command once per process, with a --process_id of its own. The
+processes share the workdir, and each takes its part of every batch. On the hosts of a TPU slice
+these three flags are not needed:
 
-It trains on config.data.encoded, a data set of mask2dit_jax.encode, or on stories, which are
-rendered on first use into <workdir>/../data. In the workdir: config.json, metrics.jsonl (loss,
-grad_norm, steps_per_second; data_wait, the share of time spent waiting for data; on TPU mfu),
-tensorboard/ (the same, if tensorboardX is installed), sheets/ (stories generated and extended,
-every config.train.sample_every_steps), checkpoints/ (parameters, their moving average, optimizer;
-with LoRA of its tensors alone), and at the end scores.md and scores.json.
+  python -m mask2dit_jax.main ... --coordinator=HOST:1234 --num_processes=2 --process_id=0
 
-Sections of the configuration, every value of which is a flag --config.SECTION.NAME=VALUE: model
-(architecture, mask pattern, attention backend, dtype), schedule (noise), data (scenes, sizes),
-optimizer, lora (low-rank fine-tuning), train (steps, batch size, caption dropout, given scenes),
-sample (sampler, steps, guidance), eval, mesh (devices: data x fsdp x context x tensor).
-mask2dit_jax/config.py documents each. Compiled programs are kept for the next start where
-JAX_COMPILATION_CACHE_DIR names a folder; XLA flags for TPU are in launch/env.sh.
+A process whose peer was killed, was stopped or hangs exits with an error within two minutes. It
+takes longer where the peer may be compiling or saving: at its first steps, sample grids and scores.
+
+The workdir then holds:
+  config.json            the configuration
+  metrics.jsonl          loss, grad_norm, steps_per_second, data_wait (share of the time that
+                         training waited for data) and, on TPU, mfu
+  tensorboard/           the same metrics, if tensorboardX is installed
+  sheets/                sample grids of generated and extended stories
+  checkpoints/           parameters, EMA and optimizer; with LoRA those of its tensors alone
+  scores.md, scores.json the scores, at the end
+
+Compiled programs are kept for the next start if JAX_COMPILATION_CACHE_DIR names a folder. XLA flags
+for TPU are in launch/env.sh.
 """
 
 import math
@@ -48,47 +56,49 @@ from mask2dit_jax.distributed import multihost
 from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.training import trainer
 
+# --help shows the module's docstring.
+__doc__ = f'{__doc__}\n{config_lib.describe()}'
+
 _CONFIG = config_flags.DEFINE_config_file(
     'config',
     None,
-    'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Single values are '
-    'overridden by --config.train.steps=2000 and the like.',
+    'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Flags such as '
+    '--config.train.steps=2000 override single values.',
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
     None,
-    'Folder of the run: checkpoints, metrics, sheets, scores. A run that '
-    'stopped is resumed by the same command.',
+    'Folder of the run: checkpoints, metrics, sample grids, scores. The same command resumes a run '
+    'that was stopped.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     None,
-    'What to start from: a model folder, released or converted, with '
-    'its transformer, schedule, VAE and text encoder, or the workdir of another run, '
-    'with its EMA.',
+    'Where training starts: a model folder, released or converted, with its transformer, schedule, '
+    'VAE and text encoder, or the workdir of another run, with its EMA.',
 )
 _TRACE_STEP = flags.DEFINE_integer(
     'trace_step',
     None,
-    f'Record {trainer.TRACED_STEPS} steps from this one with '
-    'jax.profiler, to <workdir>/trace (for TensorBoard or Perfetto).',
+    f'First of {trainer.TRACED_STEPS} steps that jax.profiler records, to <workdir>/trace (for '
+    'TensorBoard or Perfetto).',
     lower_bound=0,
 )
 _COORDINATOR = flags.DEFINE_string(
     'coordinator',
     None,
-    'HOST:PORT of process 0, for several processes. On TPU slices '
-    'of several hosts none of these three flags is needed.',
+    'HOST:PORT of process 0, if several processes share the run. On TPU slices of several hosts '
+    '--coordinator, --num_processes and --process_id are not needed.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
     'num_processes',
     None,
-    'How many processes share the run, each started by this command.',
+    'Number of processes that share the run; each is started by this command.',
     lower_bound=1,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    'process_id', None, 'Which of them this is, from 0.', lower_bound=0
+    'process_id', None, 'Number of this process, from 0.', lower_bound=0
 )
 flags.mark_flags_as_required(['config', 'workdir'])
 
@@ -96,7 +106,8 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
-    given = [f.value is not None for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)]
+    process_flags = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+    given = [flag.value is not None for flag in process_flags]
     if any(given) and not all(given):
         raise app.UsageError(
             '--coordinator, --num_processes and --process_id belong together: give all or none.'
@@ -106,15 +117,20 @@ def main(argv):
             f'--process_id={_PROCESS_ID.value} must be less than --num_processes='
             f'{_NUM_PROCESSES.value}.'
         )
+
+    # What is started from or trained on has a say in the sizes.
     config = config_lib.parse(_CONFIG.value)
     if _CHECKPOINT.value:
         config = load_lib.with_model_from(config, _CHECKPOINT.value)
     if config.data.encoded:
         config = clips.with_data_from(config)
+
+    # Before anything touches a device: JAX fixes their number at its first use.
     logs.quiet_libraries()
     jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
-    devices = math.prod(getattr(config.mesh, axis) for axis in mesh_lib.AXES)
-    multihost.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, devices)
+    num_devices = math.prod(getattr(config.mesh, axis) for axis in mesh_lib.AXES)
+    multihost.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, num_devices)
+
     with multihost.ending_together():
         trainer.train_and_evaluate(config, _WORKDIR.value, _TRACE_STEP.value)
 

@@ -1,5 +1,4 @@
-"""Models and TPU slices by name: what stands after the colon of
---config=configs/sft.py:5b,v5p-128."""
+"""Models and TPU slices by name, as in --config=configs/sft.py:5b,v5p-128."""
 
 import dataclasses
 import math
@@ -8,9 +7,9 @@ import ml_collections
 
 from mask2dit_jax import config as config_lib
 
-# What differs from the defaults, which are CogVideoX-5B's: the released models, and one for the
-# TPU's matrix units, which heads of 64 leave half idle: 24 heads of 128, parameters and width as
-# 5B, to be trained from scratch.
+# Differences from the defaults, which are CogVideoX-5B's. Heads of 64 leave half of a TPU's matrix
+# units idle: tpu_native has heads of 128 at 5B's width and number of parameters. No weights were
+# released for it, so it is trained from scratch.
 MODELS = {
     '5b': {},
     '2b': {'num_layers': 30, 'num_attention_heads': 30, 'rotary': False},
@@ -27,12 +26,12 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A TPU slice: its name among topologies, and how many chips share the tokens of an example.
+    """A TPU slice.
 
     Attributes:
-      topology: generation and shape of the torus of chips.
-      context: devices on the context axis where the number of heads allows; whole axes of the torus
-        for 48 heads.
+      topology: generation of the chips and shape of their torus, as libtpu names them.
+      context: size of the mesh axis context, i.e. chips that share the tokens of an example, where
+        the number of heads allows. It is made of whole axes of the torus for 48 heads.
     """
 
     topology: str
@@ -40,10 +39,12 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        return math.prod(map(int, self.topology.split(':')[1].split('x')))
+        shape = self.topology.split(':')[1]
+        return math.prod(int(size) for size in shape.split('x'))
 
 
-# By accelerator type, which counts cores for v4 and v5p (two a chip) and chips for v5e and v6e.
+# By accelerator type. Its number counts chips for v5e and v6e, but cores, two per chip, for v4 and
+# v5p.
 SLICES = {
     'v4-8': Slice('v4:2x2x1', 2),
     'v4-128': Slice('v4:4x4x4', 4),
@@ -64,38 +65,45 @@ SLICES = {
 }
 
 
-def pod(variant: str, variants=tuple(MODELS)) -> ml_collections.ConfigDict:
-    """The defaults for a model on a slice.
+def pod(variant: str) -> ml_collections.ConfigDict:
+    """Returns the defaults for a model on a slice.
 
     Args:
-      variant: 'MODEL', 'SLICE' or 'MODEL,SLICE'; the model is 5b unless named. 'v6e-256x2' means
-        two slices, between which only gradients travel. Without a slice, one device and plain XLA
-        attention.
-      variants: names of the models that the file offers.
+      variant: 'MODEL', 'SLICE' or 'MODEL,SLICE'; the model is 5b unless one is named. 'v6e-256x2'
+        means two slices, between which only gradients travel. Without a slice the configuration is
+        for one device and attention in plain XLA.
 
     Raises:
-      ValueError: naming what is not known.
+      ValueError: naming the variant that is not known.
     """
     words = variant.split(',') if variant else []
-    model = words.pop(0) if words and words[0] in variants else '5b'
-    name = words.pop(0) if words else ''
-    kind, _, count = name.partition('x')
-    if words or (name and kind not in SLICES) or (count and not count.isdigit()) or count == '0':
+    model = words.pop(0) if words and words[0] in MODELS else '5b'
+    slice_name = words.pop(0) if words else ''
+    kind, _, count = slice_name.partition('x')
+
+    known_kind = not slice_name or kind in SLICES
+    known_count = not count or (count.isdigit() and count != '0')
+    if words or not known_kind or not known_count:
         raise ValueError(
-            f'{variant!r} is no variant of this file: give MODEL, SLICE or MODEL,SLICE, with a model of '
-            f'{", ".join(variants)} and a slice of {", ".join(SLICES)}, several as in v6e-256x2.'
+            f'{variant!r} is not a variant of this file: give MODEL, SLICE or MODEL,SLICE, with a '
+            f'model of {", ".join(MODELS)} and a slice of {", ".join(SLICES)}, several as in '
+            'v6e-256x2.'
         )
-    c = config_lib.default()
-    c.model.update(MODELS[model], remat='full')
-    c.eval.update(stories=8, batch_size=1)
-    if name:
-        context = math.gcd(SLICES[kind].context, c.model.num_attention_heads)
-        c.mesh.update(
-            slice=kind, data=int(count or 1), fsdp=SLICES[kind].chips // context, context=context
-        )
-        c.model.update(attention_backend='splash', remat='save_attention')
-        # One example to every group of chips that share tokens; groups share parameters.
-        groups = c.mesh.data * c.mesh.fsdp
-        c.train.batch_size, c.sample.sheet_stories = groups, groups
-        c.eval.update(stories=groups, batch_size=groups)
-    return c
+
+    config = config_lib.default()
+    config.model.update(MODELS[model], remat='full')
+    config.eval.update(stories=8, batch_size=1)
+    if not slice_name:
+        return config
+
+    chips = SLICES[kind].chips
+    context = math.gcd(SLICES[kind].context, config.model.num_attention_heads)
+    config.mesh.update(slice=kind, data=int(count or 1), fsdp=chips // context, context=context)
+    config.model.update(attention_backend='splash', remat='save_attention')
+
+    # One example for every group of chips that share the tokens of an example.
+    groups = config.mesh.data * config.mesh.fsdp
+    config.train.batch_size = groups
+    config.sample.sheet_stories = groups
+    config.eval.update(stories=groups, batch_size=groups)
+    return config

@@ -1,5 +1,5 @@
-"""launch/: flags that libtpu takes; commands to the letter; errors in words; runs on stand-ins for
-the cloud."""
+"""The scripts of launch/: libtpu takes their flags, their commands are right to the letter, their
+errors name the fix, and they run on stand-ins for the cloud."""
 
 import contextlib
 import json
@@ -16,18 +16,23 @@ import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 ENV = LAUNCH / 'env.sh'
+
+# Compiles a small program for one device of a topology.
 COMPILE = """
 from absl import flags
 import jax
 flags.FLAGS.mark_as_parsed()
-from mask2dit_jax import aot, config, sharding
-mesh = sharding.make_mesh(config.MeshConfig(), aot.topology_devices({!r})[:1])
-x = jax.ShapeDtypeStruct((8, 128), 'float32', sharding=sharding.batch_sharding(mesh))
+from mask2dit_jax.aot import topology
+from mask2dit_jax.distributed import mesh as mesh_lib
+devices = topology.topology_devices({!r})[:1]
+mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), devices)
+x = jax.ShapeDtypeStruct((8, 128), 'float32', sharding=mesh_lib.batch_sharding(mesh))
 print(jax.jit(lambda x: x + 1).lower(x).compile().memory_analysis().output_size_in_bytes)
 """
 
 
 def run(generation, topology, extra=''):
+    """Runs COMPILE in the environment of a generation."""
     script = f'set -euo pipefail; source "{ENV}"; exec "{sys.executable}" -c "$0"'
     environment = os.environ | {
         'TPU_GENERATION': generation,
@@ -59,16 +64,16 @@ def test_libtpu_would_refuse_a_flag_that_it_does_not_know():
 
 def test_unknown_generations_are_named():
     done = run('v9', 'v9:2x2')
-    assert (
-        done.returncode == 1 and 'unknown TPU_GENERATION=v9: use v4, v5e, v5p or v6e' in done.stderr
-    )
+    assert done.returncode == 1
+    assert 'unknown TPU_GENERATION=v9: use v4, v5e, v5p or v6e' in done.stderr
 
 
-# A cloud for one project: gcloud as a script that remembers what exists in cloud.json and keeps a
-# home folder for every node, in which commands sent by ssh really run. It writes its calls to
-# calls.jsonl, and fails at those in fail.json.
+# Stands in for gcloud and the cloud of one project. It remembers in cloud.json what was made, and
+# keeps a home folder for every node, in which the commands of ssh really run. It writes its calls
+# to calls.jsonl, and fails at the call that fail.json names.
 GCLOUD = """
-import json, os, sys  # others only where needed: this starts some hundred times
+import json, os, sys  # other modules only where needed: this script starts some hundred times
+
 here = os.path.dirname(__file__)
 args = sys.argv[1:]
 with open(f'{here}/calls.jsonl', 'a+') as f:
@@ -78,16 +83,21 @@ with open(f'{here}/calls.jsonl', 'a+') as f:
     f.write(json.dumps({'args': args, 'place': place}) + chr(10))
 if json.load(open(f'{here}/fail.json')) in (count, 'always'):
     sys.exit('ERROR: (gcloud) as asked')
+
 cloud = json.load(open(f'{here}/cloud.json'))
 flags = dict(a.split('=', 1) for a in args if a.startswith('--') and '=' in a)
 if args[:2] == ['config', 'get']:
     print(cloud['config'].get(args[2], ''))
     sys.exit()
+
 api, action, name = args[2:5]
 home = f'{here}/homes/{name}'
 if action == 'create':
     count = int(flags.get('--node-count', 0))
-    nodes = [f'{flags["--node-prefix"]}-{i}' for i in range(count)] if count else [flags.get('--node-id', name)]
+    if count:
+        nodes = [f'{flags["--node-prefix"]}-{i}' for i in range(count)]
+    else:
+        nodes = [flags.get('--node-id', name)]
     state = 'ACTIVE' if api == 'queued-resources' else 'READY'
     cloud['made'][name] = {'state': state, 'label': flags['--labels'].split('=')[1], 'nodes': nodes}
     for node in nodes:
@@ -111,19 +121,22 @@ elif action == 'scp':
 elif action == 'ssh':
     os.chdir(home)
     os.execvpe('bash', ['bash', '-c', flags['--command']], os.environ | {'HOME': home})
-if action in ('create', 'delete'):  # at no other time, and at once: the training of a test changes it, too
+
+# Only these two change the file, and they do it at once: the training of a test changes it, too.
+if action in ('create', 'delete'):
     with open(f'{here}/cloud.new', 'w') as f:
         json.dump(cloud, f)
     os.replace(f'{here}/cloud.new', f'{here}/cloud.json')
 """
-# pip and uv as the workers have them; python is the package's, after the installation.
+
+# Stands in for pip and uv on the workers.
 PYTHON3 = """#!/bin/bash
 case "$*" in
   '-m site --user-base') echo "$HOME/.local" ;;
   '-m pip install --quiet --user uv')
     mkdir -p "$HOME/.local/bin"
-    printf '#!/bin/bash\\necho "$*" >>"$HOME/uv.txt"\\nif [ "$1" = venv ]; then mkdir -p "${@: -1}/bin"; fi\\n' \\
-      >"$HOME/.local/bin/uv"
+    printf '%s\\n' '#!/bin/bash' 'echo "$*" >>"$HOME/uv.txt"' \\
+      'if [ "$1" = venv ]; then mkdir -p "${@: -1}/bin"; fi' >"$HOME/.local/bin/uv"
     chmod +x "$HOME/.local/bin/uv" ;;
   *) exit 1 ;;
 esac
@@ -140,9 +153,12 @@ class Cloud:
     """Runs launch scripts in a folder of stand-ins, which come first on PATH."""
 
     def __init__(self, folder):
-        self.folder, self.bin, self.home = folder, folder / 'bin', folder / 'home'
+        self.folder = folder
+        self.bin = folder / 'bin'
+        self.home = folder / 'home'
         for path in (self.bin, self.home):
             path.mkdir()
+
         (folder / 'gcloud.py').write_text(GCLOUD)
         write_script(
             self.bin / 'gcloud',
@@ -150,13 +166,13 @@ class Cloud:
         )
         write_script(self.bin / 'sleep', '#!/bin/bash\nexec /bin/sleep 0.05\n')
         write_script(self.bin / 'python3', PYTHON3)
+
         self.set(config={'core/project': 'some-project', 'compute/zone': 'some-zone'})
         self.fail(None)
 
     def set(self, made=None, config=None):
-        (self.folder / 'cloud.json').write_text(
-            json.dumps({'made': made or {}, 'config': config or {}})
-        )
+        state = {'made': made or {}, 'config': config or {}}
+        (self.folder / 'cloud.json').write_text(json.dumps(state))
 
     def made(self):
         return json.loads((self.folder / 'cloud.json').read_text())['made']
@@ -166,23 +182,18 @@ class Cloud:
 
     def calls(self, key='args'):
         path = self.folder / 'calls.jsonl'
-        return (
-            [json.loads(line)[key] for line in path.read_text().splitlines()]
-            if path.exists()
-            else []
-        )
+        if not path.exists():
+            return []
+        return [json.loads(line)[key] for line in path.read_text().splitlines()]
 
     def forget_calls(self):
         (self.folder / 'calls.jsonl').unlink(missing_ok=True)
 
     @property
     def environment(self):
+        others = ('CLOUDSDK', 'TPU_', 'LIBTPU', 'JAX_COMP')
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         path = f'{self.bin}:{os.environ["PATH"]}'
-        keep = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(('CLOUDSDK', 'TPU_', 'LIBTPU', 'JAX_COMP'))
-        }
         return keep | {'PATH': path, 'HOME': str(self.home)}
 
     def run(self, script, *args, **kwargs):
@@ -205,14 +216,16 @@ class Cloud:
 def cloud(tmp_path):
     cloud = Cloud(tmp_path)
     yield cloud
-    for pid in tmp_path.glob('**/mask2dit_jax_run/pid'):  # what a test left running
+
+    # End what a test left running.
+    for pid in tmp_path.glob('**/mask2dit_jax_run/pid'):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
-def wait_until(true, seconds=60):
+def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -237,16 +250,15 @@ LABELS = '--labels=created-by=mask2dit-jax'
 
 
 def insert(args, *more):
-    """Arguments with more before the --."""
+    """The arguments with some more before the --."""
     at = args.index('--') if '--' in args else len(args)
     return [*args[:at], *more, *args[at:]]
 
 
 def dry(cloud, *args):
-    return [
-        shlex.split(line)
-        for line in cloud.good('tpu_vm.sh', *insert(args, *PLACE, '--dry-run')).splitlines()
-    ]
+    """The commands that a dry run prints, as words."""
+    printed = cloud.good('tpu_vm.sh', *insert(args, *PLACE, '--dry-run'))
+    return [shlex.split(line) for line in printed.splitlines()]
 
 
 def test_commands_for_one_slice(cloud):
@@ -263,6 +275,7 @@ def test_commands_for_one_slice(cloud):
             *END,
         ]
     ]
+
     assert dry(cloud, 'create', 'pod', '--slice=v5e-64', '--spot', '--create-flag=--network=n') == [
         [
             *TPUS,
@@ -277,6 +290,7 @@ def test_commands_for_one_slice(cloud):
             *END,
         ]
     ]
+
     assert dry(cloud, 'create', 'pod', '--slice=v4-8', '--queued') == [
         [
             *TPUS,
@@ -290,6 +304,7 @@ def test_commands_for_one_slice(cloud):
             *END,
         ]
     ]
+
     look = [
         *TPUS,
         'tpu-vm',
@@ -298,6 +313,7 @@ def test_commands_for_one_slice(cloud):
         '--format=value(state,labels.created-by)',
         *END,
     ]
+
     assert dry(cloud, 'run', 'pod', '--slice=v5p-128', '--setup=mount a', '--', 'a', 'b c') == [
         look,
         ['mkdir', '-p', f'{cloud.home}/.cache/mask2dit_jax'],
@@ -328,6 +344,7 @@ def test_commands_for_one_slice(cloud):
             *END,
         ],
     ]
+
     assert dry(cloud, 'delete', 'pod', '--slice=v5p-128') == [
         look,
         [*TPUS, 'tpu-vm', 'delete', 'pod', *END],
@@ -351,6 +368,7 @@ def test_commands_for_two_slices(cloud):
             *END,
         ]
     ]
+
     look = [
         *TPUS,
         'queued-resources',
@@ -359,10 +377,12 @@ def test_commands_for_two_slices(cloud):
         '--format=value(state.state,tpu.nodeSpec[0].node.labels.created-by)',
         *END,
     ]
+
     assert dry(cloud, 'delete', 'pod', '--slice=v6e-256x2') == [
         look,
         [*TPUS, 'queued-resources', 'delete', 'pod', '--force', *END],
     ]
+
     assert dry(cloud, 'stop', 'pod', '--slice=v6e-256x2') == [
         [
             *TPUS,
@@ -395,32 +415,34 @@ ACTIONS = [
 @pytest.mark.parametrize('size', ['v5p-128', 'v6e-256x2'])
 def test_a_dry_run_prints_what_then_runs_and_every_failure_ends_it(cloud, size):
     for args in ACTIONS:
-        args = insert(args, f'--slice={size}', *(PLACE if args[0] != 'create' else []))
-        printed = [
-            shlex.split(line)
-            for line in cloud.good('tpu_vm.sh', *insert(args, '--dry-run')).splitlines()
-        ]
+        place = [] if args[0] == 'create' else PLACE
+        args = insert(args, f'--slice={size}', *place)
+        printed = cloud.good('tpu_vm.sh', *insert(args, '--dry-run'))
         assert cloud.calls() == []
-        expected = [c[1:] for c in printed if c[0] == 'gcloud']
+        commands = [shlex.split(line) for line in printed.splitlines()]
+        expected = [command[1:] for command in commands if command[0] == 'gcloud']
+
+        # Every call fails once, and nothing is called after it.
         for k in range(len(expected)):
             cloud.fail(k)
             done = cloud.run('tpu_vm.sh', *args)
             what_to_do = 'Or give --' if expected[k][0] == 'config' else 'again'
-            assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
-                'launch/tpu_vm.sh: '
-            ), done.stderr
-            assert what_to_do in done.stderr.splitlines()[-1], done.stderr
+            assert done.returncode == 1
+            last_line = done.stderr.splitlines()[-1]
+            assert last_line.startswith('launch/tpu_vm.sh: '), done.stderr
+            assert what_to_do in last_line, done.stderr
             assert cloud.calls() == expected[: k + 1]
             cloud.forget_calls()
             wait_until(lambda: not running(cloud))  # what started before the failure
+
         cloud.fail(None)
         cloud.good('tpu_vm.sh', *args)
         assert cloud.calls() == expected
-        assert cloud.calls('place')[-1] == (
-            ['some-project', 'some-zone'] if args[0] == 'create' else [None, None]
-        )
+        from_config = ['some-project', 'some-zone'] if args[0] == 'create' else [None, None]
+        assert cloud.calls('place')[-1] == from_config
         cloud.forget_calls()
         wait_until(lambda: not running(cloud))
+
     assert cloud.made() == {}
 
 
@@ -436,7 +458,8 @@ def test_arguments_arrive_intact_on_every_worker_and_outlive_the_connection(clou
     write_script(cloud.bin / 'python', f'#!/bin/bash\nexec "{sys.executable}" -c "$SHOW" "$@"\n')
     show = (
         'import json, os, sys; home = os.environ["HOME"]; '
-        'json.dump([sys.argv[1:], os.getcwd(), os.environ["LIBTPU_INIT_ARGS"]], open(home + "/argv", "w")); '
+        'seen = [sys.argv[1:], os.getcwd(), os.environ["LIBTPU_INIT_ARGS"]]; '
+        'json.dump(seen, open(home + "/argv", "w")); '
         'open(home + "/go").read()'
     )
     size = '--slice=v6e-256x2'
@@ -444,6 +467,7 @@ def test_arguments_arrive_intact_on_every_worker_and_outlive_the_connection(clou
     homes = [cloud.folder / 'homes' / f'pod-{i}' for i in range(2)]
     for home in homes:
         os.mkfifo(home / 'go')
+
     cloud.good(
         'tpu_vm.sh',
         'run',
@@ -464,28 +488,33 @@ def test_arguments_arrive_intact_on_every_worker_and_outlive_the_connection(clou
         assert (home / 'mask2dit_jax/setup.txt').read_text() == 'a  b\n'
         assert (home / 'uv.txt').read_text().splitlines() == [
             f'venv --quiet --python >=3.11,<3.14 {home}/mask2dit_jax_env',
-            f'pip install --quiet --python {home}/mask2dit_jax_env/bin/python --editable {home}/mask2dit_jax[tpu]',
+            f'pip install --quiet --python {home}/mask2dit_jax_env/bin/python '
+            f'--editable {home}/mask2dit_jax[tpu]',
         ]
+
+    # The commands run, and no second one starts beside them.
     assert cloud.good('tpu_vm.sh', 'status', 'pod', size).splitlines() == [
         'pod: ACTIVE',
         'running',
         'running',
     ]
     again = cloud.run('tpu_vm.sh', 'run', 'pod', size, '--', 'true')
-    assert again.returncode != 0 and 'a command runs: stop it first.' in again.stderr
+    assert again.returncode != 0
+    assert 'a command runs: stop it first.' in again.stderr
+
     for home in homes:
         (home / 'go').write_text('x')
-    wait_until(
-        lambda: (
-            cloud.good('tpu_vm.sh', 'status', 'pod', size).split()
-            == ['pod:', 'ACTIVE', 'done', 'done']
-        )
-    )
+
+    def done():
+        words = cloud.good('tpu_vm.sh', 'status', 'pod', size).split()
+        return words == ['pod:', 'ACTIVE', 'done', 'done']
+
+    wait_until(done)
     assert 'exit code 0' in cloud.good('tpu_vm.sh', 'logs', 'pod', size)
 
 
-# A training that fails once, is preempted in its second attempt, and then finishes: what it has
-# done is in its workdir.
+# Stands in for a training that fails at its first attempt, is preempted in its second one, and then
+# finishes. It counts its attempts in its workdir.
 TRAINING = """
 attempt=$(cat "$1/attempts" 2>/dev/null || echo 0)
 echo $((attempt + 1)) >"$1/attempts"
@@ -516,19 +545,24 @@ def test_train_goes_on_after_failures_and_preemption(cloud, flags, lost):
         str(cloud.folder),
         lost,
     ]
+    attempts = cloud.folder / 'attempts'
     assert 'exited with 0 on all workers' in cloud.good('tpu_vm.sh', *args)
-    assert (cloud.folder / 'attempts').read_text() == '3\n'
-    actions = [
-        c[3] for c in cloud.calls() if c[0] == 'compute' and c[3] in ('create', 'scp', 'delete')
-    ]
-    assert actions == ['create', 'scp', 'delete', 'create', 'scp']
-    cloud.good('tpu_vm.sh', *args)  # what has finished is not run again
-    assert (cloud.folder / 'attempts').read_text() == '3\n'
+    assert attempts.read_text() == '3\n'
+    actions = [call[3] for call in cloud.calls() if call[0] == 'compute']
+    changes = [action for action in actions if action in ('create', 'scp', 'delete')]
+    assert changes == ['create', 'scp', 'delete', 'create', 'scp']
+
+    # A command that has finished does not run again; another command runs.
+    cloud.good('tpu_vm.sh', *args)
+    assert attempts.read_text() == '3\n'
     cloud.good('tpu_vm.sh', *args, 'another command')
-    assert (cloud.folder / 'attempts').read_text() == '4\n'
+    assert attempts.read_text() == '4\n'
+
+    # While a command runs, another one is refused.
     cloud.good('tpu_vm.sh', 'run', *args[1:-6], '/bin/sleep', '1000')
     done = cloud.run('tpu_vm.sh', *args)
-    assert done.returncode == 1 and 'Another command runs on pod: stop it first.' in done.stderr
+    assert done.returncode == 1
+    assert 'Another command runs on pod: stop it first.' in done.stderr
 
 
 def test_train_outlives_a_failure_of_any_call_but_not_five_in_a_row(cloud):
@@ -540,31 +574,34 @@ def test_train_outlives_a_failure_of_any_call_but_not_five_in_a_row(cloud):
         cloud.fail(k)
         cloud.good('tpu_vm.sh', *args)
         cloud.fail(None)
+
     cloud.fail('always')
     cloud.forget_calls()
     done = cloud.run('tpu_vm.sh', *args)
-    assert (
-        done.returncode == 1 and 'five failures in a row' in done.stderr and len(cloud.calls()) == 5
-    )
+    assert done.returncode == 1
+    assert 'five failures in a row' in done.stderr
+    assert len(cloud.calls()) == 5
 
 
 def test_train_ends_where_the_command_cannot_work(cloud):
     done = cloud.run('tpu_vm.sh', 'train', 'pod', '--slice=v6e-8', '--', 'false')
     assert done.returncode == 1
-    assert (
-        'gave up: exit code 1, 5 times within 60 seconds' in done.stderr
-        and 'see logs' in done.stderr
-    )
+    assert 'gave up: exit code 1, 5 times within 60 seconds' in done.stderr
+    assert 'see logs' in done.stderr
 
 
 def test_delete_refuses_what_create_did_not_make(cloud):
     for label in ('', 'somebody'):
         cloud.set({'pod': {'state': 'READY', 'label': label, 'nodes': ['pod']}}, {})
         done = cloud.run('tpu_vm.sh', 'delete', 'pod', '--slice=v5p-8', *PLACE)
-        assert done.returncode == 1 and 'has no label created-by=mask2dit-jax' in done.stderr
-        assert 'pod' in cloud.made() and not any('delete' in c for c in cloud.calls())
+        assert done.returncode == 1
+        assert 'has no label created-by=mask2dit-jax' in done.stderr
+        assert 'pod' in cloud.made()
+        assert not any('delete' in call for call in cloud.calls())
+
     done = cloud.run('tpu_vm.sh', 'delete', 'other', '--slice=v5p-8', *PLACE)
-    assert done.returncode == 1 and 'there is no other to delete' in done.stderr
+    assert done.returncode == 1
+    assert 'there is no other to delete' in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -578,11 +615,9 @@ def test_project_and_zone_are_asked_for(cloud, script, args):
     ]:
         cloud.set(config=known)
         done = cloud.run(script, *args, '--slice=v5p-8')
-        assert (
-            done.returncode == 1
-            and missing in done.stderr
-            and not any('create' in c for c in cloud.calls())
-        )
+        assert done.returncode == 1
+        assert missing in done.stderr
+        assert not any('create' in call for call in cloud.calls())
 
 
 @pytest.mark.parametrize(
@@ -603,13 +638,17 @@ def test_project_and_zone_are_asked_for(cloud, script, args):
 )
 def test_errors_name_the_argument(cloud, args, message):
     done = cloud.run('tpu_vm.sh', *args)
-    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_commands_for_gke(cloud):
-    write_script(cloud.bin / 'xpk', f'#!/bin/bash\nprintf "%s\\n" "$@" >"{cloud.folder}/xpk.txt"\n')
+    sent_file = cloud.folder / 'xpk.txt'
+    write_script(cloud.bin / 'xpk', f'#!/bin/bash\nprintf "%s\\n" "$@" >"{sent_file}"\n')
+
     cloud.good('gke.sh', 'cluster', 'c', '--slice=v5p-128', '--spot', *PLACE)
-    assert (cloud.folder / 'xpk.txt').read_text().splitlines() == [
+    assert sent_file.read_text().splitlines() == [
         'cluster',
         'create',
         '--cluster=c',
@@ -618,9 +657,10 @@ def test_commands_for_gke(cloud):
         '--spot',
         *PLACE,
     ]
+
     args = ['train', 'w', '--cluster=c', '--slice=v6e-256x2', *PLACE]
     cloud.good('gke.sh', *args, '--', *COMMAND)
-    sent = (cloud.folder / 'xpk.txt').read_text().splitlines()
+    sent = sent_file.read_text().splitlines()
     command = sent.pop(-3).removeprefix('--command=')
     assert sent == [
         'workload',
@@ -636,15 +676,16 @@ def test_commands_for_gke(cloud):
         *PLACE,
     ]
     before, words = command.split('worker.sh once v6e ')
-    assert (
-        before == "pip install --quiet '.[tpu]' && exec bash launch/"
-        and shlex.split(words) == COMMAND
-    )
+    assert before == "pip install --quiet '.[tpu]' && exec bash launch/"
+    assert shlex.split(words) == COMMAND
+
     printed = cloud.good('gke.sh', *args, '--dry-run', '--', *COMMAND)
     assert shlex.split(printed) == ['xpk', *sent[:-2], f'--command={command}', *PLACE]
+
     write_script(cloud.bin / 'xpk', '#!/bin/bash\nexit 7\n')
     done = cloud.run('gke.sh', *args, '--', 'true')
-    assert done.returncode == 1 and 'exit code 7: mend what xpk says above' in done.stderr
+    assert done.returncode == 1
+    assert 'exit code 7: mend what xpk says above' in done.stderr
 
 
 def worker(cloud, *args):
@@ -668,17 +709,19 @@ def test_a_worker_stops_on_sigterm_without_starting_again(cloud):
     assert 'runs already' in worker(cloud, 'start', 'v5e', 'true').stderr
     assert worker(cloud, 'stop').returncode == 0
     assert worker(cloud, 'state').stdout == 'stopped\n'
+
+    # Killed as at a reset of the machine.
     assert worker(cloud, 'start', 'v5e', 'bash', '-c', UNTIL_TERM).returncode == 0
     wait_until(lambda: worker(cloud, 'log').stdout.count('\nbegun\n') == 2)
-    os.killpg(
-        int((cloud.home / 'mask2dit_jax_run/pid').read_text()), signal.SIGKILL
-    )  # as a reset of the machine
+    pid = int((cloud.home / 'mask2dit_jax_run/pid').read_text())
+    os.killpg(pid, signal.SIGKILL)
     wait_until(lambda: worker(cloud, 'state').stdout == 'not running\n')
 
 
 def test_once_tells_stopped_from_finished(cloud):
     for code in (0, 3):
         assert worker(cloud, 'once', 'v5e', 'bash', '-c', f'exit {code}').returncode == code
+
     saved = cloud.folder / 'saved'
     saves = UNTIL_TERM.replace('exit 0', f'/bin/sleep 0.5; touch {saved}; exit 0')
     process = subprocess.Popen(
@@ -689,10 +732,11 @@ def test_once_tells_stopped_from_finished(cloud):
     )
     assert process.stdout.readline() == 'begun\n'
     process.terminate()
-    assert process.wait(60) == 143 and saved.exists()
+    assert process.wait(60) == 143
+    assert saved.exists()
 
 
-# Stands in for python: says what it was given; then does what $DO says, unless it is process 1.
+# Stands in for python. It prints its arguments and then runs $DO; process 1 runs $DO_1 before that.
 PROCESS = """#!/bin/bash
 printf '<%s>' "$@"; echo
 if [[ "$*" == *--process_id=1* ]]; then eval "$DO_1"; fi
@@ -702,8 +746,8 @@ eval "$DO"
 
 def local(cloud, args, do, do_1=''):
     write_script(cloud.bin / 'python', PROCESS)
-    # A shell cannot trap what was ignored when it began, as SIGINT is where the tests run in the
-    # background.
+    # A shell cannot trap a signal that was ignored when the shell began, as SIGINT is where the
+    # tests run in the background.
     return subprocess.Popen(
         [LAUNCH / 'local.sh', *args],
         env=cloud.environment | {'DO': do, 'DO_1': do_1},
@@ -718,28 +762,27 @@ def test_local_gives_every_process_its_flags_and_prefixes_its_lines(cloud):
     process = local(cloud, ['3', '--', '--a=b  c', "it's"], 'printf "no newline"')
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+
     port = out.split('localhost:')[1].split('>')[0]
-    assert sorted(out.splitlines()) == sorted(
-        line
-        for i in range(3)
-        for line in (
-            f'[{i}] <-m><mask2dit_jax.main><--coordinator=localhost:{port}><--num_processes=3><--process_id={i}>'
-            f"<--a=b  c><it's>",
+    expected = []
+    for i in range(3):
+        expected += [
+            f'[{i}] <-m><mask2dit_jax.main><--coordinator=localhost:{port}><--num_processes=3>'
+            f"<--process_id={i}><--a=b  c><it's>",
             f'[{i}] no newline',
-        )
-    )
-    printed, _ = local(cloud, ['--dry-run', '3', '--', '--a=b  c', "it's"], 'exit 9').communicate(
-        timeout=60
-    )
-    words = [shlex.split(line) for line in printed.splitlines()]
-    assert [w[-3:] for w in words] == [[f'--process_id={i}', '--a=b  c', "it's"] for i in range(3)]
+        ]
+    assert sorted(out.splitlines()) == sorted(expected)
+
+    process = local(cloud, ['--dry-run', '3', '--', '--a=b  c', "it's"], 'exit 9')
+    printed, _ = process.communicate(timeout=60)
+    ends = [shlex.split(line)[-3:] for line in printed.splitlines()]
+    assert ends == [[f'--process_id={i}', '--a=b  c', "it's"] for i in range(3)]
 
 
 def test_local_stops_the_others_when_one_fails(cloud):
-    for do in (
-        UNTIL_TERM,
-        'trap "" TERM; ' + UNTIL_TERM.split(';', 1)[1],
-    ):  # the second must be killed
+    # A process that ignores SIGTERM must be killed.
+    ignores_term = 'trap "" TERM; ' + UNTIL_TERM.split(';', 1)[1]
+    for do in (UNTIL_TERM, ignores_term):
         begun = cloud.folder / 'begun'
         begun.unlink(missing_ok=True)
         process = local(
@@ -749,11 +792,9 @@ def test_local_stops_the_others_when_one_fails(cloud):
             f'until [[ -e {begun} ]]; do /bin/sleep 0.05; done; exit 5',
         )
         out, err = process.communicate(timeout=60)
-        assert (
-            process.returncode == 5
-            and 'a process failed with exit code 5' in err
-            and '[0] begun' in out
-        )
+        assert process.returncode == 5
+        assert 'a process failed with exit code 5' in err
+        assert '[0] begun' in out
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -762,18 +803,19 @@ def test_local_passes_signals_on(cloud, number):
     lines = []
     while sum('begun' in line for line in lines) < 2:
         lines.append(process.stdout.readline())
+
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and sorted(out.splitlines()) == ['[0] saved', '[1] saved'], err
+    assert process.returncode == 0, err
+    assert sorted(out.splitlines()) == ['[0] saved', '[1] saved'], err
 
 
 @pytest.mark.parametrize('args', [['2'], ['0', '--'], ['two', '--'], []], ids=str)
 def test_local_wants_a_number_and_flags(cloud, args):
     process = local(cloud, args, '')
-    assert (
-        'give the number of processes' in process.communicate(timeout=60)[1]
-        and process.returncode == 1
-    )
+    _, err = process.communicate(timeout=60)
+    assert 'give the number of processes' in err
+    assert process.returncode == 1
 
 
 @pytest.mark.slow
@@ -795,7 +837,8 @@ def test_two_local_processes_train(tmp_path):
         timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / 'run/scores.json').exists() and '[1] ' in done.stdout
+    assert (tmp_path / 'run/scores.json').exists()
+    assert '[1] ' in done.stdout
 
 
 SCRIPTS = sorted(LAUNCH.glob('*.sh'))
@@ -806,11 +849,9 @@ def test_scripts_parse_and_explain_themselves(script):
     assert subprocess.run(['bash', '-n', script]).returncode == 0
     if os.access(script, os.X_OK) and script.name != 'worker.sh':
         done = subprocess.run([script, '--help'], capture_output=True, text=True, check=True)
-        assert (
-            f'launch/{script.name}' in done.stdout
-            and '--dry-run' in done.stdout
-            and '#' not in done.stdout[:1]
-        )
+        assert f'launch/{script.name}' in done.stdout
+        assert '--dry-run' in done.stdout
+        assert not done.stdout.startswith('#')
 
 
 def test_shellcheck_is_content():

@@ -1,4 +1,4 @@
-"""A lower layer never imports a higher one, and nothing imports what the package must not."""
+"""A lower layer never imports a higher one, and nothing imports a package that is forbidden."""
 
 import ast
 import pathlib
@@ -6,8 +6,9 @@ import pathlib
 import mask2dit_jax
 
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
-# Lowest first: each imports itself and what stands before it. Nothing imports a command, and tools
-# only each other.
+
+# The lowest layer is the first: a layer imports itself and the layers before it. Nothing imports a
+# command.
 ORDER = (
     'layout',
     'logs',
@@ -37,12 +38,15 @@ ORDER = (
     'evaluate',
 )
 COMMANDS = ORDER[ORDER.index('main') :]
+
 FORBIDDEN = {'torch', 'tensorflow', 'clu', 'pickle', 'diffusers', 'transformers'}
-COMPARED = {('benchmark', 'torch'), ('benchmark', 'diffusers')}  # if they are installed
+# The benchmark compares with diffusers if it is installed.
+EXCEPTIONS = {('benchmark', 'torch'), ('benchmark', 'diffusers')}
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Names of everything that a file imports: modules, and what is taken from them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -51,16 +55,20 @@ def imports(path):
 
 
 def test_order():
-    files = [p for p in PACKAGE.rglob('*.py') if p != PACKAGE / '__init__.py']
+    files = [path for path in PACKAGE.rglob('*.py') if path != PACKAGE / '__init__.py']
     assert len(files) > 60
+
     for path in files:
-        top = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
-        assert top in ORDER, f'{top} has no place: add it to ORDER.'
+        layer = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+        assert layer in ORDER, f'{layer} has no place: add it to ORDER.'
+        lower = ORDER[: ORDER.index(layer)]
+
         for name in imports(path):
             root, *rest = name.split('.')
-            assert root not in FORBIDDEN or (top, root) in COMPARED, f'{path} imports {name}'
-            if root == 'mask2dit_jax' and rest and rest[0] != top:
-                assert rest[0] in ORDER[: ORDER.index(top)], (
-                    f'{path} imports {name}, which does not stand before {top}'
-                )
+            is_allowed = root not in FORBIDDEN or (layer, root) in EXCEPTIONS
+            assert is_allowed, f'{path} imports {name}'
+
+            if root == 'mask2dit_jax' and rest and rest[0] != layer:
+                message = f'{path} imports {name}, which does not stand before {layer}'
+                assert rest[0] in lower, message
                 assert rest[0] not in COMMANDS, f'{path} imports the command {name}'

@@ -1,5 +1,5 @@
-"""What other packages are relied upon: versions within tested bounds, and names that they do not
-promise to keep."""
+"""Other packages: their versions are within tested bounds, and the private names that we use are as
+they were when the versions were tried."""
 
 import ast
 import importlib
@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import pathlib
 import re
+from typing import NamedTuple
 
 import packaging.requirements
 import packaging.specifiers
@@ -17,11 +18,30 @@ import mask2dit_jax
 PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 TESTS = pathlib.Path(__file__).parent
 
-# Distribution, the versions that were tried, the only file that uses the name, where it is, and
-# what it is called with: of a function its parameters, of a dataclass those of its fields that we
-# set.
+
+class PrivateName(NamedTuple):
+    """A name that another package does not promise to keep.
+
+    Attributes:
+      distribution: the other package.
+      tried: versions that were tried.
+      path: the only file that uses the name.
+      module: the module that has the name.
+      name: the name.
+      arguments: parameters of a function, or the fields of a dataclass that we set.
+    """
+
+    distribution: str
+    tried: str
+    path: pathlib.Path
+    module: str
+    name: str
+    arguments: tuple[str, ...]
+
+
+_SPLASH = 'tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel'
 PRIVATE = [
-    (
+    PrivateName(
         'jax',
         '0.10.2, 0.11.2, 0.12.0.1',
         PACKAGE / 'distributed/multihost.py',
@@ -29,7 +49,7 @@ PRIVATE = [
         'num_available_tpu_chips_and_device_id',
         (),
     ),
-    (
+    PrivateName(
         'jax',
         '0.10.2, 0.11.2, 0.12.0.1',
         TESTS / 'attention/attend_test.py',
@@ -37,7 +57,7 @@ PRIVATE = [
         'check_cudnn_version',
         (),
     ),
-    (
+    PrivateName(
         'orbax-checkpoint',
         '0.12.5, 0.12.8',
         PACKAGE / 'tensor_io.py',
@@ -45,11 +65,11 @@ PRIVATE = [
         'NumpyHandler._open_and_write',
         ('self', 'value', 'tspec', 'ts_context'),
     ),
-    (
+    PrivateName(
         'tokamax',
         '0.0.12, 0.0.17',
         PACKAGE / 'attention/splash.py',
-        'tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel',
+        _SPLASH,
         'SplashConfig',
         (
             'block_q',
@@ -63,60 +83,71 @@ PRIVATE = [
             'interpret',
         ),
     ),
-    (
+    PrivateName(
         'tokamax',
         '0.0.12, 0.0.17',
         PACKAGE / 'attention/splash.py',
-        'tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel',
+        _SPLASH,
         'make_splash_mha_single_device',
         ('mask', 'config'),
     ),
 ]
 
 
-def changed(
-    version: str, distribution: str, tried: str, path: pathlib.Path, module: str, name: str, wanted
-) -> str:
-    """A sentence on what a version of a distribution did to a private name; '' if it is as it
-    was."""
-    told = f'{distribution} {version} has changed {module}.{name}, which was as {path.name} needs it in {tried}:'
+def changed(version: str, private: PrivateName) -> str:
+    """A sentence that says how this version changed a private name; '' if the name is as it was."""
+    told = (
+        f'{private.distribution} {version} has changed {private.module}.{private.name}, which was '
+        f'as {private.path.name} needs it in {private.tried}:'
+    )
     try:
-        found = importlib.import_module(module)
-        for part in name.split('.'):
+        found = importlib.import_module(private.module)
+        for part in private.name.split('.'):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        return f'{told} {error}. Mend {path}.'
+        return f'{told} {error}. Mend {private.path}.'
+
     parameters = inspect.signature(found).parameters
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    needed = {n for n, p in parameters.items() if p.default is p.empty and p.kind not in variadic}
-    # What we give must be taken, and nothing else may be asked for.
-    if needed <= set(wanted) <= set(parameters):
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind not in variadic
+    }
+
+    # Our arguments must be taken, and no other ones may be required.
+    if required <= set(private.arguments) <= set(parameters):
         return ''
-    return f'{told} its parameters are {", ".join(parameters)}. Mend {path}.'
+    return f'{told} its parameters are {", ".join(parameters)}. Mend {private.path}.'
 
 
-@pytest.mark.parametrize('row', PRIVATE, ids=[f'{row[0]}-{row[4]}' for row in PRIVATE])
-def test_private_names_are_as_they_were(row):
+@pytest.mark.parametrize(
+    'private', PRIVATE, ids=[f'{private.distribution}-{private.name}' for private in PRIVATE]
+)
+def test_private_names_are_as_they_were(private):
     try:
-        version = importlib.metadata.version(row[0])
+        version = importlib.metadata.version(private.distribution)
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f'needs {row[0]}')
-    message = changed(version, *row)
+        pytest.skip(f'needs {private.distribution}')
+    message = changed(version, private)
     assert not message, message
 
 
 def test_a_changed_name_is_told_with_the_version():
-    row = ('jax', '0.10.2', PACKAGE / 'distributed/multihost.py', 'jax._src.hardware_utils')
-    assert changed('9.9', *row, 'no_such_function', ()).startswith(
-        'jax 9.9 has changed jax._src.hardware_utils.no_such_function, which was as multihost.py needs it in 0.10.2:'
+    private = PRIVATE[0]
+    gone = private._replace(name='no_such_function')
+    assert changed('9.9', gone).startswith(
+        'jax 9.9 has changed jax._src.hardware_utils.no_such_function, which was as multihost.py '
+        'needs it in 0.10.2'
     )
-    more = changed('9.9', *row, 'num_available_tpu_chips_and_device_id', ('other',))
-    assert 'its parameters are ' in more
+
+    other_arguments = private._replace(arguments=('other',))
+    assert 'its parameters are ' in changed('9.9', other_arguments)
 
 
 def test_private_names_stand_in_one_place_each():
-    """No other import of a private module of other packages, in the code or in tests."""
-    listed = {(path, module) for _, _, path, module, _, _ in PRIVATE if '._' in module}
+    """Neither the code nor the tests import other private modules of other packages."""
+    listed = {(private.path, private.module) for private in PRIVATE if '._' in private.module}
     found = set()
     for path in [*PACKAGE.rglob('*.py'), *TESTS.rglob('*.py')]:
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
@@ -131,7 +162,7 @@ def test_private_names_stand_in_one_place_each():
 
 
 def requirements() -> list[packaging.requirements.Requirement]:
-    """Those of setup.py, as they were installed: of the package and of all its extras."""
+    """The requirements of the installed package and of all its extras, as in setup.py."""
     return [
         packaging.requirements.Requirement(text)
         for text in importlib.metadata.requires('mask2dit_jax')
@@ -141,11 +172,11 @@ def requirements() -> list[packaging.requirements.Requirement]:
 def test_requirements_have_both_bounds():
     for requirement in requirements():
         operators = {clause.operator for clause in requirement.specifier}
-        assert operators in ({'>=', '<'}, {'=='}), f'{requirement} has not both bounds'
+        assert operators in ({'>=', '<'}, {'=='}), f'{requirement} needs both bounds'
 
 
 def test_installed_versions_are_within_the_bounds():
-    """What is outside was put there by hand, and has not been tried."""
+    """A version outside the bounds was installed by hand, and has not been tried."""
     for requirement in requirements():
         try:
             version = importlib.metadata.version(requirement.name)
@@ -157,10 +188,8 @@ def test_installed_versions_are_within_the_bounds():
 
 
 def test_launch_takes_the_pythons_that_setup_allows():
-    """A new TPU VM may have any Python: the one that launch/worker.sh asks for is one that setup.py
-    allows."""
-    asked = re.search(
-        r"--python '([^']+)'", (PACKAGE.parent / 'launch/worker.sh').read_text()
-    ).group(1)
+    """A new TPU VM may have any Python, so launch/worker.sh asks for one that setup.py allows."""
+    script = (PACKAGE.parent / 'launch/worker.sh').read_text()
+    asked = re.search(r"--python '([^']+)'", script).group(1)
     allowed = importlib.metadata.metadata('mask2dit_jax')['Requires-Python']
     assert packaging.specifiers.SpecifierSet(asked) == packaging.specifiers.SpecifierSet(allowed)

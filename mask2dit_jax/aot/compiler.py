@@ -1,8 +1,10 @@
-"""Compiles the training step and the sampling loop for a TPU slice from shapes, and reports what
-they take."""
+"""Compiles the training step and the sampling loop for a TPU slice from shapes, without a TPU, and
+reports their memory and work.
+
+Both are the very functions that the trainer and the command sample run.
+"""
 
 import importlib.metadata
-import importlib.util
 import math
 import time
 
@@ -22,79 +24,94 @@ from mask2dit_jax.training import train_step
 WHAT = ('train', 'sample')
 GIB = 2**30
 
-# The compiler's own levels, which every libtpu that setup.py allows takes: EFFORT_UNKNOWN is its
-# default, EFFORT_O1 is quicker and plans nearly the same memory, but its schedules are slower.
+# Values of the compiler option optimization_level, which every libtpu that setup.py allows takes.
+# 0 (EFFORT_UNKNOWN) is the compiler's default. 19 (EFFORT_O1) is quicker and plans nearly the same
+# memory, but its schedules are slower.
 EFFORTS = {'full': 0, 'quick': 19}
 
 
 def lower_train(config: config_lib.Config, frames: tuple[int, ...], latent, mesh):
-    """The trainer's step, lowered from shapes.
+    """Lowers the trainer's step from shapes.
 
     Args:
       config: the configuration.
       frames: latent frames per scene.
-      latent: (h, w, C).
-      mesh: of a topology's devices.
+      latent: (H, W, C).
+      mesh: mesh of a topology's devices.
 
     Returns:
       The lowered step, and bytes per device of its arguments by kind.
     """
-    m, size = config.model, config.train.batch_size
-    text, shape = (len(frames), m.max_text_seq_length, m.text_embed_dim), jax.ShapeDtypeStruct
-    inputs = shape((sum(frames), *latent), jnp.float32), shape(text, jnp.float32)
-    state = jax.eval_shape(lambda x, y: train_step.init_state(config, (x, y, frames)), *inputs)
+    caption = (config.model.max_text_seq_length, config.model.text_embed_dim)
+    latents = jax.ShapeDtypeStruct((sum(frames), *latent), jnp.float32)  # [T, H, W, C]
+    text = jax.ShapeDtypeStruct((len(frames), *caption), jnp.float32)  # [S, M, E]
+    null_text = jax.ShapeDtypeStruct(caption, jnp.float32)  # [M, E]
+
+    def init(latents, text):
+        return train_step.init_state(config, (latents, text, frames))
+
+    state = jax.eval_shape(init, latents, text)
     state = partitioning.abstract_arrays(state, mesh)
-    batch = {
-        n: shape((size, *x.shape), x.dtype, sharding=mesh_lib.batch_sharding(mesh))
-        for n, x in zip(('latents', 'text'), inputs)
-    }
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = train_step.jit_train_step(config, frames, shardings, mesh_lib.batch_sharding(mesh))
-    parts = {
+
+    batch_sharding = mesh_lib.batch_sharding(mesh)
+    batch = {}
+    for name, example in (('latents', latents), ('text', text)):
+        shape = (config.train.batch_size, *example.shape)
+        batch[name] = jax.ShapeDtypeStruct(shape, example.dtype, sharding=batch_sharding)
+
+    arguments = {
         'parameters': state.params,
         'EMA': state.ema,
         'optimizer': state.opt_state,
         'batch': batch,
     }
-    parts |= {'frozen parameters': state.frozen_params} if config.lora.rank else {}
-    return step.lower(state, batch, shape(text[1:], jnp.float32)), _bytes_by_kind(parts)
+    if config.lora.rank:
+        arguments['frozen parameters'] = state.frozen_params
+
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = train_step.jit_train_step(config, frames, state_shardings, batch_sharding)
+    return step.lower(state, batch, null_text), _bytes_by_kind(arguments)
 
 
 def lower_sample(config: config_lib.Config, frames: tuple[int, ...], latent, mesh):
-    """As lower_train: the sampling loop, of as many stories as fill the batch axes with guidance's
-    halves."""
-    m, steps, count = (
-        config.model,
-        config.sample.steps,
-        max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2),
+    """Lowers the sampling loop from shapes; arguments and results as for `lower_train`."""
+    stories = sampled_stories(mesh)
+    scenes = len(frames)
+    steps = config.sample.steps
+    caption = (config.model.max_text_seq_length, config.model.text_embed_dim)
+    latents = jax.ShapeDtypeStruct((stories, sum(frames), *latent), jnp.float32)  # [B, T, H, W, C]
+
+    params = partitioning.abstract_arrays(
+        names.abstract_params(config.model), mesh, config.model.dtype
     )
-    params = partitioning.abstract_arrays(names.abstract_params(m), mesh, m.dtype)
-    shape, f32, s = jax.ShapeDtypeStruct, jnp.float32, len(frames)
-    null = shape((m.max_text_seq_length, m.text_embed_dim), f32)
-    x = shape((count, sum(frames), *latent), f32)
-    args = (
-        x,
-        shape((count, s, *null.shape), f32),
-        null,
-        x,
-        shape((count, s), bool),
-        shape((steps,), jnp.int32),
-        shape((steps, 5), f32),
-        shape((s,), f32),
-    )
-    return pipeline.jit_sample(config, frames, mesh).lower(params, *args), _bytes_by_kind(
-        {'parameters': params}
-    )
+    inputs = {
+        'noise': latents,
+        'text': jax.ShapeDtypeStruct((stories, scenes, *caption), jnp.float32),
+        'null_text': jax.ShapeDtypeStruct(caption, jnp.float32),
+        'given': latents,
+        'given_scenes': jax.ShapeDtypeStruct((stories, scenes), bool),
+        'timesteps': jax.ShapeDtypeStruct((steps,), jnp.int32),
+        'table': jax.ShapeDtypeStruct((steps, 5), jnp.float32),
+        'guidance': jax.ShapeDtypeStruct((scenes,), jnp.float32),
+    }
+    sample = pipeline.jit_sample(config, frames, mesh)
+    return sample.lower(params, *inputs.values()), _bytes_by_kind({'parameters': params})
 
 
-def _bytes_by_kind(parts: dict) -> dict[str, int]:
-    return {
-        kind: sum(
+def sampled_stories(mesh) -> int:
+    """Returns how many stories, doubled for guidance, fill the batch axes of a mesh."""
+    return max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2)
+
+
+def _bytes_by_kind(arguments: dict) -> dict[str, int]:
+    """Bytes per device of the arrays of every tree."""
+    sizes = {}
+    for kind, tree in arguments.items():
+        sizes[kind] = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             for x in jax.tree.leaves(tree)
         )
-        for kind, tree in parts.items()
-    }
+    return sizes
 
 
 def compile_report(
@@ -102,23 +119,23 @@ def compile_report(
     what: str,
     topology: str,
     slices: int,
-    frames,
+    frames: tuple[int, ...],
     effort: str,
     schedules: bool = False,
 ) -> dict:
-    """Compiles one of WHAT and collects what is known of it.
+    """Compiles the training step or the sampling loop, and reports its memory and work.
 
     Args:
-      config: its mesh must fill the topology.
+      config: the configuration; its mesh must fill the topology.
       what: 'train' or 'sample'.
-      topology: e.g. 'v6e:8x8'.
+      topology: generation and shape of a slice, e.g. 'v6e:8x8'.
       slices: number of such slices.
       frames: pixel frames per scene.
       effort: one of EFFORTS.
-      schedules: also count the bundles of the attention kernels, for their cycles.
+      schedules: whether to count the attention kernels' bundles, too, for their cycles.
 
     Returns:
-      A JSON-like dict; 'fits' says whether memory suffices.
+      A JSON-like dict; 'fits' says whether the chips' memory suffices.
     """
     chip = hardware.CHIPS[topology.split(':')[0]]
     latent_frames, latent = latent_codec.latent_shape(config, frames)
@@ -138,11 +155,13 @@ def compile_report(
         'hbm_gib': chip.hbm_gib,
         'versions': {name: importlib.metadata.version(name) for name in ('libtpu', 'jax')},
     }
+
     started = time.monotonic()
-    lowered, arguments = (lower_train if what == 'train' else lower_sample)(
-        config, latent_frames, latent, mesh
-    )
+    lower = lower_train if what == 'train' else lower_sample
+    lowered, argument_bytes = lower(config, latent_frames, latent, mesh)
     report['lower_seconds'] = time.monotonic() - started
+
+    # The compiler gives up on a program that is far too large.
     try:
         compiled = lowered.compile(compiler_options={'optimization_level': EFFORTS[effort]})
     except jax.errors.JaxRuntimeError as error:
@@ -150,23 +169,24 @@ def compile_report(
             raise
         return report | {'fits': False, 'error': str(error).splitlines()[0]}
     report['compile_seconds'] = time.monotonic() - started
+
+    # Memory per chip. Outputs that take the place of arguments are counted in both.
     memory = compiled.memory_analysis()
-    gib = {
+    sizes = {
         'arguments': memory.argument_size_in_bytes,
         'outputs': memory.output_size_in_bytes,
         'aliased': -memory.alias_size_in_bytes,
         'temporaries': memory.temp_size_in_bytes,
     }
-    total = sum(gib.values())
-    gib |= {
-        'total': total,
-        'peak': memory.peak_memory_in_bytes,
-        'host': memory.host_temp_size_in_bytes,
-    }
-    report['gib'] = {k: v / GIB for k, v in gib.items()}
-    report['arguments_gib'] = {k: v / GIB for k, v in arguments.items()}
+    total = sum(sizes.values())
+    sizes['total'] = total
+    sizes['peak'] = memory.peak_memory_in_bytes
+    sizes['host'] = memory.host_temp_size_in_bytes
+    report['gib'] = {name: size / GIB for name, size in sizes.items()}
+    report['arguments_gib'] = {kind: size / GIB for kind, size in argument_bytes.items()}
     report['fits'] = total <= chip.hbm_gib * GIB
-    report |= report_lib._work(
-        config, layout, what, mesh, chip, compiled.as_text(), topology if schedules else None
+
+    stories = config.train.batch_size if what == 'train' else sampled_stories(mesh)
+    return report | report_lib.program_work(
+        config, layout, what, stories, mesh, chip, compiled.as_text(), topology, schedules
     )
-    return report

@@ -1,4 +1,4 @@
-"""What is known of a compiled program, as numbers and as Markdown."""
+"""The work of a compiled program as numbers, and a report as Markdown."""
 
 import math
 
@@ -11,121 +11,167 @@ from mask2dit_jax.models import flops as flops_lib
 def kernel_work(
     kernels, blocks: tuple[int, float, float], bundles: dict | None = None
 ) -> tuple[float, float]:
-    """FLOPs of splash kernels per device, two products per visited query and key forward and five
-    backward; and their cycles if bundles are given, one each where nothing stalls.
+    """FLOPs and cycles of the splash kernels, per device.
+
+    Every visited pair of a query and a key takes two products in the forward pass and five in the
+    backward pass. A bundle takes one cycle where nothing stalls.
 
     Args:
-      kernels: hlo.Program's.
-      blocks: of splash.visited_blocks.
-      bundles: of benchmark.kernel_bundles at the same block size.
+      kernels: how often each kernel runs, as in hlo.Program.
+      blocks: result of splash.visited_blocks.
+      bundles: result of kernel_schedules.kernel_bundles at the same block size, or None.
+
+    Returns:
+      FLOPs, and cycles, which are 0 without bundles.
+
+    Raises:
+      ValueError: if a kernel is not one of splash's.
     """
     block, visible, evaluated = blocks
-    flops = cycles = 0.0
+    flops = 0.0
+    cycles = 0.0
     for (name, shape), times in kernels.items():
-        *heads, length, dim = shape
+        *heads, length, head_dim = shape
         if '_fwd' in name:
-            products, direction = 2, 'forward'
+            direction = 'forward'
+            products = 2
         elif '_dkv' in name:
-            products, direction = 5, 'backward'
-            heads = heads[1:]  # dq's slots
+            direction = 'backward'
+            products = 5
+            heads = heads[1:]  # the first axis has slots for parts of dq
         else:
             raise ValueError(f'Unknown kernel {name}.')
-        rows = times * math.prod(heads) * length / block  # of blocks
-        flops += rows * (visible + evaluated) * products * 2.0 * block**2 * dim
+
+        query_blocks = times * math.prod(heads) * length / block
+        flops += query_blocks * (visible + evaluated) * products * 2.0 * block**2 * head_dim
         if bundles:
             plain, masked = bundles[direction]
-            cycles += rows * (visible * plain + evaluated * masked)
+            cycles += query_blocks * (visible * plain + evaluated * masked)
     return flops, cycles
 
 
-def _work(config, layout, what, mesh, chip, text, schedules: str | None) -> dict:
+def program_work(
+    config, layout, what: str, stories: int, mesh, chip, text: str, topology: str, schedules: bool
+) -> dict:
+    """FLOPs, collectives and cycles of a compiled program.
+
+    Args:
+      config: the configuration.
+      layout: layout of a story.
+      what: 'train' or 'sample'.
+      stories: stories per run, over all chips.
+      mesh: the mesh that the program was compiled for.
+      chip: the kind of chip, one of hardware.CHIPS.
+      text: text of the compiled program.
+      topology: topology that the kernels' schedules are compiled for.
+      schedules: whether to count the cycles of the attention kernels.
+
+    Returns:
+      A JSON-like dict, a part of compiler.compile_report's.
+    """
     program = hlo.analyze(text)
-    attention, backend = 0.0, config.model.attention_backend
+
+    # The compiler's text says nothing about the work inside the kernels.
+    kernel_flops = 0.0
+    backend = config.model.attention_backend
     if backend in ('splash', 'jax_splash'):
-        blocks = splash.visited_blocks(
-            layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind]
-        )
-        bundles = schedules and kernel_schedules.kernel_bundles(
-            schedules,
-            config.model.attention_head_dim,
-            'tokamax' if backend == 'splash' else 'jax',
-            blocks[0],
-        )
-        attention, cycles = kernel_work(program.kernels, blocks, bundles)
-        program.cycles |= {'attention kernels': cycles} if schedules else {}
-    examples = (
-        config.train.batch_size
-        if what == 'train'
-        else max(1, mesh.shape['data'] * mesh.shape['fsdp'] // 2)
-    )
+        block = splash.BLOCKS[mesh.devices.flat[0].device_kind]
+        blocks = splash.visited_blocks(layout, config.model.pattern, block)
+        bundles = None
+        if schedules:
+            kernel = 'tokamax' if backend == 'splash' else 'jax'
+            bundles = kernel_schedules.kernel_bundles(
+                topology, config.model.attention_head_dim, kernel, blocks[0]
+            )
+        kernel_flops, kernel_cycles = kernel_work(program.kernels, blocks, bundles)
+        if schedules:
+            program.cycles['attention kernels'] = kernel_cycles
+
     if what == 'train':
-        model = flops_lib.training_flops(config.model, layout)
-    else:  # two passes a step, the halves of guidance
+        story_flops = sum(flops_lib.training_flops(config.model, layout).values())
+    else:
+        # Two passes per step, the halves of classifier-free guidance.
         forward = flops_lib.forward_flops(config.model, layout)
-        model = {k: 2 * config.sample.steps * v for k, v in forward.items()}
-    executed = program.flops + attention
+        story_flops = sum(2 * config.sample.steps * flops for flops in forward.values())
+
+    executed = program.flops + kernel_flops
     return {
         'flops_per_chip': {
             'executed': executed,
-            'attention kernels': attention,
-            'model': examples * sum(model.values()) / mesh.size,
+            'attention kernels': kernel_flops,
+            'model': stories * story_flops / mesh.size,
         },
-        'executed_over_model': executed * mesh.size / (examples * sum(model.values())),
+        'executed_over_model': executed * mesh.size / (stories * story_flops),
         'collectives': {
-            k: {'times': n, 'gb': b / 1e9} for k, (n, b) in program.collectives.items()
+            kind: {'times': total.times, 'gb': total.bytes / 1e9}
+            for kind, total in program.collectives.items()
         },
         'largest_loop_all_reduces': [
-            {'mb': b / 1e6, 'operation': n} for b, n in program.loop_all_reduces[:5]
+            {'mb': reduced.bytes / 1e6, 'operation': reduced.operation}
+            for reduced in program.loop_all_reduces[:5]
         ],
         'cycles': program.cycles,
         'lower_limit_seconds': executed / chip.peak_flops,
     }
 
 
-def to_markdown(r: dict) -> str:
-    """A report as Markdown."""
-    mesh = ' x '.join(f'{k} {v}' for k, v in r['mesh'].items() if v > 1)
+def to_markdown(report: dict) -> str:
+    """Returns a report of compiler.compile_report as Markdown."""
+    title = f'## {report["what"]} on {report["topology"]}'
+    if report['slices'] > 1:
+        title += f' x {report["slices"]}'
+
+    axes = ' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items() if size > 1)
+    versions = report['versions']
     lines = [
-        f'## {r["what"]} on {r["topology"]}' + (f' x {r["slices"]}' if r['slices'] > 1 else ''),
+        title,
         '',
-        f'{r["chips"]} chips ({mesh}), {r["scenes"]} scenes, {r["tokens"]} tokens, remat {r["remat"]}, '
-        f'attention {r["backend"]}. Compiled by libtpu {r["versions"]["libtpu"]} (jax {r["versions"]["jax"]}), '
-        'not run.',
+        f'{report["chips"]} chips ({axes}), {report["scenes"]} scenes, {report["tokens"]} tokens, '
+        f'remat {report["remat"]}, attention {report["backend"]}. '
+        f'Compiled by libtpu {versions["libtpu"]} (jax {versions["jax"]}), not run.',
         '',
     ]
-    if 'error' in r:
-        return '\n'.join([*lines, f'DOES NOT FIT: {r["error"]}', ''])
-    gib, flops = r['gib'], r['flops_per_chip']
-    rows = [{'GiB per chip': k, 'value': v} for k, v in gib.items()]
-    rows += [
-        {'GiB per chip': f'  of arguments: {k}', 'value': v} for k, v in r['arguments_gib'].items()
-    ]
-    moved = [{'collective': k} | v for k, v in r['collectives'].items()]
+    if 'error' in report:
+        return '\n'.join([*lines, f'DOES NOT FIT: {report["error"]}', ''])
+
+    # Memory.
+    rows = [{'GiB per chip': name, 'value': size} for name, size in report['gib'].items()]
+    for kind, size in report['arguments_gib'].items():
+        rows.append({'GiB per chip': f'  of arguments: {kind}', 'value': size})
+    verdict = 'Fits' if report['fits'] else 'DOES NOT FIT'
     lines += [
         tables.format_table(rows, ('GiB per chip', 'value')),
         '',
-        f'{"Fits" if r["fits"] else "DOES NOT FIT"}: {gib["total"]:.2f} of {r["hbm_gib"]} GiB.',
+        f'{verdict}: {report["gib"]["total"]:.2f} of {report["hbm_gib"]} GiB.',
         '',
-        f'FLOPs per chip: executed {flops["executed"]:.3e} (attention kernels {flops["attention kernels"]:.3e}), '
-        f'model {flops["model"]:.3e}, executed / model {r["executed_over_model"]:.3f}.',
+    ]
+
+    # FLOPs and collectives.
+    flops = report['flops_per_chip']
+    rows = [{'collective': kind} | total for kind, total in report['collectives'].items()]
+    reduced = [
+        f'{each["mb"]:.2f} MB {each["operation"].split("/", 3)[-1][-70:]}'
+        for each in report['largest_loop_all_reduces']
+    ]
+    lines += [
+        f'FLOPs per chip: executed {flops["executed"]:.3e} '
+        f'(attention kernels {flops["attention kernels"]:.3e}), model {flops["model"]:.3e}, '
+        f'executed / model {report["executed_over_model"]:.3f}.',
         '',
-        tables.format_table(moved, ('collective', 'times', 'gb')),
+        tables.format_table(rows, ('collective', 'times', 'gb')),
         '',
-        'Largest all-reduces inside loops: '
-        + (
-            '; '.join(
-                f'{a["mb"]:.2f} MB {a["operation"].split("/", 3)[-1][-70:]}'
-                for a in r['largest_loop_all_reduces']
-            )
-            or 'none'
-        )
-        + '.',
+        f'Largest all-reduces inside loops: {"; ".join(reduced) or "none"}.',
         '',
-        'Estimated cycles outside collectives: '
-        + ', '.join(f'{k} {v / 1e6:.0f} M' for k, v in r['cycles'].items())
-        + (' (quick schedules: --effort=0 for real ones)' if r['effort'] < 0 else '')
-        + '.',
-        f'At least {r["lower_limit_seconds"]:.2f} s: executed FLOPs / peak FLOP/s of the chip.',
+    ]
+
+    # Time.
+    cycles = ', '.join(f'{kind} {count / 1e6:.0f} M' for kind, count in report['cycles'].items())
+    quick = ' (of quick schedules; --effort=full has the real ones)'
+    seconds = report['lower_limit_seconds']
+    lines += [
+        f'Estimated cycles outside collectives: {cycles}'
+        f'{quick if report["effort"] == "quick" else ""}.',
+        f'At least {seconds:.2f} s: executed FLOPs / peak FLOP/s of the chip.',
         '',
     ]
     return '\n'.join(lines)

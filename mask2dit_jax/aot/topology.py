@@ -1,6 +1,5 @@
-"""Devices of a TPU topology that need not be there."""
+"""Devices of a TPU topology, made by libtpu without a TPU."""
 
-import importlib.metadata
 import importlib.util
 import os
 
@@ -8,14 +7,20 @@ from mask2dit_jax import hardware
 
 
 def topology_devices(topology: str, slices: int = 1):
-    """Devices of a TPU topology such as 'v5p:4x4x4' that need not be there.
+    """Returns the devices of TPU slices, for compiling only.
+
+    Args:
+      topology: generation and shape of a slice, such as 'v5p:4x4x4'.
+      slices: number of such slices.
 
     Raises:
-      ValueError: if libtpu is not installed or knows no such topology.
+      ValueError: if libtpu is not installed or does not know the topology.
     """
     if importlib.util.find_spec('libtpu') is None:
         raise ValueError("Compiling for TPU needs libtpu: pip install 'mask2dit_jax[tpu]'.")
-    # No search for a TPU on this machine, no lock against other processes, no log files.
+
+    # libtpu reads these when it is loaded: no search for a TPU on this machine, no lock against
+    # other processes, no log files.
     os.environ.update(
         TPU_SKIP_MDS_QUERY='1',
         TPU_WORKER_HOSTNAMES='localhost',
@@ -29,16 +34,18 @@ def topology_devices(topology: str, slices: int = 1):
     generation = topology.split(':')[0]
     if generation not in hardware.CHIPS:
         raise ValueError(
-            f'{topology!r} is no topology: write one of {", ".join(hardware.CHIPS)}, a colon and its shape.'
+            f'{topology!r} is not a topology: write one of {", ".join(hardware.CHIPS)}, a colon '
+            'and its shape.'
         )
-    options = dict(hardware.CHIPS[generation].topology_options) | (
-        {'num_slices': slices} if slices > 1 else {}
-    )
+
+    options = dict(hardware.CHIPS[generation].topology_options)
+    if slices > 1:
+        options['num_slices'] = slices
     try:
-        return topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             platform='tpu', topology_name=topology, **options
-        ).devices
+        )
+        return description.devices
     except Exception as error:  # libtpu raises several kinds
-        raise ValueError(
-            f'libtpu knows no topology {topology!r} ({str(error).splitlines()[0][:200]}).'
-        ) from error
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f'libtpu does not know the topology {topology!r} ({reason}).') from error

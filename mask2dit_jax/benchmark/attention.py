@@ -1,6 +1,7 @@
-"""Attention backends against each other: time and memory."""
+"""Attention backends beside each other: time and memory."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,61 +10,68 @@ import tqdm
 
 from mask2dit_jax.attention import attend as attend_lib
 from mask2dit_jax.attention import splash
-from mask2dit_jax.benchmark import timing
 from mask2dit_jax.layout import SceneLayout
 
-HEADS, HEAD_DIM, TEXT_TOKENS, GRID, SCENES = 2, 64, 32, 8, 3
+HEADS = 2
+HEAD_DIM = 64
+TEXT_TOKENS = 32  # per scene
+GRID = 8  # rows and columns of tokens
+SCENES = 3
 
 
 def attention_layout(tokens: int, scale: int) -> SceneLayout:
-    """Equal scenes: about `tokens` video tokens in all, times scale."""
-    return SceneLayout(
-        (scale * round(tokens / (SCENES * GRID**2)),) * SCENES, GRID, GRID, TEXT_TOKENS
-    )
+    """Returns a layout of equal scenes with about `tokens` x `scale` video tokens."""
+    frames = scale * round(tokens / (SCENES * GRID**2))
+    return SceneLayout((frames,) * SCENES, GRID, GRID, TEXT_TOKENS)
 
 
 def repeated(q, k, v, layout: SceneLayout, pattern: str):
-    """The reference's dual mask for scenes of equal length: captions with their scene, scenes with
-    all video."""
+    """The reference's formulation of the dual mask, for scenes of equal length.
+
+    It takes two dense calls: captions attend to their own scene, and the video of a scene attends
+    to its caption and to a copy of all video keys and values.
+
+    Args:
+      q, k, v: [B, L, N, D].
+      layout: the story's layout.
+      pattern: must be 'dual'.
+
+    Returns:
+      [B, L, N, D].
+    """
     assert pattern == 'dual'
-    b, _, n, d = q.shape
+    batch, _, heads, head_dim = q.shape
 
-    def by_scene(x):
-        return x.reshape(b * layout.num_scenes, -1, n, d)
-
-    captions, video = (
-        [x[:, a:z] for x in (q, k, v)]
-        for a, z in ((0, layout.num_text), (layout.num_text, layout.num_tokens))
-    )
-    captions = [by_scene(x) for x in captions]
-    copies = [jnp.repeat(x, layout.num_scenes, axis=0) for x in video[1:]]
-    video = [by_scene(x) for x in video]
+    def by_scene(x):  # [B, L, N, D] to [B·S, L / S, N, D]
+        return x.reshape(batch * layout.num_scenes, -1, heads, head_dim)
 
     def attend(query, *pairs):
-        return jax.nn.dot_product_attention(
-            query, *(jnp.concatenate(p, axis=1) for p in pairs)
-        ).reshape(b, -1, n, d)
+        key, value = (jnp.concatenate(pair, axis=1) for pair in pairs)
+        out = jax.nn.dot_product_attention(query, key, value)
+        return out.reshape(batch, -1, heads, head_dim)
 
-    return jnp.concatenate(
-        [
-            attend(captions[0], *zip(captions[1:], video[1:])),
-            attend(video[0], *zip(captions[1:], copies)),
-        ],
-        axis=1,
-    )
+    text_q, *text_kv = (by_scene(x[:, : layout.num_text]) for x in (q, k, v))
+    video = [x[:, layout.num_text : layout.num_tokens] for x in (q, k, v)]
+    video_q, *video_kv = (by_scene(x) for x in video)
+    copies = [jnp.repeat(x, layout.num_scenes, axis=0) for x in video[1:]]
+
+    text_out = attend(text_q, *zip(text_kv, video_kv))
+    video_out = attend(video_q, *zip(text_kv, copies))
+    return jnp.concatenate([text_out, video_out], axis=1)
 
 
 def attention_formulations() -> dict:
-    """Functions of (q, k, v, layout, pattern) by name: what this device can run."""
+    """Returns functions of (q, k, v, layout, pattern) by name: those that this device can run."""
+    device = jax.default_backend()
     names = {
         'cpu': ('dense', 'blockwise'),
         'gpu': ('dense', 'blockwise', 'cudnn'),
         'tpu': ('dense', 'blockwise', 'splash', 'jax_splash'),
-    }[jax.default_backend()]
-    formulations = {name: functools.partial(attend_lib.attend, backend=name) for name in names} | {
-        'repeated': repeated
-    }
-    if jax.default_backend() == 'cpu':
+    }[device]
+
+    formulations = {name: functools.partial(attend_lib.attend, backend=name) for name in names}
+    formulations['repeated'] = repeated
+    if device == 'cpu':
         formulations['splash (interpreted)'] = functools.partial(
             splash.attend, block=128, interpret=True
         )
@@ -71,60 +79,83 @@ def attention_formulations() -> dict:
 
 
 def compile_attention(function, layout: SceneLayout):
-    """The compiled forward and backward pass, and its q, k, v, d_out, float32 [1, L, N, D]."""
+    """Returns the compiled forward and backward pass, and its arguments q, k, v and d_out, float32
+    [1, L, N, D]."""
 
     @jax.jit
     def run(q, k, v, d_out):
-        out, vjp = jax.vjp(functools.partial(function, layout=layout, pattern='dual'), q, k, v)
+        attend = functools.partial(function, layout=layout, pattern='dual')
+        out, vjp = jax.vjp(attend, q, k, v)
         return out, *vjp(d_out)
 
-    shape = 1, layout.num_tokens, HEADS, HEAD_DIM
-    args = [
-        jax.random.normal(key, shape, jnp.float32) for key in jax.random.split(jax.random.key(0), 4)
-    ]
+    shape = (1, layout.num_tokens, HEADS, HEAD_DIM)
+    keys = jax.random.split(jax.random.key(0), 4)
+    args = [jax.random.normal(key, shape, jnp.float32) for key in keys]
     return run.lower(*args).compile(), args
 
 
-def memory_bytes(compiled) -> int:
-    """Peak that the compiler plans: arguments, outputs and temporaries."""
-    m = compiled.memory_analysis()
-    return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+def _milliseconds(compiled, args) -> float:
+    """Time of one run."""
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*args))
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _memory_bytes(compiled) -> int:
+    """Memory that the compiler plans: arguments, outputs and temporaries."""
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
 def bench_attention(tokens: int, dense_tokens: int, runs: int) -> list[dict]:
-    """One row per formulation and length.
+    """Measures every formulation at three lengths.
 
     Args:
-      tokens: L; lengths are L, 2L and 4L.
-      dense_tokens: 'dense' and 'repeated' are left out of longer videos.
-      runs: timed runs, after one that is not.
+      tokens: video tokens of the shortest video; the others have twice and four times as many.
+      dense_tokens: 'dense' and 'repeated' are left out of videos with more tokens.
+      runs: timed runs, after a first one that is not counted.
+
+    Returns:
+      One row per formulation and length.
     """
-    rows, formulations = [], attention_formulations()
+    formulations = attention_formulations()
+    rows = []
     for scale in tqdm.tqdm((1, 2, 4), desc='attention', unit='length'):
         layout = attention_layout(tokens, scale)
-        names = [
-            n
-            for n in formulations
-            if not (n in ('dense', 'repeated') and layout.num_video > dense_tokens)
-            and not (n == 'splash (interpreted)' and scale > 1)
-        ]
-        compiled = {n: compile_attention(formulations[n], layout) for n in names}
-        times = [{n: 1e3 * timing.seconds(*compiled[n]) for n in names} for _ in range(runs + 1)][
-            1:
-        ]
-        base = np.median([t['blockwise'] for t in times])
-        for n in names:
-            timed = timing.spread([t[n] for t in times])
+        left_out = set()
+        if layout.num_video > dense_tokens:
+            left_out |= {'dense', 'repeated'}
+        if scale > 1:
+            left_out |= {'splash (interpreted)'}
+        names = [name for name in formulations if name not in left_out]
+
+        # Formulations take turns, so that a busy machine slows all of them alike.
+        compiled = {name: compile_attention(formulations[name], layout) for name in names}
+        times = {name: [] for name in names}
+        for run in range(runs + 1):
+            for name in names:
+                elapsed = _milliseconds(*compiled[name])
+                if run > 0:
+                    times[name].append(elapsed)
+
+        base = np.median(times['blockwise'])
+        for name in names:
+            median = float(np.median(times[name]))
+            program, _ = compiled[name]
             rows.append(
                 {
-                    'formulation': n,
+                    'formulation': name,
                     'video tokens': layout.num_video,
-                    **timed,
-                    'time ratio': timed['ms'] / base,
-                    'MB': memory_bytes(compiled[n][0]) / 1e6,
+                    'ms': median,
+                    'spread ms': f'{min(times[name]):.4g}...{max(times[name]):.4g}',
+                    'time ratio': median / base,
+                    'MB': _memory_bytes(program) / 1e6,
                 }
             )
+
+    # Growth is relative to the shortest video, whose row is the first.
+    shortest = {}
     for row in rows:
-        first = next(r for r in rows if r['formulation'] == row['formulation'])
+        first = shortest.setdefault(row['formulation'], row)
         row['MB growth'] = row['MB'] / first['MB']
-    return sorted(rows, key=lambda r: (r['formulation'], r['video tokens']))
+    return sorted(rows, key=lambda row: (row['formulation'], row['video tokens']))

@@ -14,81 +14,109 @@ from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import latent_codec, manifest, records
 
+FRAMES = 49  # pixel frames of a clip
+SCENES = 3  # clips of a story
+BATCH_SIZE = 8  # stories
+CLIPS = 48
+
 
 def write_random_clips(folder: pathlib.Path, count: int) -> config_lib.Config:
-    """A data set of stories of three clips with the shapes of 49 frames at 480x720 and
-    CogVideoX-5B's text, and a configuration to train on it."""
+    """Writes a data set of random values.
+
+    Clips and captions have the shapes that 49 frames at 480x720 have with CogVideoX-5B.
+
+    Args:
+      folder: where to write.
+      count: number of clips, three to a story.
+
+    Returns:
+      A configuration that trains on the data set.
+    """
+    # The data set refers to the VAE that encoded it.
     (folder / 'vae').mkdir(parents=True)
     (folder / 'vae/config.json').write_text('{}')
+
     config = config_lib.Config(
         data=config_lib.DataConfig(
             encoded=str(folder / 'data'),
             codec='vae',
-            layouts=((49,) * 3,),
+            layouts=((FRAMES,) * SCENES,),
             height_px=480,
             width_px=720,
         )
     )
-    latent_frames, (h, w, channels) = latent_codec.latent_shape(config, (49,))
-    m, rng = config.model, np.random.default_rng(0)
+    latent_frames, (height, width, channels) = latent_codec.latent_shape(config, (FRAMES,))
+    moments_shape = [height, width, 2 * channels]
+    text_shape = [config.model.max_text_seq_length, config.model.text_embed_dim]
     settings = {
         'kind': manifest.MULTI_SCENE,
         'store': 'moments',
         'parts': 1,
-        'moments_shape': [h, w, 2 * channels],
-        'text_shape': [m.max_text_seq_length, m.text_embed_dim],
+        'moments_shape': moments_shape,
+        'text_shape': text_shape,
         'scaling_factor': 0.7,
         'folder': str(folder),
         'vae': latent_codec.network_digest(folder / 'vae'),
     }
     records.write_settings(folder / 'data', settings)
 
+    rng = np.random.default_rng(0)
+
     def random(*shape):
         return rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
 
-    safetensors.numpy.save_file(
-        {'text': random(*settings['text_shape'])}, folder / 'data/null_text.safetensors'
-    )
-    examples = (
-        {
-            'story': i // 3,
-            'scene': i % 3,
-            'frames': 49,
-            'caption': '',
-            'path': '',
-            'moments': random(*latent_frames, h, w, 2 * channels),
-            'text': random(*settings['text_shape']),
-        }
-        for i in tqdm.trange(count, desc='writing', unit='clip')
-    )
-    records.write_part(folder / 'data', settings, 0, examples, [])
+    null_text = {'text': random(*text_shape)}
+    safetensors.numpy.save_file(null_text, folder / 'data/null_text.safetensors')
+
+    def examples():
+        for i in tqdm.trange(count, desc='writing', unit='clip'):
+            yield {
+                'story': i // SCENES,
+                'scene': i % SCENES,
+                'frames': FRAMES,
+                'caption': '',
+                'path': '',
+                'moments': random(*latent_frames, *moments_shape),
+                'text': random(*text_shape),
+            }
+
+    records.write_part(folder / 'data', settings, 0, examples(), [])
     records.write_info(folder / 'data', settings)
     return config
 
 
 def bench_loader(runs: int, folder) -> list[dict]:
-    """One row: what a thread of the trainer reads."""
+    """Measures how fast one thread reads batches as the trainer does.
+
+    Args:
+      runs: timed batches, after a first one that is not counted.
+      folder: where the data set is written; None for the system's temporary folder.
+
+    Returns:
+      One row.
+    """
+    scenes = BATCH_SIZE * SCENES
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        config = write_random_clips(pathlib.Path(work), 48)
-        _, shape = latent_codec.latent_shape(config, (49,))
-        batches, speeds = (
-            batches_lib.train_batches(config, work, types.SimpleNamespace(latent_shape=shape)),
-            [],
-        )
+        config = write_random_clips(pathlib.Path(work), CLIPS)
+        _, shape = latent_codec.latent_shape(config, (FRAMES,))
+        codec = types.SimpleNamespace(latent_shape=shape)
+        batches = batches_lib.train_batches(config, work, codec)
+
+        speeds = []
         for step in tqdm.trange(runs + 1, desc='loader', unit='batch'):
             start = time.perf_counter()
-            _, batch = batches(step, range(8))
-            speeds.append(
-                batch['text'].shape[0] * batch['text'].shape[1] / (time.perf_counter() - start)
-            )
-        stored = 2 * (
-            2 * batch['latents'].size + batch['text'].size
-        )  # bytes: mean and log-variance, and text
-    speed = float(np.median(speeds[1:]))
+            _, batch = batches(step, range(BATCH_SIZE))
+            elapsed = time.perf_counter() - start
+            if step > 0:
+                speeds.append(scenes / elapsed)
+
+    # In bfloat16 stand the latents' mean and log-variance, and the text.
+    stored_bytes = 2 * (2 * batch['latents'].size + batch['text'].size)
+    speed = float(np.median(speeds))
     return [
         {
             'scenes/s': speed,
-            'spread scenes/s': f'{min(speeds[1:]):.3g}...{max(speeds[1:]):.3g}',
-            'MB/s': speed * stored / batch['text'].shape[0] / batch['text'].shape[1] / 1e6,
+            'spread scenes/s': f'{min(speeds):.3g}...{max(speeds):.3g}',
+            'MB/s': speed * stored_bytes / scenes / 1e6,
         }
     ]

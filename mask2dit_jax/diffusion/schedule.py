@@ -18,12 +18,13 @@ class Schedule:
     The defaults are CogVideoX-5B's; 2B has snr_shift_scale 3.0.
 
     Attributes:
-      num_train_timesteps: number of noise levels that the model is trained on.
-      beta_start, beta_end: first and last beta; their roots are interpolated linearly.
-      snr_shift_scale: a value above 1 makes every timestep noisier.
-      rescale_betas_zero_snr: makes the last timestep pure noise.
-      timestep_spacing: 'trailing', 'leading' or 'linspace', how a sampler picks its timesteps.
-      steps_offset: is added to the timesteps of 'leading'.
+      num_train_timesteps: timesteps of the noise schedule.
+      beta_start: variance that the first timestep adds.
+      beta_end: variance that the last timestep adds; square roots are linear in between.
+      snr_shift_scale: the signal-to-noise ratio is divided by it at every timestep.
+      rescale_betas_zero_snr: whether the last timestep is pure noise.
+      timestep_spacing: timesteps that a sampler visits: 'trailing', 'leading' or 'linspace'.
+      steps_offset: added to the timesteps of 'leading'.
     """
 
     num_train_timesteps: int = 1000

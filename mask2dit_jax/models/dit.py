@@ -50,16 +50,39 @@ class DiTConfig:
     Names follow the released config.json where it has one.
 
     Attributes:
-      sample_height, sample_width, sample_frames: the trained latent height and width and the number
-        of pixel frames, which set the base grid.
+      num_layers: transformer blocks.
+      num_attention_heads: attention heads of a block.
+      attention_head_dim: features of an attention head, a multiple of 16.
+      in_channels: channels of the latents.
+      out_channels: channels of the prediction, as many as in_channels for a video model.
+      text_embed_dim: features of a text state.
+      time_embed_dim: features of the timestep embedding that modulates the blocks.
+      max_text_seq_length: text tokens of every scene's caption.
+      patch_size: latent rows and columns of a token.
+      patch_size_t: latent frames of a token (1.5); None for one frame.
+      patch_bias: whether the patch projection has a bias; with a patch_size_t it always has one.
+      sample_height: latent rows that the model was trained at; they set the base grid.
+      sample_width: latent columns that the model was trained at; they set the base grid.
+      sample_frames: pixel frames that the model was trained at; they set the base grid.
+      temporal_compression_ratio: pixel frames of a latent frame, but for the first.
+      flip_sin_to_cos: whether the timestep embedding has its cosines before its sines.
+      freq_shift: subtracted from the number of frequencies in the timestep embedding's exponent.
+      attention_bias: whether the projections to queries, keys and values have biases.
+      norm_elementwise_affine: whether the layer norms have scales and biases.
+      norm_eps: added to the variance in the layer norms.
+      spatial_interpolation_scale: sin-cos positions of rows and columns are divided by it.
+      temporal_interpolation_scale: sin-cos positions of frames are divided by it.
       rotary: 3D rotary positions (5B) or, if false, fixed sin-cos ones (2B).
       learned_positions: learned additive positions, alone or on top of rotary ones (5B-I2V).
       position_rule: 'continuous' counts frames straight through scenes of any number and length,
         and starts a learned table anew in every scene; 'reference' stretches one clip's table over
         all scenes as the released code does. Rotary positions are the same under both.
-      pattern: attention mask, one of masks.PATTERNS.
-      attention_backend: one of attend.BACKENDS.
-      dtype: compute dtype; parameters are always float32.
+      pattern: attention mask: 'dual' (the paper's: a caption touches only its own scene, and all
+        video tokens see each other), 'full' (no mask), 'isolated' (a scene sees only itself) or
+        'causal' (as dual, but video does not see the video of later scenes).
+      attention_backend: implementation of attention: 'blockwise' and 'dense' run anywhere, 'splash'
+        and 'jax_splash' on TPU, 'cudnn' on GPU.
+      dtype: compute dtype, 'float32' or 'bfloat16'; parameters are float32 whatever it is.
       remat: what the backward pass computes again: 'none', 'full' (every layer, from its input),
         'save_attention' (all but attention), 'save_matmuls' (neither attention nor matmuls; on a
         CPU this is faster than 'none', because it moves less), 'offload_attention' (as

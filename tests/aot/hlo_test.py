@@ -1,9 +1,11 @@
-"""Counting in a module's text, by hand."""
+"""The totals of a small module's text are those that were counted by hand."""
 
 import pytest
 
 from mask2dit_jax.aot import hlo
 
+# A loop of 42 iterations over a fused matrix product, an all-reduce, a fused reduce-scatter and a
+# kernel, and an all-gather after the loop.
 TEXT = """HloModule test
 
 %body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
@@ -11,9 +13,12 @@ TEXT = """HloModule test
   %i = s32[] get-tuple-element(%p), index=0
   %x = bf16[8,16]{1,0} get-tuple-element(%p), index=1
   %w = bf16[16,16]{1,0} constant({...})
-  %y = bf16[8,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
-  %z = bf16[8,16]{1,0} all-reduce(%y), replica_groups={{0,1}}, to_apply=%add, metadata={op_name="jit(f)/sum"}
-  %s = bf16[4,16]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"estimated_cycles":"7"}
+  %y = bf16[8,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused, \
+backend_config={"estimated_cycles":"100"}
+  %z = bf16[8,16]{1,0} all-reduce(%y), replica_groups={{0,1}}, to_apply=%add, \
+metadata={op_name="jit(f)/sum"}
+  %s = bf16[4,16]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1, \
+backend_config={"estimated_cycles":"7"}
   %k = (bf16[2,8,4]{2,1,0}, f32[2]{0}) custom-call(%x), custom_call_target="tpu_custom_call"
   ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%i, %z)
 }
@@ -54,9 +59,9 @@ def test_loops_count_in_full():
     assert program.cycles == {'dense': 4200, 'rest': 294}
     assert program.kernels == {('k', (2, 8, 4)): 42}
     assert program.collectives == {
-        'all-reduce': [42, 42 * 256],
-        'reduce-scatter': [42, 42 * 256],
-        'all-gather': [1, 512],
+        'all-reduce': hlo.Collective(times=42, bytes=42 * 256),
+        'reduce-scatter': hlo.Collective(times=42, bytes=42 * 256),
+        'all-gather': hlo.Collective(times=1, bytes=512),
     }
     assert program.loop_all_reduces == [(256, 'jit(f)/sum')]
 
