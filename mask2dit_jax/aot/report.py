@@ -42,9 +42,7 @@ def _work(config, layout, what, mesh, chip, text, schedules: str | None) -> dict
     program = hlo.analyze(text)
     attention, backend = 0.0, config.model.attention_backend
     if backend in ('splash', 'jax_splash'):
-        blocks = splash.visited_blocks(
-            layout, config.model.pattern, splash.BLOCKS[mesh.devices.flat[0].device_kind]
-        )
+        blocks = splash.visited_blocks(layout, config.model.pattern, chip.splash_block)
         bundles = schedules and kernel_schedules.kernel_bundles(
             schedules,
             config.model.attention_head_dim,
