@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 # A process without a sign of life for this long counts as dead.
 HEARTBEAT_SECONDS = 60
-# Processes may come to a step this much later than the first one, if nothing slow precedes the step.
+# If nothing slow precedes a step, processes may come to it this much later than the first one.
 PEER_SECONDS = 90
 _UNLIMITED_SECONDS = 7 * 24 * 3600
 
