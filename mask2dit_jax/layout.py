@@ -1,13 +1,34 @@
-"""Scenes: which token belongs to which scene, who may attend to whom, and where each token stands.
+"""Scenes in token space: which tokens of the joint sequence belong to which scene.
 
 Everything that depends on the scenes of a story is a function of one `SceneLayout`; nothing else in
-the package infers scenes from shapes. The joint sequence is [all text tokens, all video tokens],
-both in story order (Mask²DiT, section 3.2, symmetric binary attention mask).
+the package infers scenes from shapes. The joint sequence is [all captions, all videos], both in
+story order (Mask²DiT, section 3.2, symmetric binary attention mask).
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens that the masks treat alike: the caption or the video of one scene.
+
+    Attributes:
+      scene: index of the scene in the story.
+      is_text: whether the tokens are the scene's caption; otherwise they are its video.
+      start: first token in the joint sequence.
+      stop: one past the last token.
+    """
+
+    scene: int
+    is_text: bool
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +53,10 @@ class SceneLayout:
     def __post_init__(self):
         if not self.frames or min(self.frames) < 1:
             raise ValueError(
-                f'SceneLayout needs at least one scene of at least one latent frame, got {self.frames}.'
+                'SceneLayout needs at least one scene of at least one latent frame, '
+                f'got {self.frames}.'
             )
+
         if min(self.height, self.width, self.text_tokens, self.patch_t) < 1:
             raise ValueError(
                 f'SceneLayout needs a positive grid, text length and temporal patch, got {self}.'
@@ -50,7 +73,7 @@ class SceneLayout:
     @property
     def token_frames(self) -> tuple[int, ...]:
         """Frames per scene as the transformer counts them, after temporal patching."""
-        return tuple(-(-f // self.patch_t) for f in self.frames)
+        return tuple(-(-frames // self.patch_t) for frames in self.frames)
 
     @property
     def num_text(self) -> int:
@@ -64,24 +87,46 @@ class SceneLayout:
     def num_tokens(self) -> int:
         return self.num_text + self.num_video
 
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The joint sequence, cut into segments: all captions, then all videos, in story order.
+
+        Masks and attention kernels learn from this list alone what the sequence is made of. Later
+        kinds of segments (a global caption, reference pictures) are to be added here.
+        """
+        text_lengths = [self.text_tokens] * self.num_scenes
+        video_lengths = [frames * self.height * self.width for frames in self.token_frames]
+
+        segments = []
+        start = 0
+        for is_text, lengths in ((True, text_lengths), (False, video_lengths)):
+            for scene, length in enumerate(lengths):
+                segments.append(Segment(scene, is_text, start, start + length))
+                start += length
+        return tuple(segments)
+
     def text_range(self, scene: int) -> tuple[int, int]:
         """First and one-past-last token of a scene's caption in the joint sequence."""
-        return scene * self.text_tokens, (scene + 1) * self.text_tokens
+        return self._range(scene, is_text=True)
 
     def video_range(self, scene: int) -> tuple[int, int]:
         """First and one-past-last token of a scene's video in the joint sequence."""
-        ends = self.num_text + np.cumsum((0, *self.token_frames)) * self.height * self.width
-        return int(ends[scene]), int(ends[scene + 1])
+        return self._range(scene, is_text=False)
+
+    def _range(self, scene: int, is_text: bool) -> tuple[int, int]:
+        (segment,) = (s for s in self.segments if (s.scene, s.is_text) == (scene, is_text))
+        return segment.start, segment.stop
 
 
 def token_scenes(layout: SceneLayout) -> tuple[np.ndarray, np.ndarray]:
     """Scene index (int32 [L]) and is-text flag (bool [L]) of every token of the joint sequence."""
-    scenes = np.arange(layout.num_scenes, dtype=np.int32)
-    text = np.repeat(scenes, layout.text_tokens)
-    video = np.repeat(scenes, np.array(layout.token_frames) * layout.height * layout.width)
-    return np.concatenate([text, video]), np.arange(layout.num_tokens) < layout.num_text
+    lengths = [segment.length for segment in layout.segments]
+    scenes = np.array([segment.scene for segment in layout.segments], np.int32)
+    is_text = np.array([segment.is_text for segment in layout.segments])
+    return np.repeat(scenes, lengths), np.repeat(is_text, lengths)
 
 
 def frame_scenes(layout: SceneLayout) -> np.ndarray:
     """Scene index of every latent frame, int32 [T]."""
-    return np.repeat(np.arange(layout.num_scenes, dtype=np.int32), layout.frames)
+    scenes = np.arange(layout.num_scenes, dtype=np.int32)
+    return np.repeat(scenes, layout.frames)

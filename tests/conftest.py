@@ -1,5 +1,4 @@
-"""Eight fake CPU devices for every test, flags parsed, since grain's workers read them; and what
-several tests share."""
+"""Settings of every test (eight fake CPU devices, parsed flags), and what several tests share."""
 
 import fractions
 import math
@@ -14,16 +13,16 @@ import numpy as np
 from absl import flags
 
 jax.config.update('jax_num_cpu_devices', 8)
-# Tests compile far longer than they run. The program stays the same; only LLVM's work on it goes,
-# five times faster.
+
+# Tests compile far longer than they run. The program stays the same; without LLVM's optimizations
+# tests compile five times faster.
 jax.config.update('jax_disable_most_optimizations', True)
-if jax.__version_info__ < (
-    0,
-    11,
-):  # later ones have nothing else, and end the process at a flag they do not know
-    os.environ['XLA_FLAGS'] = (
-        f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false'
-    )
+if jax.__version_info__ < (0, 11):
+    # Later versions have only the other emitters, and end the process at an unknown flag.
+    others = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{others} --xla_cpu_use_fusion_emitters=false'
+
+# The worker processes of grain read flags.
 flags.FLAGS.mark_as_parsed()
 
 from mask2dit_jax import config as config_lib  # noqa: E402, after the settings above
@@ -38,6 +37,7 @@ FRAMES = (1, 2)
 
 
 def tiny_config(**train):
+    """A model of two layers, trained by Muon; `train` replaces fields of TrainConfig."""
     model = dit.DiTConfig(
         num_layers=2,
         num_attention_heads=8,
@@ -54,97 +54,123 @@ def tiny_config(**train):
         dtype='float32',
         learned_positions=True,
     )
-    train = config_lib.TrainConfig(
-        **({'batch_size': 16, 'conditional_probability': 0.5, 'ema_decay': 0.9} | train)
-    )
+    defaults = {'batch_size': 16, 'conditional_probability': 0.5, 'ema_decay': 0.9}
     return config_lib.Config(
-        model=model, train=train, optimizer=config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=1)
+        model=model,
+        train=config_lib.TrainConfig(**(defaults | train)),
+        optimizer=config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=1),
     )
 
 
 def batch_of(step):
+    """A random global batch of 16 stories of FRAMES, for tiny_config."""
     rng = np.random.default_rng(step)
     return {
-        'latents': rng.standard_normal((16, 3, 2, 2, 8), np.float32),
-        'text': rng.standard_normal((16, 2, 2, 8), np.float32),
+        'latents': rng.standard_normal((16, 3, 2, 2, 8), np.float32),  # [B, T, H, W, C]
+        'text': rng.standard_normal((16, 2, 2, 8), np.float32),  # [B, S, M, E]
     }
 
 
 def mesh_of(*axes):
-    return mesh_lib.make_mesh(mesh_lib.MeshConfig(*axes), jax.devices()[: math.prod(axes)])
+    """A mesh of as many devices as the axes (data, fsdp, context, tensor) need."""
+    devices = jax.devices()[: math.prod(axes)]
+    return mesh_lib.make_mesh(mesh_lib.MeshConfig(*axes), devices)
 
 
-def train_on(cfg, mesh, steps=3):
-    batch = batch_of(0)
-    make = lambda: train_step.init_state(cfg, (batch['latents'][0], batch['text'][0], FRAMES))  # noqa: E731
+def train_on(config, mesh, steps=3):
+    """Trains on a mesh. Returns loss and gradient norm of every step, [steps, 2], and the state."""
+    first = batch_of(0)
+    example = first['latents'][0], first['text'][0], FRAMES
+
+    def make():
+        return train_step.init_state(config, example)
+
     shardings = partitioning.shardings(jax.eval_shape(make), mesh)
     state = jax.jit(make, out_shardings=shardings)()
-    step = train_step.jit_train_step(cfg, FRAMES, shardings, mesh_lib.batch_sharding(mesh))
-    null, curve = np.zeros((2, 8), np.float32), []
-    for i in range(steps):
-        local = {k: v[mesh_lib.local_rows(mesh, 16)] for k, v in batch_of(i).items()}
-        state, metrics = step(state, mesh_lib.global_batch(local, mesh, 16), null)
+    train = train_step.jit_train_step(config, FRAMES, shardings, mesh_lib.batch_sharding(mesh))
+
+    null_text = np.zeros((2, 8), np.float32)
+    rows = mesh_lib.local_rows(mesh, 16)
+    curve = []
+    for step in range(steps):
+        local = {name: array[rows] for name, array in batch_of(step).items()}
+        state, metrics = train(state, mesh_lib.global_batch(local, mesh, 16), null_text)
         curve.append([float(metrics['loss']), float(metrics['grad_norm'])])
     return np.array(curve), state
 
 
 def child_environment():
-    """For scripts that import this file."""
-    return os.environ | {'PYTHONPATH': f'{TESTS}{os.pathsep}{ROOT}', 'JAX_PLATFORMS': 'cpu'}
+    """Environment variables for scripts that import this file."""
+    path = f'{TESTS}{os.pathsep}{ROOT}'
+    return os.environ | {'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'}
 
 
 def free_port():
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         return s.getsockname()[1]
 
 
 def moving(frames=20, height=32, width=48):
-    """A video whose frames can be told apart: a bright column moves, the left half is red, the top
-    row white."""
-    out = np.zeros((frames, height, width, 3), np.uint8)
-    out[:, :, : width // 2, 0] = 160
-    out[:, :4] = 255
-    for i in range(frames):
-        out[i, :, (2 * i) % width : (2 * i) % width + 4] = 255
-    return out
+    """A video whose frames can be told apart, uint8 [T, H, W, 3].
+
+    A bright column moves; the left half is red, and the top rows are white.
+    """
+    video = np.zeros((frames, height, width, 3), np.uint8)
+    video[:, :, : width // 2, 0] = 160
+    video[:, :4] = 255
+    for frame in range(frames):
+        column = (2 * frame) % width
+        video[frame, :, column : column + 4] = 255
+    return video
 
 
 def panned(frames=40, side=128):
-    """A smooth landscape that the camera moves over."""
-    land = np.cumsum(
-        np.cumsum(np.random.default_rng(0).normal(size=(side + 3 * frames,) * 2 + (3,)), 0), 1
-    )
+    """A smooth landscape that the camera moves over, uint8 [T, H, W, 3]."""
+    size = side + 3 * frames
+    noise = np.random.default_rng(0).normal(size=(size, size, 3))
+    land = np.cumsum(np.cumsum(noise, 0), 1)
     land = (255 * (land - land.min()) / np.ptp(land)).astype(np.uint8)
-    return np.stack([land[2 * i : 2 * i + side, 3 * i : 3 * i + side] for i in range(frames)])
+
+    views = []
+    for frame in range(frames):
+        row = 2 * frame
+        column = 3 * frame
+        views.append(land[row : row + side, column : column + side])
+    return np.stack(views)
 
 
 def damage(source, target, at=0.5):
-    """A copy with some bytes of its pictures changed."""
+    """Copies an mp4, with some bytes of its pictures changed; `at` says where, from 0 to 1."""
     content = bytearray(source.read_bytes())
-    first = content.index(b'mdat') + 800  # after the encoder's own remarks
+    first = content.index(b'mdat') + 800  # the encoder's own remarks come before
     place = first + int((len(content) - first - 800) * at)
     content[place : place + 40] = bytes(range(200, 240))
     target.write_bytes(content)
 
 
 def turn(source, target):
-    """A copy that asks to be shown turned by 90 degrees clockwise, as telephones write them."""
+    """Copies an mp4 that asks to be shown turned by 90 degrees clockwise, as telephones do."""
     content = bytearray(source.read_bytes())
-    matrix = content.index(b'tkhd') + 4 + 4 + 20 + 16  # after version 0's times, ids and layers
+    matrix = content.index(b'tkhd') + 4 + 4 + 20 + 16  # the times, ids and layers come before
     assert struct.unpack('>9i', content[matrix : matrix + 36])[:5] == (65536, 0, 0, 0, 65536)
     content[matrix : matrix + 36] = struct.pack('>9i', 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
     target.write_bytes(content)
 
 
 def write_times(path, frames, ticks, rate=10):
-    """An mp4 whose frames are shown at `ticks` of 1/rate s."""
+    """Writes an mp4 whose frames are shown at `ticks` of 1/rate s."""
+    time_base = fractions.Fraction(1, rate)
     with av.open(str(path), 'w') as container:
         stream = container.add_stream('libx264', rate=rate, options={'crf': '4'})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-        stream.codec_context.time_base = fractions.Fraction(1, rate)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = 'yuv420p'
+        stream.codec_context.time_base = time_base
+
         for pixels, tick in zip(frames, ticks):
             frame = av.VideoFrame.from_ndarray(pixels, format='rgb24')
-            frame.pts, frame.time_base = tick, fractions.Fraction(1, rate)
+            frame.pts = tick
+            frame.time_base = time_base
             container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        container.mux(stream.encode())  # what the encoder holds back

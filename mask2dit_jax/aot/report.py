@@ -75,8 +75,7 @@ def program_work(
     kernel_flops = 0.0
     backend = config.model.attention_backend
     if backend in ('splash', 'jax_splash'):
-        block = splash.BLOCKS[mesh.devices.flat[0].device_kind]
-        blocks = splash.visited_blocks(layout, config.model.pattern, block)
+        blocks = splash.visited_blocks(layout, config.model.pattern, chip.splash_block)
         bundles = None
         if schedules:
             kernel = 'tokamax' if backend == 'splash' else 'jax'

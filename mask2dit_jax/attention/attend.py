@@ -1,11 +1,11 @@
 """Attention over the joint [text, video] sequence under a scene pattern (Mask²DiT, section 3.2).
 
-One signature, `attend`; backends differ in how they compute, never in what. `dense` builds the mask
-and is the definition; `blockwise` is plain XLA that never forms an L x L array and never repeats
-video keys or values.
+Every backend has one signature and one result; backends differ only in how they compute. `dense`
+builds the mask and is the definition. `blockwise` is plain XLA that never forms an L x L array and
+never repeats the keys or values of video.
 
-What the backward pass needs of the result is named 'attention', so that rematerialization can keep
-or offload it.
+What the backward pass needs of the result is named 'attention' (jax.ad_checkpoint), so that
+rematerialization can keep or offload it.
 """
 
 from mask2dit_jax.attention import blockwise as blockwise_lib
@@ -16,18 +16,26 @@ from mask2dit_jax.layout import SceneLayout
 
 
 def _splash(kernel: str):
+    """The splash backend with one of splash.KERNELS, in blocks of the size that suits the chip."""
+
     def attend(q, k, v, layout, pattern):
-        return splash.attend(q, k, v, layout, pattern, block=splash.block_of_chip(), kernel=kernel)
+        block = splash.block_of_chip()
+        return splash.attend(q, k, v, layout, pattern, block=block, kernel=kernel)
 
     return attend
 
 
-# By name: XLA anywhere, XLA anywhere, tokamax's and jax's kernels on TPU, cuDNN on GPU.
+# Functions of (q, k, v, layout, pattern), by the name that model.attention_backend gives.
 BACKENDS = {
+    # Any device: plain XLA with the whole [L, L] mask. For tests and tiny models.
     'dense': dense_lib.dense,
+    # Any device: plain XLA, memory linear in L.
     'blockwise': blockwise_lib.blockwise,
+    # TPU: the Pallas kernel of tokamax, which evaluates the mask only in blocks that need it.
     'splash': _splash('tokamax'),
+    # TPU: the Pallas kernel that comes with JAX.
     'jax_splash': _splash('jax'),
+    # NVIDIA GPU: cuDNN's flash attention.
     'cudnn': flash.flash,
 }
 
@@ -38,23 +46,26 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: str):
     Args:
       q, k, v: [B, L, N, D], text tokens first; any float dtype. Scores and softmax are float32.
       layout: says which token belongs to which scene; its num_tokens must be L.
-      pattern: one of scenes.PATTERNS.
+      pattern: one of masks.PATTERNS.
       backend: one of BACKENDS.
 
     Returns:
       [B, L, N, D] in q's dtype.
 
     Raises:
-      ValueError: unknown pattern or backend, a backend that the device cannot run, L that is not
-        the layout's, or a mesh that it does not divide over.
+      ValueError: if the pattern or the backend is unknown, if the device cannot run the backend, if
+        L is not the layout's, or if B, L or N do not divide over the mesh.
     """
     if backend not in BACKENDS:
         raise ValueError(
             f'Unknown attention backend {backend!r}: use one of {", ".join(BACKENDS)}.'
         )
-    if not (q.shape == k.shape == v.shape and q.ndim == 4 and q.shape[1] == layout.num_tokens):
+
+    fits = q.shape == k.shape == v.shape and q.ndim == 4 and q.shape[1] == layout.num_tokens
+    if not fits:
         raise ValueError(
             f'Attention over {layout} needs q, k, v of shape [B, {layout.num_tokens}, N, D], '
             f'got {q.shape}, {k.shape}, {v.shape}.'
         )
+
     return context_parallel.attend(q, k, v, layout, pattern, BACKENDS[backend])

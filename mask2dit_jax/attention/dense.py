@@ -1,4 +1,4 @@
-"""The reference: attention over an explicit boolean mask."""
+"""The reference: attention over an explicit boolean mask (Mask²DiT, section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,22 @@ from mask2dit_jax.layout import SceneLayout
 
 
 def dense(q, k, v, layout: SceneLayout, pattern: str):
-    """Reference: softmax over an explicit boolean mask. Memory is quadratic in L."""
-    mask = masks.dense_mask(layout, pattern)
-    scores = (
-        jnp.einsum('bqnd,bknd->bnqk', q, k, preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
+    """Softmax over an explicit boolean mask: the definition that the other backends must equal.
+
+    Memory is quadratic in L.
+
+    Args:
+      q, k, v, layout, pattern: as in attend.attend.
+
+    Returns:
+      [B, L, N, D] in q's dtype.
+    """
+    mask = masks.dense_mask(layout, pattern)  # [L, L]
+
+    scores = jnp.einsum('bqnd,bknd->bnqk', q, k, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5  # [B, N, L, L]
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    out = jnp.einsum(
-        'bnqk,bknd->bqnd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum('bnqk,bknd->bqnd', weights, v, preferred_element_type=jnp.float32)
     return checkpoint_name(out.astype(q.dtype), 'attention')

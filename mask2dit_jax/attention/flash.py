@@ -1,4 +1,4 @@
-"""Attention under a scene pattern by the flash kernels of a GPU (cuDNN)."""
+"""Attention under a scene pattern (Mask²DiT, section 3.2) by the flash kernels of a GPU (cuDNN)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +8,25 @@ from mask2dit_jax.layout import SceneLayout
 
 
 def flash(q, k, v, layout: SceneLayout, pattern: str, implementation: str = 'cudnn'):
-    """Full flash attention of each caption's and each scene's queries over the keys they may see,
-    put side by side.
+    """Full flash attention of each segment's queries over the keys that they may see.
 
-    No statistics are merged, so that gradients are those of jax.nn.dot_product_attention, whatever
-    implementation.
+    Every query is answered by one call of jax.nn.dot_product_attention, and no statistics of
+    several calls are merged: merging by log-sum-exp would give silently wrong gradients there.
+
+    Args:
+      q, k, v, layout, pattern: as in attend.attend.
+      implementation: as in jax.nn.dot_product_attention; tests use 'xla', which runs anywhere.
+
+    Returns:
+      [B, L, N, D] in q's dtype.
     """
     outputs = []
-    for is_text in (True, False):
-        for scene in range(layout.num_scenes):
-            start, stop = layout.text_range(scene) if is_text else layout.video_range(scene)
-            ranges = masks.key_ranges(layout, pattern, scene, is_text)
-            keys, values = (jnp.concatenate([x[:, a:b] for a, b in ranges], axis=1) for x in (k, v))
-            outputs.append(
-                jax.nn.dot_product_attention(
-                    q[:, start:stop], keys, values, implementation=implementation
-                )
-            )
+    for queries in layout.segments:
+        ranges = masks.key_ranges(layout, pattern, queries.scene, queries.is_text)
+        keys = jnp.concatenate([k[:, start:stop] for start, stop in ranges], axis=1)
+        values = jnp.concatenate([v[:, start:stop] for start, stop in ranges], axis=1)
+        out = jax.nn.dot_product_attention(
+            q[:, queries.start : queries.stop], keys, values, implementation=implementation
+        )
+        outputs.append(out)
     return jnp.concatenate(outputs, axis=1)

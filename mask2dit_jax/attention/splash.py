@@ -1,10 +1,10 @@
-"""Scene attention on TPU by splash kernels (tokamax's, or jax's own), exact and without an L x L
-array.
+"""Scene attention on TPU by splash kernels (tokamax's, or JAX's own), without an L x L array.
 
-Inside, a sequence is ordered [video, text, padding] and padded to whole blocks, so that everything
-that is not video lies in the last blocks. A block of the mask is answered from the scenes that it
-touches, never from its pairs; within a block that is neither all true nor all false the kernel
-computes the mask from positions.
+The mask is Mask²DiT's (section 3.2), and the result is exact. Inside, a sequence is ordered [video,
+text, padding] and padded to whole blocks, so that everything that is not video lies in the last
+blocks. Whether a block of the mask is all true, all false or mixed is read off the segments that it
+touches, never off its (query, key) pairs; in a mixed block the kernel computes the mask from
+positions.
 
 The mask is computed by comparisons alone: kernels on the TPU have no fast integer division.
 """
@@ -12,49 +12,64 @@ The mask is computed by comparisons alone: kernels on the TPU have no fast integ
 import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
+from mask2dit_jax import hardware
 from mask2dit_jax.attention import masks
-from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.layout import SceneLayout, Segment
 
 KERNELS = ('tokamax', 'jax')
 _LANES = 128
 
-# Tokens per block (queries and keys), by the device kind of the chip: of v5p (TPU v5) and v6e the
-# largest that compiles with the default VMEM, of v5e one that compiles; v4's is not tried.
-BLOCKS = {'TPU v4': 1024, 'TPU v5': 1280, 'TPU v5 lite': 1024, 'TPU v6 lite': 1536}
-
-# Pairs of blocks that one call may visit: tokamax's table of them takes 13 bytes each of the chip's
-# 1 MiB of scalar memory. Longer sequences are called for in several parts of their queries.
+# Pairs of blocks that one call may visit: tokamax's table takes 13 bytes for each of them, of the
+# chip's 1 MiB of scalar memory. The queries of a longer sequence are split over several calls.
 _MAX_PAIRS = 72_000
 
 
 @dataclasses.dataclass(frozen=True)
-class _Segments:
-    """The sequence as kernels see it: one segment for every scene's video, then every caption, then
-    padding."""
+class _KernelSequence:
+    """The sequence as kernels see it: every scene's video, then every caption, then padding.
+
+    Segments are counted in this order: the video of scene i is segment i, its caption is segment
+    S + i, and the padding is segment 2S. _visible_pairs relies on these numbers.
+    """
 
     layout: SceneLayout
     block: int
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The layout's segments in the order of kernels; start and stop remain the layout's."""
+        videos = [segment for segment in self.layout.segments if not segment.is_text]
+        captions = [segment for segment in self.layout.segments if segment.is_text]
+        return (*videos, *captions)
+
+    @property
     def starts(self) -> tuple[int, ...]:
-        """First token of each segment, and the length of the whole."""
-        n, s = self.layout, range(self.layout.num_scenes)
-        video = [n.video_range(i)[0] - n.num_text for i in s]
-        text = [n.num_video + n.text_range(i)[0] for i in s]
-        return (*video, *text, n.num_tokens, -(-n.num_tokens // self.block) * self.block)
+        """First token of each segment and of the padding, and the length of the whole."""
+        starts = [0]
+        for segment in self.segments:
+            starts.append(starts[-1] + segment.length)
+
+        num_blocks = -(-self.layout.num_tokens // self.block)
+        return (*starts, num_blocks * self.block)
 
     def visible(self, pattern: str) -> np.ndarray:
-        """bool [2S+1, 2S+1], true where a query of segment i may see a key of j; padding sees all,
-        and none see it."""
-        s = self.layout.num_scenes
-        scene, is_text = np.tile(np.arange(s), 2), np.arange(2 * s) >= s
-        table = np.zeros((2 * s + 1,) * 2, bool)
+        """bool [2S+1, 2S+1], true where a query of segment i may see a key of segment j.
+
+        No query sees a key of the padding. The queries of the padding see all other keys, since
+        softmax over no keys at all would be 0 / 0.
+        """
+        scene = np.array([segment.scene for segment in self.segments])
+        is_text = np.array([segment.is_text for segment in self.segments])
+
+        size = len(self.segments) + 1
+        table = np.zeros((size, size), bool)
         table[:-1, :-1] = masks.may_attend(
             pattern, scene[:, None], is_text[:, None], scene[None], is_text[None]
         )
@@ -63,30 +78,32 @@ class _Segments:
 
 
 class SceneMask(splash_attention_mask.Mask):
-    """The mask of a pattern as both splash libraries take it: `mask[rows, columns]`, and a function
-    of positions.
+    """The mask of a pattern as both splash libraries take it.
 
-    A block that is uniform comes back as a single value, so that the table of blocks costs no
-    pairs.
+    It is `mask[rows, columns]`, and a function of positions. A block that is uniform comes back as
+    a single value, so that the table of blocks never costs an array of (query, key) pairs.
 
     Args:
-      segments: the sequence.
-      pattern: one of scenes.PATTERNS.
-      queries: the tokens that ask, first and one past the last; they are the mask's rows.
+      sequence: the sequence as kernels see it.
+      pattern: one of masks.PATTERNS.
+      queries: first and one-past-last token of the queries, which are the mask's rows.
     """
 
-    def __init__(self, segments: _Segments, pattern: str, queries: tuple[int, int]):
-        self._key = segments, pattern, queries
-        self._starts = np.array(segments.starts)
-        self._visible = segments.visible(pattern)
-        self._offsets = queries[0], 0
-        self._segment_of = np.repeat(np.arange(len(self._visible)), np.diff(self._starts)).astype(
-            np.int32
-        )
-        # What the kernel holds per query is its segment; keys are positions.
+    def __init__(self, sequence: _KernelSequence, pattern: str, queries: tuple[int, int]):
+        self._key = sequence, pattern, queries
+        self._starts = np.array(sequence.starts)
+        self._visible = sequence.visible(pattern)  # [2S+1, 2S+1]
+        self._offsets = queries[0], 0  # of rows and of columns
+
+        segments = np.arange(len(self._visible))
+        lengths = np.diff(self._starts)
+        self._segment_of = np.repeat(segments, lengths).astype(np.int32)  # [padded L]
+
+        # The kernel holds one number per query, which is the query's segment; for keys it has
+        # their positions.
         self.q_sequence = self._segment_of[slice(*queries)]
         self.mask_function = functools.partial(
-            _visible_pairs, pattern, segments.layout.num_scenes, segments.starts
+            _visible_pairs, pattern, sequence.layout.num_scenes, sequence.starts
         )
 
     @property
@@ -94,15 +111,19 @@ class SceneMask(splash_attention_mask.Mask):
         return len(self.q_sequence), len(self._segment_of)
 
     def __getitem__(self, index):
-        index = [
-            slice(*(offset + x for x in i.indices(n)[:2]))
-            for i, n, offset in zip(index, self.shape, self._offsets)
-        ]
-        rows, columns = (self._touched(i) for i in index)
-        touched = self._visible[rows[0] : rows[1], columns[0] : columns[1]]
+        rows, columns = (self._tokens(window, axis=axis) for axis, window in enumerate(index))
+        first_row, last_row = self._touched(rows)
+        first_column, last_column = self._touched(columns)
+        touched = self._visible[first_row:last_row, first_column:last_column]
+
         if touched.all() or not touched.any():
             return touched[:1, :1]
-        return self._visible[self._segment_of[index[0]][:, None], self._segment_of[index[1]][None]]
+        return self._visible[self._segment_of[rows][:, None], self._segment_of[columns][None]]
+
+    def _tokens(self, window: slice, axis: int) -> slice:
+        """The tokens of the sequence that a slice of the mask's rows (or columns) stands for."""
+        start, stop, _ = window.indices(self.shape[axis])
+        return slice(self._offsets[axis] + start, self._offsets[axis] + stop)
 
     def _touched(self, tokens: slice) -> tuple[int, int]:
         """First and one-past-last segment that a range of tokens meets."""
@@ -117,23 +138,34 @@ class SceneMask(splash_attention_mask.Mask):
 
 
 def _visible_pairs(pattern: str, num_scenes: int, starts: tuple[int, ...], q_segment, k_position):
-    """The predicate between queries' segments and keys' positions, with comparisons only."""
+    """The predicate between the segments of queries and the positions of keys.
+
+    Args:
+      pattern: one of masks.PATTERNS.
+      num_scenes: S; segments are counted as in _KernelSequence.
+      starts: of _KernelSequence.
+      q_segment, k_position: int32 arrays that broadcast.
+    """
 
     def scene_of(segment):
         return segment - num_scenes * (segment >= num_scenes).astype(jnp.int32)
 
-    k_segment = sum((k_position >= s).astype(jnp.int32) for s in starts[1:-1] if s > 0)
-    q_text, k_text = ((x >= num_scenes).astype(jnp.int32) for x in (q_segment, k_segment))
-    seen = masks.may_attend(pattern, scene_of(q_segment), q_text, scene_of(k_segment), k_text)
-    return (seen | (q_segment == 2 * num_scenes)) & (k_position < starts[-2])
+    # A key's segment is the number of segments after the first that begin at or before the key.
+    k_segment = sum((k_position >= start).astype(jnp.int32) for start in starts[1:-1])
+
+    q_is_text = (q_segment >= num_scenes).astype(jnp.int32)
+    k_is_text = (k_segment >= num_scenes).astype(jnp.int32)
+    seen = masks.may_attend(pattern, scene_of(q_segment), q_is_text, scene_of(k_segment), k_is_text)
+
+    q_is_padding = q_segment == 2 * num_scenes
+    return (seen | q_is_padding) & (k_position < starts[-2])
 
 
 @functools.lru_cache(maxsize=64)
 def _tokamax_kernel(mask: SceneMask, block: int, interpret):
+    """tokamax's kernel for one example: a function of q, k and v [N, padded L, D]."""
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
 
-    # dq is summed over key blocks in three slots; without that it takes one float32 copy of dq per
-    # block of keys.
     config = splash.SplashConfig(
         block_q=block,
         block_kv=block,
@@ -141,6 +173,8 @@ def _tokamax_kernel(mask: SceneMask, block: int, interpret):
         block_q_dkv=block,
         block_kv_dkv=block,
         block_kv_dkv_compute=block,
+        # dq is summed over blocks of keys in three slots. Without this option the kernel takes one
+        # float32 copy of dq per block of keys.
         dq_reduction_steps=3,
         residual_checkpoint_name='attention',
         interpret=interpret,
@@ -150,9 +184,18 @@ def _tokamax_kernel(mask: SceneMask, block: int, interpret):
 
 @functools.lru_cache(maxsize=64)
 def _jax_kernel(mask: SceneMask, num_heads: int, block: int, interpret):
+    """JAX's kernel for one example: a function of q, k and v [N, padded L, D]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    sizes = splash.BlockSizes(block, block, block, block, block, block, use_fused_bwd_kernel=True)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
     return splash.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([mask] * num_heads),
         block_sizes=sizes,
@@ -165,28 +208,64 @@ def block_of_chip() -> int:
     """Tokens per block for the chip that is being traced for.
 
     Raises:
-      ValueError: if it is none that the kernels run on.
+      ValueError: if the kernels do not run on the device.
     """
+    # When a program is compiled ahead of time the chip is the mesh's, and none is attached.
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device else jax.devices()[0].device_kind
-    if kind not in BLOCKS:
+
+    blocks = {chip.device_kind: chip.splash_block for chip in hardware.CHIPS.values()}
+    if kind not in blocks:
         raise ValueError(
-            f'Splash attention runs on {", ".join(BLOCKS)}, not on {kind!r}: set model.attention_backend '
-            'to blockwise (any device) or cudnn (GPU).'
+            f'Splash attention runs on {", ".join(blocks)}, not on {kind!r}: '
+            'set model.attention_backend to blockwise (any device) or cudnn (GPU).'
         )
-    return BLOCKS[kind]
+    return blocks[kind]
 
 
-def visited_blocks(layout: SceneLayout, pattern: str, block: int) -> tuple[int, float, float]:
-    """What kernels visit: tokens per block, and for a block of queries, on average, the number of
-    wholly visible blocks of keys and of those whose mask is evaluated."""
-    block = min(block, -(-layout.num_tokens // _LANES) * _LANES)
-    segments = _Segments(layout, block)
-    length = segments.starts[-1]
-    mask, starts = SceneMask(segments, pattern, (0, length)), range(0, length, block)
-    windows = [mask[i : i + block, j : j + block] for i in starts for j in starts]
-    visible, seen = sum(bool(w.all()) for w in windows), sum(bool(w.any()) for w in windows)
-    return block, visible / len(starts), (seen - visible) / len(starts)
+class VisitedBlocks(NamedTuple):
+    """The blocks of the mask that kernels visit.
+
+    Attributes:
+      block: tokens per block.
+      visible: wholly visible blocks of keys per block of queries, on average.
+      evaluated: blocks of keys whose mask is evaluated, per block of queries, on average.
+    """
+
+    block: int
+    visible: float
+    evaluated: float
+
+
+def _fit(block: int, layout: SceneLayout) -> int:
+    """Tokens per block for this sequence: fewer if the whole sequence fills less than a block."""
+    return min(block, -(-layout.num_tokens // _LANES) * _LANES)
+
+
+def visited_blocks(layout: SceneLayout, pattern: str, block: int) -> VisitedBlocks:
+    """Counts the blocks that kernels visit.
+
+    Args:
+      layout: the sequence.
+      pattern: one of masks.PATTERNS.
+      block: tokens per block of queries and of keys, a multiple of 128.
+    """
+    block = _fit(block, layout)
+    sequence = _KernelSequence(layout, block)
+    length = sequence.starts[-1]
+    mask = SceneMask(sequence, pattern, (0, length))
+
+    visible = 0
+    evaluated = 0
+    for row, column in itertools.product(range(0, length, block), repeat=2):
+        window = mask[row : row + block, column : column + block]
+        if window.all():
+            visible += 1
+        elif window.any():
+            evaluated += 1
+
+    num_blocks = length // block
+    return VisitedBlocks(block, visible / num_blocks, evaluated / num_blocks)
 
 
 def attend(
@@ -203,36 +282,45 @@ def attend(
     """Attention under a scene pattern by a splash kernel on one device.
 
     Args:
-      q, k, v, layout, pattern: as in attention.attend.
+      q, k, v, layout, pattern: as in attend.attend.
       block: tokens per block of queries and of keys, a multiple of 128.
       kernel: one of KERNELS; tokamax evaluates the mask only in blocks that need it.
       interpret: run the kernel on any device, slowly; pltpu.InterpretParams() also models the
         chip's memory, without which tokamax's dq is wrong from the fourth block of keys on.
+
+    Returns:
+      [B, L, N, D] in q's dtype.
     """
-    block = min(block, -(-layout.num_tokens // _LANES) * _LANES)
-    segments = _Segments(layout, block)
-    padding = ((0, 0), (0, segments.starts[-1] - layout.num_tokens), (0, 0), (0, 0))
+    block = _fit(block, layout)
+    sequence = _KernelSequence(layout, block)
+    length = sequence.starts[-1]
+    padding = ((0, 0), (0, length - layout.num_tokens), (0, 0), (0, 0))
 
-    def enter(x):  # [B, L, N, D] to [B, N, padded, D]
-        x = jnp.concatenate([x[:, layout.num_text :], x[:, : layout.num_text]], axis=1)
-        return jnp.pad(x, padding).swapaxes(1, 2)
+    def to_kernel(x):
+        """[B, L, N, D] to [B, N, padded L, D] in the order of kernels."""
+        video = x[:, layout.num_text :]
+        text = x[:, : layout.num_text]
+        return jnp.pad(jnp.concatenate([video, text], axis=1), padding).swapaxes(1, 2)
 
-    blocks = segments.starts[-1] // block
-    parts = -(-(blocks**2) // _MAX_PAIRS)
-    edges = [block * (blocks * i // parts) for i in range(parts + 1)]
-    q, k, v = enter(q * q.shape[-1] ** -0.5), enter(k), enter(v)
-    out = []
+    num_blocks = length // block
+    num_calls = -(-(num_blocks**2) // _MAX_PAIRS)
+    edges = [block * (num_blocks * i // num_calls) for i in range(num_calls + 1)]
+
+    q = to_kernel(q * q.shape[-1] ** -0.5)
+    k = to_kernel(k)
+    v = to_kernel(v)
+    outs = []
     for queries in itertools.pairwise(edges):
         # The mask is a constant: its tables must not become tracers of the layer that asked first.
         with jax.ensure_compile_time_eval():
-            mask = SceneMask(segments, pattern, queries)
-            run = (
-                _tokamax_kernel(mask, block, interpret)
-                if kernel == 'tokamax'
-                else _jax_kernel(mask, q.shape[1], block, interpret)
-            )
-        out.append(jax.vmap(run)(q[:, :, slice(*queries)], k, v))
-    out = jnp.concatenate(out, axis=2).swapaxes(1, 2)
-    return jnp.concatenate(
-        [out[:, layout.num_video : layout.num_tokens], out[:, : layout.num_video]], axis=1
-    )
+            mask = SceneMask(sequence, pattern, queries)
+            if kernel == 'tokamax':
+                run = _tokamax_kernel(mask, block, interpret)
+            else:
+                run = _jax_kernel(mask, q.shape[1], block, interpret)
+        outs.append(jax.vmap(run)(q[:, :, slice(*queries)], k, v))
+
+    out = jnp.concatenate(outs, axis=2).swapaxes(1, 2)  # [B, padded L, N, D]
+    text = out[:, layout.num_video : layout.num_tokens]
+    video = out[:, : layout.num_video]
+    return jnp.concatenate([text, video], axis=1)

@@ -1,8 +1,8 @@
-"""Attention on a mesh: Ulysses (Jacobs et al. 2023). Tokens are spread over the `context` axis
-outside, heads inside.
+"""Attention on a mesh by DeepSpeed-Ulysses (Jacobs et al. 2023).
 
-Every device sees all tokens for some heads, so that any backend and any pattern run unchanged and
-the mask is the one of a single device.
+Outside attention the tokens are spread over the `context` axis; inside, the heads are. Every device
+sees all tokens for some heads, so that any backend and any pattern run unchanged, under the same
+mask as on a single device.
 """
 
 from collections.abc import Callable
@@ -19,31 +19,48 @@ SPEC = P(mesh_lib.BATCH_AXES, 'context', 'tensor')  # of q, k and v [B, L, N, D]
 def check(axes: dict[str, int], batch: int, num_tokens: int, num_heads: int) -> None:
     """Makes sure that examples, tokens and heads spread evenly.
 
+    Args:
+      axes: sizes of the mesh's axes by name.
+      batch: B, examples of the global batch.
+      num_tokens: L.
+      num_heads: N.
+
     Raises:
-      ValueError: saying which sizes would do.
+      ValueError: if one of them does not divide; the message says which sizes would do.
     """
-    copies, context, tensor = axes['data'] * axes['fsdp'], axes['context'], axes['tensor']
+    copies = axes['data'] * axes['fsdp']
+    context = axes['context']
+    tensor = axes['tensor']
+
     if batch % copies:
         raise ValueError(
-            f'A batch of {batch} does not divide over data {axes["data"]} x fsdp {axes["fsdp"]}: make it '
-            f'a multiple of {copies}, or let context or tensor take more devices.'
+            f'A batch of {batch} does not divide over data {axes["data"]} x fsdp {axes["fsdp"]}: '
+            f'make it a multiple of {copies}, or let context or tensor take more devices.'
         )
-    if num_heads % (context * tensor):
-        fitting = [n for n in range(1, num_heads + 1) if num_heads % (n * tensor) == 0]
+
+    heads_fit = [n for n in range(1, num_heads + 1) if num_heads % (n * tensor) == 0]
+    if context not in heads_fit:
         raise ValueError(
-            f'{num_heads} attention heads do not divide over context {context} x tensor {tensor}: with '
-            f'tensor {tensor}, context may be {", ".join(map(str, fitting)) or "nothing"}.'
+            f'{num_heads} attention heads do not divide over context {context} x tensor {tensor}: '
+            f'with tensor {tensor}, context may be {", ".join(map(str, heads_fit)) or "nothing"}.'
         )
+
     if num_tokens % context:
-        fitting = [
-            n
-            for n in range(1, num_heads + 1)
-            if num_heads % (n * tensor) == 0 and num_tokens % n == 0
-        ]
+        both_fit = [n for n in heads_fit if num_tokens % n == 0]
         raise ValueError(
             f'{num_tokens} tokens do not divide over context {context}: for these scenes it may be '
-            f'{", ".join(map(str, fitting))}.'
+            f'{", ".join(map(str, both_fit))}.'
         )
+
+
+def _all_to_all(x, split_axis: int, concat_axis: int):
+    """Spreads split_axis over the context axis, and gathers concat_axis from it."""
+    # XLA's CPU backend sometimes gives the parts of a bare all-to-all different layouts, and then
+    # fails; behind a barrier it does not.
+    x = jax.lax.optimization_barrier(x)
+    return jax.lax.all_to_all(
+        x, 'context', split_axis=split_axis, concat_axis=concat_axis, tiled=True
+    )
 
 
 def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
@@ -51,7 +68,7 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
 
     Args:
       q, k, v: [B, L, N, D], laid out as SPEC says.
-      layout, pattern: as in attention.attend.
+      layout, pattern: as in attention.attend.attend.
       backend: function of (q, k, v, layout, pattern).
 
     Returns:
@@ -63,19 +80,17 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
     axes = mesh_lib.mesh_axes()
     if not axes:
         return backend(q, k, v, layout, pattern)
-    check(axes, *q.shape[:3])
 
-    def swap(x, **axes):
-        # XLA's CPU backend sometimes gives the parts of a bare all-to-all different layouts, and
-        # then fails.
-        return jax.lax.all_to_all(jax.lax.optimization_barrier(x), 'context', tiled=True, **axes)
+    batch, num_tokens, num_heads, _ = q.shape
+    check(axes, batch, num_tokens, num_heads)
 
     def local(q, k, v):
         if axes['context'] == 1:
             return backend(q, k, v, layout, pattern)
-        q, k, v = (
-            swap(x, split_axis=2, concat_axis=1) for x in (q, k, v)
-        )  # [B, L, N / context, D]
-        return swap(backend(q, k, v, layout, pattern), split_axis=1, concat_axis=2)
+
+        # [B, L / context, N, D] to [B, L, N / context, D], and back.
+        q, k, v = (_all_to_all(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+        out = backend(q, k, v, layout, pattern)
+        return _all_to_all(out, split_axis=1, concat_axis=2)
 
     return jax.shard_map(local, in_specs=SPEC, out_specs=SPEC, check_vma=False)(q, k, v)

@@ -15,14 +15,15 @@ class MeshConfig:
     """How devices share the work; the product of the four axes must be the device count.
 
     Attributes:
-      data: copies of the model, between which only gradients travel; several slices must divide it.
-      fsdp: devices over which one copy's parameters, optimizer and EMA are spread, each with
-        examples of its own.
+      data: copies of the model, between which only gradients travel. With several TPU slices, it
+        must be a multiple of their number.
+      fsdp: devices over which the parameters, the optimizer state and the EMA of one copy are
+        spread; each device has examples of its own.
       context: devices that share the tokens of an example (Ulysses); it must divide the attention
         heads.
       tensor: devices that share the heads and the hidden features.
       slice: TPU slice (presets.SLICES) that the axes are meant for, which `aot` compiles for.
-      cpu_devices: how many devices JAX makes of the host's CPU; it means nothing on accelerators.
+      cpu_devices: number of devices that JAX makes of the host's CPU; accelerators ignore it.
     """
 
     data: int = 1
@@ -43,53 +44,69 @@ def mesh_axes() -> dict[str, int]:
     return dict(mesh.shape) if mesh.size > 1 else {}
 
 
-def make_mesh(mesh, devices=None) -> jax.sharding.Mesh:
-    """Mesh (data, fsdp, context, tensor): whole physical axes of the chips' torus where they fit,
-    and slices on data.
+def _mesh_from_grid(grid: np.ndarray) -> jax.sharding.Mesh:
+    # Auto axes: the compiler propagates shardings. Explicit axes, which are jax.make_mesh's
+    # default, do not work with linen modules.
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def make_mesh(mesh: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    """Mesh (data, fsdp, context, tensor) over all devices.
+
+    Every axis takes whole physical axes of the chips' torus where they fit, and slices lie on data.
 
     Args:
-      mesh: config.MeshConfig, the sizes of the axes.
+      mesh: the sizes of the axes.
       devices: all of JAX's unless given, e.g. those of a topology that is only compiled for.
 
     Raises:
       ValueError: if the axes do not multiply to the number of devices, or data does not divide over
         slices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
+
     shape = tuple(getattr(mesh, axis) for axis in AXES)
-    want, have = math.prod(shape), len(devices)
+    want = math.prod(shape)
+    have = len(devices)
     if want != have:
-        sizes = ' x '.join(f'{axis} {n}' for axis, n in zip(AXES, shape))
+        sizes = ' x '.join(f'{axis} {size}' for axis, size in zip(AXES, shape))
         raise ValueError(
-            f'config.mesh asks for {sizes} = {want} devices, but there are {have}: change the axes, or '
-            'config.mesh.cpu_devices on a CPU.'
+            f'config.mesh asks for {sizes} = {want} devices, but there are {have}: '
+            'change the axes, or config.mesh.cpu_devices on a CPU.'
         )
-    slices = len({getattr(d, 'slice_index', 0) for d in devices})
-    if mesh.data % slices:
+
+    # Only devices of TPU slices have the attribute.
+    num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    if mesh.data % num_slices:
         raise ValueError(
-            f'config.mesh.data {mesh.data} does not divide over {slices} slices, between which only '
-            'gradients should travel: make it a multiple.'
+            f'config.mesh.data {mesh.data} does not divide over {num_slices} slices, between which '
+            'only gradients should travel: make it a multiple.'
         )
-    if slices > 1:
-        inner = (mesh.data // slices, *shape[1:])
+
+    if num_slices > 1:
+        within_slice = (mesh.data // num_slices, *shape[1:])
+        across_slices = (num_slices, 1, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(
-            inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+            within_slice, across_slices, devices, allow_split_physical_axes=True
         )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # Auto axes: the compiler propagates shardings; Explicit ones, the default, do not work with
-    # linen modules.
-    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return _mesh_from_grid(grid)
 
 
 def mesh_of(tree) -> jax.sharding.Mesh:
-    """The mesh that a tree of arrays is spread over; the first device for arrays that are on no
-    mesh."""
-    sharding = getattr(jax.tree.leaves(tree)[0], 'sharding', None)
+    """The mesh that a tree of arrays is spread over.
+
+    For arrays that are not on a mesh it is a mesh of this process's first device.
+    """
+    first_leaf = jax.tree.leaves(tree)[0]
+    sharding = getattr(first_leaf, 'sharding', None)
     if isinstance(sharding, NamedSharding):
         return sharding.mesh
+
     grid = np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES))
-    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return _mesh_from_grid(grid)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -98,20 +115,34 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
-    """The examples of a global batch that this process's devices need; processes that share tokens
-    share them."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (index,) in slices for row in range(*index.indices(batch_size))})
+    """The examples of a global batch that this process's devices need, in ascending order.
+
+    Processes whose devices share the tokens of an example all need that example.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in indices for row in range(*rows.indices(batch_size))})
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int):
-    """Global arrays from the examples of `local_rows`."""
-    sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
+    """Global arrays from the examples of `local_rows`.
+
+    Args:
+      batch: arrays whose first axis runs over local_rows(mesh, batch_size).
+      mesh: the mesh to spread them over.
+      batch_size: examples of the global batch.
+
+    Returns:
+      jax.Arrays [batch_size, ...], spread as batch_sharding says.
+    """
+    sharding = batch_sharding(mesh)
+    rows = local_rows(mesh, batch_size)
 
     def place(x):
         def part(index):
+            """The examples of one device, which lie side by side in x."""
             start, stop, _ = index[0].indices(batch_size)
-            return x[rows.index(start) : rows.index(start) + stop - start]
+            first = rows.index(start)
+            return x[first : first + stop - start]
 
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
 

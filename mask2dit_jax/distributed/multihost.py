@@ -1,8 +1,8 @@
 """Several processes as one program: they start, agree, stop, and end together.
 
-JAX notices a process that is killed or stopped, by heartbeats that each one's runtime sends from a
-thread of its own, and then ends the others. It cannot notice one whose Python hangs while its
-threads live (a file system that does not answer): `meet` does.
+JAX notices a process that is killed or stopped: the runtime of every process sends heartbeats from
+a thread of its own, and JAX ends the other processes when they cease. JAX cannot notice a process
+whose Python hangs while its threads live (a file system that does not answer): `barrier` does.
 """
 
 import contextlib
@@ -20,21 +20,27 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 60  # without a sign of life, a process counts as dead
-PEER_SECONDS = 90  # by which the others may come later to a step that nothing slow precedes
+# A process without a sign of life for this long counts as dead.
+HEARTBEAT_SECONDS = 60
+# If nothing slow precedes a step, processes may come to it this much later than the first one.
+PEER_SECONDS = 90
 _UNLIMITED_SECONDS = 7 * 24 * 3600
 
 
 def tpu_chips() -> int:
-    """TPU chips of this host that JAX would use; asks PCI as JAX does, and touches no device."""
+    """Number of TPU chips of this host that JAX would use.
+
+    The function asks PCI, as JAX does, and touches no device.
+    """
     platforms = jax.config.jax_platforms
     if platforms and 'tpu' not in platforms.split(','):
         return 0
-    from jax._src import (
-        hardware_utils,
-    )  # no public function counts chips before devices are touched
 
-    return hardware_utils.num_available_tpu_chips_and_device_id()[0]
+    # No public function of JAX counts chips before devices are touched.
+    from jax._src import hardware_utils
+
+    num_chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+    return num_chips
 
 
 def initialize(
@@ -43,10 +49,10 @@ def initialize(
     """Connects the processes of a run; to be called before devices are touched.
 
     Args:
-      coordinator: HOST:PORT of process 0; None for one process, or on TPU, where a host that has
+      coordinator: HOST:PORT of process 0. None for a single process, and on TPU, where a host with
         fewer chips than the mesh needs is one of several and learns the rest from its environment.
-      num_processes, process_id: with the coordinator.
-      devices: that the mesh needs.
+      num_processes, process_id: given if and only if the coordinator is.
+      devices: number of devices that the mesh needs.
     """
     limits = {
         'heartbeat_timeout_seconds': HEARTBEAT_SECONDS,
@@ -59,29 +65,34 @@ def initialize(
 
 
 def all_agree(good: bool) -> bool:
-    """Whether it is good on all processes, which all call this."""
-    return (
-        good
-        if jax.process_count() == 1
-        else bool(multihost_utils.process_allgather(np.array(good)).all())
-    )
+    """Whether `good` is true on all processes. All processes must call this."""
+    if jax.process_count() == 1:
+        return good
+    answers = multihost_utils.process_allgather(np.array(good))
+    return bool(answers.all())
 
 
 def assert_same_on_all_hosts(**things) -> None:
-    """Checks that all processes, which all call this, have the same things (compared by repr).
+    """Checks that all processes have the same things. All processes must call this.
+
+    Args:
+      **things: compared by their repr, and named in the error.
 
     Raises:
-      ValueError: naming what differs.
+      ValueError: if something differs, saying what.
     """
     if jax.process_count() == 1:
         return
-    digests = np.array([zlib.crc32(repr(thing).encode()) for thing in things.values()], np.uint32)
-    gathered = multihost_utils.process_allgather(digests)  # [processes, things]
-    different = [name for name, column in zip(things, gathered.T) if len(set(column.tolist())) > 1]
-    if different:
+
+    digests = [zlib.crc32(repr(thing).encode()) for thing in things.values()]
+    gathered = multihost_utils.process_allgather(np.array(digests, np.uint32))
+
+    differs = (gathered != gathered[0]).any(axis=0)  # of [processes, things]
+    names = [name for name, differ in zip(things, differs) if differ]
+    if names:
         raise ValueError(
-            f'Processes differ in {", ".join(different)}: start all by the same command, with a --workdir '
-            'that they share.'
+            f'Processes differ in {", ".join(names)}: start all by the same command, with a '
+            '--workdir that they share.'
         )
 
 
@@ -89,45 +100,48 @@ def barrier(step: int, limited: bool) -> None:
     """Waits for all processes before a step.
 
     Args:
-      step: the same on all, each once.
-      limited: end the wait after PEER_SECONDS. Not where a process may well be minutes late, since
-        it compiled or saved before; how long steps take does not matter, since processes wait for
-        their ends together.
+      step: the number of the step. It must be the same on all processes, and be used once.
+      limited: whether to end the wait after PEER_SECONDS. To be false where a process may well be
+        minutes late, because it compiled or saved before this step. The duration of steps does not
+        matter, since processes wait for the end of every step together.
 
     Raises:
-      TimeoutError: if some do not come.
+      TimeoutError: if some processes do not come.
     """
     if jax.process_count() == 1:
         return
+
     seconds = PEER_SECONDS if limited else _UNLIMITED_SECONDS
+    wait = ocp.multihost.get_barrier_sync_fn()
     try:
-        ocp.multihost.get_barrier_sync_fn()(key=f'step {step}', timeout_ms=1000 * seconds)
+        wait(key=f'step {step}', timeout_ms=1000 * seconds)
     except jax.errors.JaxRuntimeError as error:
         raise TimeoutError(
-            f'Another process did not come to step {step} within {seconds} s, so that it hangs or is '
-            'gone: start all again, and they resume.'
+            f'Another process did not come to step {step} within {seconds} s: it hangs, or it is '
+            'gone. Start all processes again; they resume.'
         ) from error
 
 
 @contextlib.contextmanager
 def termination():
-    """A function that says whether to stop, since SIGTERM came to one of the processes.
+    """Yields a function that says whether to stop, because SIGTERM came to one of the processes.
 
-    It must be asked after every step, and says True after the same one on all. While Python waits
-    (for the compiler, say) the signal waits, too. Afterwards SIGTERM ends the process at once;
-    before, too, if it is the only one.
+    The function must be called after every step; all processes get True after the same step. While
+    Python waits (for the compiler, say), the signal waits, too. Outside the context SIGTERM ends a
+    single process at once. With several processes it does so after the context; when it comes
+    before the context, JAX remembers it.
     """
     if jax.distributed.is_initialized():
-        asked = itertools.count(
-            1
-        )  # from the start on: JAX takes the first one as 0 if the signal comes before it
+        # The count begins at 1, and not at the step that a run resumes at: if the signal comes
+        # before the first call, JAX takes call 1 for the one that says True.
+        calls = itertools.count(1)
         try:
-            yield lambda: multihost_utils.reached_preemption_sync_point(next(asked))
+            yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
         finally:
-            signal.signal(
-                signal.SIGTERM, signal.SIG_DFL
-            )  # JAX's handler, which nobody asks any more, ignores it
+            # JAX's own handler would swallow the signal, since nobody asks any more.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return
+
     received = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
@@ -138,9 +152,10 @@ def termination():
 
 @contextlib.contextmanager
 def ending_together():
-    """With several processes an error ends this one at once, by which the others notice.
+    """Ends this process at once when an error is raised, if it is one of several.
 
-    Python's orderly exit would wait for computations that cannot end without the others.
+    The other processes notice that the heartbeats of this one cease. Python's orderly exit would
+    wait for computations that cannot end without the other processes.
     """
     try:
         yield

@@ -39,7 +39,7 @@ def padded_mask(layout, pattern, length):
 def test_mask_by_brute_force(frames, pattern):
     layout = layout_of(frames)
     for block in (128, 384):
-        segments = splash._Segments(layout, block)
+        segments = splash._KernelSequence(layout, block)
         length = segments.starts[-1]
         for queries in [
             (0, length),
@@ -61,7 +61,7 @@ def test_mask_by_brute_force(frames, pattern):
 def test_uniform_blocks_are_not_evaluated():
     """24 scenes of the published size: 417 x 417 blocks, answered from scenes."""
     layout = SceneLayout((13,) * 24, 30, 45, 226)
-    segments = splash._Segments(layout, 1024)
+    segments = splash._KernelSequence(layout, 1024)
     mask = splash.SceneMask(segments, 'dual', (0, segments.starts[-1]))
     n, sizes = mask.shape[0] // 1024, []
     for i, j in itertools.product(range(0, n, 7), range(0, n, 7)):

@@ -1,5 +1,4 @@
-"""Attention over meshes of eight devices equals one device's: every backend inside, every pattern,
-unequal scenes."""
+"""Attention over eight devices equals that of one: every backend and pattern, unequal scenes."""
 
 import functools
 
@@ -38,37 +37,38 @@ def mesh_of(*axes):
 
 
 def layout_of(frames):
-    return SceneLayout(
-        frames, 4, 4, 8
-    )  # 8 captions' and 16 frames' tokens: every number of scenes divides
+    # Captions have 8 tokens and frames have 16, so that every number of scenes divides.
+    return SceneLayout(frames, 4, 4, 8)
 
 
-def qkv(layout, batch=4, heads=8, dim=16):
+def qkv(layout):
+    """Random q, k, v and the cotangent of the output, [B, L, N, D] each."""
     keys = jax.random.split(jax.random.key(0), 4)
-    return [jax.random.normal(k, (batch, layout.num_tokens, heads, dim)) for k in keys]
+    return [jax.random.normal(key, (4, layout.num_tokens, 8, 16)) for key in keys]
+
+
+def forward_and_gradients(attend, layout, pattern, q, k, v, d_out):
+    """The output, dq, dk and dv."""
+    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, layout, pattern), q, k, v)
+    return (out, *vjp(d_out))
 
 
 @functools.cache
 def dense(layout, pattern):
-    return jax.jit(functools.partial(forward_and_gradients, dense_lib.dense, layout, pattern))(
-        *qkv(layout)
-    )
-
-
-def forward_and_gradients(attend, layout, pattern, q, k, v, do):
-    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, layout, pattern), q, k, v)
-    return (out, *vjp(do))
+    """The reference, on one device."""
+    run = functools.partial(forward_and_gradients, dense_lib.dense, layout, pattern)
+    return jax.jit(run)(*qkv(layout))
 
 
 @functools.cache
 def on_mesh(axes, inside, layout, pattern):
     """Jitted function of q, k, v and the output's cotangent."""
     mesh = mesh_of(*axes)
+    attend = functools.partial(context_parallel.attend, backend=INSIDE[inside])
 
     @functools.partial(jax.jit, in_shardings=NamedSharding(mesh, context_parallel.SPEC))
     def run(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            attend = functools.partial(context_parallel.attend, backend=INSIDE[inside])
             return forward_and_gradients(attend, layout, pattern, *args)
 
     return run
@@ -76,12 +76,10 @@ def on_mesh(axes, inside, layout, pattern):
 
 def assert_equal(axes, inside, frames, pattern):
     layout = layout_of(frames)
-    for name, ref, ours in zip(
-        ('out', 'dq', 'dk', 'dv'),
-        dense(layout, pattern),
-        on_mesh(axes, inside, layout, pattern)(*qkv(layout)),
-    ):
-        np.testing.assert_allclose(ours, ref, atol=3e-6, err_msg=name)
+    expected = dense(layout, pattern)
+    results = on_mesh(axes, inside, layout, pattern)(*qkv(layout))
+    for name, theirs, ours in zip(('out', 'dq', 'dk', 'dv'), expected, results):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6, err_msg=name)
 
 
 @pytest.mark.parametrize('axes', MESHES, ids=MESHES.get)
@@ -112,15 +110,19 @@ def test_splash_inside(inside, pattern):
 def test_captions_get_no_gradient_from_other_scenes_on_any_mesh(axes):
     """The defining property of the dual mask, which the reference loses on several devices."""
     layout = layout_of((2, 1, 3))
-    run, args = on_mesh(axes, 'blockwise', layout, 'dual'), qkv(layout)
+    run = on_mesh(axes, 'blockwise', layout, 'dual')
+    q, k, v, d_out = qkv(layout)
+
     for scene in range(3):
         start, stop = layout.video_range(scene)
-        do = jnp.zeros_like(args[3]).at[:, start:stop].set(args[3][:, start:stop])
-        _, _, dk, dv = run(*args[:3], do)
-        for other in range(3):
-            a, b = layout.text_range(other)
-            for grad in (dk, dv):
-                assert bool(jnp.any(grad[:, a:b])) == (other == scene)
+        d_scene = jnp.zeros_like(d_out).at[:, start:stop].set(d_out[:, start:stop])
+        _, _, dk, dv = run(q, k, v, d_scene)
+
+        for caption in range(3):
+            start, stop = layout.text_range(caption)
+            for gradient in (dk, dv):
+                has_gradient = bool(jnp.any(gradient[:, start:stop]))
+                assert has_gradient == (caption == scene)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""Two processes on this machine train to the numbers of one, whichever axis lies between them; they
-agree and stop."""
+"""Two processes on this machine train to the numbers of one process; they agree, and they stop."""
 
 import json
 import os
@@ -14,52 +13,73 @@ from conftest import ROOT, child_environment, free_port, mesh_of, tiny_config, t
 
 from mask2dit_jax.distributed import multihost
 
+# Each of two processes runs this. Its arguments are the coordinator's address, its own number and
+# the mesh's axes.
 CODE = """
     import json, os, signal, sys, time
+
     import jax
+
     jax.config.update('jax_num_cpu_devices', 4)
     jax.config.update('jax_disable_most_optimizations', True)
     address, process, axes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+
     from mask2dit_jax.distributed import mesh as mesh_lib, multihost
+
     multihost.initialize(address, 2, process, devices=8)
+
     import conftest
+
     jax.config.update('jax_num_cpu_devices', 4)  # conftest asks for eight
     mesh = conftest.mesh_of(*axes)
     curve, _ = conftest.train_on(conftest.tiny_config(), mesh)
-    agreed = [multihost.all_agree(True), multihost.all_agree(process == 0), multihost.all_agree(False)]
+
+    agreed = [multihost.all_agree(good) for good in (True, process == 0, False)]
     try:
         multihost.assert_same_on_all_hosts(model='dual', steps=process)
     except ValueError as error:
         different = str(error)
+
     if process == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(4)  # JAX hears of it before anybody asks
+    time.sleep(4)  # JAX hears of the signal before anybody asks
     with multihost.termination() as terminated:
         asked = 1
         while not terminated() and asked < 100:
             asked += 1
             multihost.barrier(asked, limited=True)
             time.sleep(0.1)
-    print('RESULT', json.dumps({'curve': curve.tolist(), 'rows': mesh_lib.local_rows(mesh, 16), 'agreed': agreed,
-                                'different': different, 'asked': asked}))
+
+    result = {
+        'curve': curve.tolist(),
+        'rows': mesh_lib.local_rows(mesh, 16),
+        'agreed': agreed,
+        'different': different,
+        'asked': asked,
+    }
+    print('RESULT', json.dumps(result))
 """
 
 
 def run_two(axes, tmp_path):
-    (tmp_path / 'run.py').write_text(textwrap.dedent(CODE))
+    """Runs CODE in two processes of four devices each, and returns their results."""
+    script = tmp_path / 'run.py'
+    script.write_text(textwrap.dedent(CODE))
     address = f'localhost:{free_port()}'
-    processes = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / 'run.py', address, str(i), json.dumps(axes)],
+
+    processes = []
+    for i in range(2):
+        process = subprocess.Popen(
+            [sys.executable, script, address, str(i), json.dumps(axes)],
             env=child_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(2)
-    ]
-    outputs = [p.communicate(timeout=600) for p in processes]
-    assert not any(p.returncode for p in processes), outputs
+        processes.append(process)
+
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert not any(process.returncode for process in processes), outputs
     return [json.loads(out.split('RESULT')[1]) for out, _ in outputs]
 
 
@@ -73,9 +93,14 @@ def test_two_processes_train_as_one(axes, shared, tmp_path):
     expected, _ = train_on(tiny_config(), mesh_of(1))
     for result in results:
         np.testing.assert_allclose(result['curve'], expected, rtol=2e-5)
-    rows = [set(r['rows']) for r in results]
-    assert (rows[0] == rows[1]) == shared and rows[0] | rows[1] == set(range(16))
-    assert shared or not rows[0] & rows[1]
+
+    first, second = (set(result['rows']) for result in results)
+    assert first | second == set(range(16))
+    if shared:
+        assert first == second
+    else:
+        assert not first & second
+
     for result in results:
         assert result['agreed'] == [True, False, False]
         assert result['different'].startswith('Processes differ in steps: ')
@@ -83,11 +108,15 @@ def test_two_processes_train_as_one(axes, shared, tmp_path):
 
 
 WRONG = """
-import sys
 from absl import app, flags
+
 from mask2dit_jax import main
-for given in (['--coordinator=localhost:1'], ['--num_processes=2', '--process_id=0'],
-              ['--coordinator=localhost:1', '--num_processes=2', '--process_id=2']):
+
+for given in (
+    ['--coordinator=localhost:1'],
+    ['--num_processes=2', '--process_id=0'],
+    ['--coordinator=localhost:1', '--num_processes=2', '--process_id=2'],
+):
     flags.FLAGS.unparse_flags()
     for name in ('coordinator', 'num_processes', 'process_id'):
         flags.FLAGS[name].unparse()
@@ -100,24 +129,23 @@ for given in (['--coordinator=localhost:1'], ['--num_processes=2', '--process_id
 
 
 def test_wrong_flags_are_usage_errors():
-    root = ROOT
-    out = subprocess.run(
+    process = subprocess.run(
         [sys.executable, '-c', WRONG],
-        cwd=root,
-        env=os.environ | {'PYTHONPATH': str(root)},
+        cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-    ).stdout.splitlines()
-    assert len(out) == 3 and all('belong together' in line for line in out[:2])
-    assert '--process_id=2 must be less than --num_processes=2' in out[2]
+    )
+    no_number, no_coordinator, number_too_large = process.stdout.splitlines()
+    assert 'belong together' in no_number
+    assert 'belong together' in no_coordinator
+    assert '--process_id=2 must be less than --num_processes=2' in number_too_large
 
 
 def test_a_host_without_tpu_is_alone():
     assert jax.config.jax_platforms == 'cpu' or multihost.tpu_chips() == 0
     multihost.initialize(None, None, None, devices=256)
-    assert (
-        not jax.distributed.is_initialized()
-        and multihost.all_agree(True)
-        and not multihost.all_agree(False)
-    )
+    assert not jax.distributed.is_initialized()
+    assert multihost.all_agree(True)
+    assert not multihost.all_agree(False)
