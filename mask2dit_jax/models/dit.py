@@ -322,8 +322,7 @@ class _Affine(nn.Module):
 class _AdaLayerNorm(nn.Module):
     """adaLN: every token is shifted and scaled by the vectors of its own scene.
 
-    Returns as many [B, L, E] arrays as `parts` minus one: the modulated tokens, and the gate if
-    `parts` is 3.
+    Returns the modulated tokens [B, L, E] and, if `parts` is 3, the gate [B, L, E].
     """
 
     cfg: DiTConfig

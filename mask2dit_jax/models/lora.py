@@ -96,7 +96,7 @@ def init(key, params, cfg: LoraConfig):
     tree = {}
     for i, path in enumerate(matched(params, cfg)):
         *stack, rows, columns = flat[*path, 'kernel'].shape
-        bound = rows**-0.5
+        bound = rows**-0.5  # PEFT's Kaiming initialisation with a = sqrt(5)
         tree[*path, 'lora_A'] = jax.random.uniform(
             jax.random.fold_in(key, i), (*stack, rows, cfg.rank), jnp.float32, -bound, bound
         )
@@ -149,6 +149,7 @@ def merge_placed(params, tree, cfg: LoraConfig):
     with `params`.
     """
 
+    # Without out_shardings the compiler may place the merged kernel elsewhere.
     def merge_in_place(kernel, a, b, factor):
         jitted = jax.jit(merge_kernel, static_argnums=3, out_shardings=kernel.sharding)
         return jitted(kernel, a, b, factor)

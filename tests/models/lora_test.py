@@ -84,33 +84,33 @@ def random_tree(tree, seed=0):
 
 
 def random_lora(cfg=LORA, seed=1):
-    return random_tree(
-        jax.eval_shape(lambda: lora.init(jax.random.key(0), names.abstract_params(MODEL), cfg)),
-        seed,
-    )
+    params = names.abstract_params(MODEL)
+    shapes = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, cfg))
+    return random_tree(shapes, seed)
 
 
 def target(cfg):
-    return partitioning.abstract_arrays(
-        names.abstract_params(cfg.model), mesh_lib.make_mesh(cfg.mesh)
-    )
+    """Shapes of the whole model's parameters, with their shardings."""
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    return partitioning.abstract_arrays(names.abstract_params(cfg.model), mesh)
 
 
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def assert_close(a, b):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), a, b)
+
+
 def write_run(workdir, cfg, params):
     """Workdir as a run of 3 steps would leave it."""
     workdir.mkdir()
     config_lib.save(cfg, workdir / 'config.json')
+
+    state = train_step.TrainState(np.int32(3), params, params, {'unused': np.ones(1)})
     checkpoints = checkpoint.manager(workdir, 1, 0, 0)
-    checkpoint.save(
-        checkpoints,
-        3,
-        train_step.TrainState(np.int32(3), params, params, {'unused': np.ones(1)}),
-        {},
-    )
+    checkpoint.save(checkpoints, 3, state, {})
     checkpoint.finish(checkpoints)
     return workdir
 
@@ -124,50 +124,54 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def finished(base):
-    """Workdir of a finished run of LoRA on it, and its rows of scores."""
+    """Workdir of a finished run of LoRA on `base`, and its rows of scores."""
     workdir = base.with_name('lora')
     return workdir, trainer.train_and_evaluate(run_config(init_from=str(base), lora=LORA), workdir)
 
 
 def test_only_lora_is_trained_and_the_loss_falls(base):
-    """On stories; the base stays bit for bit, and neither optimizer nor EMA knows of it."""
+    """The base stays as it is, bit for bit; neither the optimizer nor the EMA has a copy of it."""
     cfg = run_config(steps=40, init_from=str(base), lora=LORA)
     codec = latent_codec.for_run(cfg, base)
-    batches, mesh = batches_lib.train_batches(cfg, base, codec), mesh_lib.make_mesh(cfg.mesh)
+    batches = batches_lib.train_batches(cfg, base, codec)
+    mesh = mesh_lib.make_mesh(cfg.mesh)
     state, shardings = trainer._initial_state(cfg, codec, mesh)
     _, whole = runs.newest(base, run_config(), target(cfg))
     assert_equal(ema.model_ema(cfg, state), whole)  # B is zero
-    (layout, batch), null = batches(0, range(8)), codec.encode_text([''])[0]
+
+    # The loss on one batch, with fixed noise and timesteps.
+    layout, batch = batches(0, range(8))
+    null = codec.encode_text([''])[0]
     frames = codec.latent_frames(layout)
     noise = np.random.default_rng(0).standard_normal(batch['latents'].shape, np.float32)
+    timesteps = np.arange(0, 1000, 125)
+    given = np.zeros((8, 2), bool)
 
     @jax.jit
     def loss(params):
         total, count = loss_lib.denoising_loss(
-            dit.DiT(MODEL),
-            params,
-            cfg.schedule,
-            batch,
-            noise,
-            np.arange(0, 1000, 125),
-            np.zeros((8, 2), bool),
-            frames,
+            dit.DiT(MODEL), params, cfg.schedule, batch, noise, timesteps, given, frames
         )
         return total / count
 
     before = loss(whole)
+
+    # Training on that batch.
     step = train_step.jit_train_step(cfg, frames, shardings, mesh_lib.batch_sharding(mesh))
     first = jax.tree.map(np.array, state.params)
     for _ in range(cfg.train.steps):
         # One at a time: steps in flight would wait for each other's threads on a small host.
         state, _ = jax.block_until_ready(step(state, mesh_lib.global_batch(batch, mesh, 8), null))
+
     assert_equal(state.frozen_params, whole)
     assert set(traverse_util.flatten_dict(state.params)) == PAIRS
     for old, new in zip(jax.tree.leaves(first), jax.tree.leaves(state.params)):
         assert (np.abs(old - new) > 1e-3).mean() > 0.9
-    sizes = {x.shape for x in jax.tree.leaves((state.params, state.ema, state.opt_state))}
-    assert sizes == {(), (2, 32, 8), (2, 8, 32)}
-    assert loss(lora.merge_placed(state.frozen_params, state.params, LORA)) < 0.9 * before
+    shapes = {x.shape for x in jax.tree.leaves((state.params, state.ema, state.opt_state))}
+    assert shapes == {(), (2, 32, 8), (2, 8, 32)}
+
+    merged = lora.merge_placed(state.frozen_params, state.params, LORA)
+    assert loss(merged) < 0.9 * before
 
 
 def test_initialisation_is_pefts():
@@ -175,24 +179,31 @@ def test_initialisation_is_pefts():
         jax.random.key(0), names.abstract_params(MODEL), dataclasses.replace(LORA, layers='kernel$')
     )
     flat = traverse_util.flatten_dict(tree)
-    assert {p[:-1] for p in flat} == {e.path[:-1] for e in ENTRIES if e.path[-1] == 'kernel'}
+    kernels = {entry.path[:-1] for entry in ENTRIES if entry.path[-1] == 'kernel'}
+    assert {path[:-1] for path in flat} == kernels
+
+    # A is uniform, and other values in every layer and kernel.
     a = np.asarray(flat['blocks', 'ff_out', 'lora_A'])
-    assert a.shape == (2, 128, 8) and (a[0] != a[1]).all()
-    assert (
-        flat['blocks', 'attn', 'to_q', 'lora_A'] != flat['blocks', 'attn', 'to_k', 'lora_A']
-    ).all()
-    assert 0.95 * 128**-0.5 < np.abs(a).max() <= 128**-0.5 and abs(a.mean()) < 0.01
+    assert a.shape == (2, 128, 8)
+    assert (a[0] != a[1]).all()
+    to_q = flat['blocks', 'attn', 'to_q', 'lora_A']
+    to_k = flat['blocks', 'attn', 'to_k', 'lora_A']
+    assert (to_q != to_k).all()
+    assert 0.95 * 128**-0.5 < np.abs(a).max() <= 128**-0.5
+    assert abs(a.mean()) < 0.01
+
+    # B is zero.
     assert not any(np.any(x) for p, x in flat.items() if p[-1] == 'lora_B')
     assert flat['proj_out', 'lora_B'].shape == (8, 48)
 
 
 def test_muon_leaves_lora_to_its_adamw():
     tree = random_lora()
-    optimizer = optimizer_lib.make_optimizer(
-        config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=0, clip_norm=1e9), 10
-    )
+    muon_config = config_lib.OptimizerConfig('muon', 1e-2, warmup_steps=0, clip_norm=1e9)
+    optimizer = optimizer_lib.make_optimizer(muon_config, 10)
     adamw = optax.adamw(1e-2, nesterov=True, weight_decay=0.0)
-    ours, theirs = (tx.update(tree, tx.init(tree), tree)[0] for tx in (optimizer, adamw))
+    ours, _ = optimizer.update(tree, optimizer.init(tree), tree)
+    theirs, _ = adamw.update(tree, adamw.init(tree), tree)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
 
 
@@ -201,12 +212,14 @@ def test_merging_adds_the_scaled_product_of_each_layer(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), random_tree(names.abstract_params(MODEL)))
     tree = random_lora()
     merged = traverse_util.flatten_dict(lora.merge(params, tree, LORA))
+
     for path, value in traverse_util.flatten_dict(params).items():
         if (*path[:-1], 'lora_A') in PAIRS and path[-1] == 'kernel':
-            a, b = (
-                tree['blocks']['attn'][path[2]][f'lora_{kind}'].astype(np.float64) for kind in 'AB'
-            )
-            want = value.astype(np.float64) + 12 / 8 * np.stack([a[0] @ b[0], a[1] @ b[1]])
+            pair = tree['blocks']['attn'][path[2]]
+            a = pair['lora_A'].astype(np.float64)
+            b = pair['lora_B'].astype(np.float64)
+            product = np.stack([a[0] @ b[0], a[1] @ b[1]])
+            want = value.astype(np.float64) + 12 / 8 * product
             rounding = 0 if dtype == np.float32 else 2**-8
             np.testing.assert_allclose(
                 np.asarray(merged[path], np.float64), want, atol=2e-6, rtol=rounding
@@ -214,6 +227,9 @@ def test_merging_adds_the_scaled_product_of_each_layer(dtype):
         else:
             np.testing.assert_array_equal(merged[path], value)
         assert merged[path].dtype == dtype
+
+
+def test_the_scale_is_one_without_alpha():
     assert lora.scale(lora.LoraConfig(4)) == 1
 
 
@@ -242,39 +258,47 @@ MESH_CONFIG = dataclasses.replace(
 
 
 def mesh_run(axes, grad_accumulation=1):
-    """Three steps of LoRA on a random base: at its initialisation nothing but proj_out has a
-    gradient."""
+    """Three steps of LoRA on a random base.
+
+    At the base's own initialisation nothing but proj_out has a gradient.
+    """
     cfg = dataclasses.replace(
         MESH_CONFIG,
         train=dataclasses.replace(MESH_CONFIG.train, grad_accumulation=grad_accumulation),
     )
-    inputs, mesh = batch_of(0), mesh_of(*axes)
-    inputs = inputs['latents'][0], inputs['text'][0], FRAMES
+    mesh = mesh_of(*axes)
+    example = batch_of(0)
+    inputs = (example['latents'][0], example['text'][0], FRAMES)
     make = lambda: train_step.init_state(cfg, inputs)  # noqa: E731
     shardings = partitioning.shardings(jax.eval_shape(make), mesh)
     state = jax.jit(make, out_shardings=shardings)()
     start = jax.tree.map(np.array, state.frozen_params)
     state = state.replace(frozen_params=jax.device_put(random_tree(start), shardings.frozen_params))
+
     step = train_step.jit_train_step(cfg, FRAMES, shardings, mesh_lib.batch_sharding(mesh))
+    null = np.zeros((2, 8), np.float32)
     for i in range(3):
-        state, metrics = jax.block_until_ready(
-            step(state, mesh_lib.global_batch(batch_of(i), mesh, 16), np.zeros((2, 8), np.float32))
-        )
+        batch = mesh_lib.global_batch(batch_of(i), mesh, 16)
+        state, metrics = jax.block_until_ready(step(state, batch, null))
     return metrics, state
 
 
 def test_eight_devices_and_micro_batches_give_the_numbers_of_one():
-    one_device, (metrics, state) = mesh_run((1,)), mesh_run((1, 2, 2, 2), grad_accumulation=2)
-    for name, value in one_device[0].items():
+    one_metrics, one_state = mesh_run((1,))
+    metrics, state = mesh_run((1, 2, 2, 2), grad_accumulation=2)
+
+    for name, value in one_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=5e-5)
-    for ours, ref in zip(jax.tree.leaves(state.params), jax.tree.leaves(one_device[1].params)):
+    for ours, ref in zip(jax.tree.leaves(state.params), jax.tree.leaves(one_state.params)):
         assert np.abs(ref).max() > 1e-3
         np.testing.assert_allclose(ours, ref, atol=1e-4)
-    assert_equal(state.frozen_params, one_device[1].frozen_params)
+    assert_equal(state.frozen_params, one_state.frozen_params)
+
+    def sharding(tree):
+        return jax.tree.map(lambda x: x.sharding, tree)
+
     merged = ema.model_ema(MESH_CONFIG, state)
-    assert jax.tree.map(lambda x: x.sharding, merged) == jax.tree.map(
-        lambda x: x.sharding, state.frozen_params
-    )
+    assert sharding(merged) == sharding(state.frozen_params)
 
 
 def read_items(workdir):
@@ -285,16 +309,15 @@ def read_items(workdir):
 
 
 def test_checkpoints_hold_lora_alone(finished, base):
-    items = read_items(finished[0])
-    assert (
-        set(traverse_util.flatten_dict(items['params']))
-        == set(traverse_util.flatten_dict(items['ema']))
-        == PAIRS
-    )
+    workdir, _ = finished
+    items = read_items(workdir)
+    assert set(traverse_util.flatten_dict(items['params'])) == PAIRS
+    assert set(traverse_util.flatten_dict(items['ema'])) == PAIRS
     assert {x.shape for x in jax.tree.leaves(items)} == {(), (2, 32, 8), (2, 8, 32)}
-    assert config_lib.load(finished[0] / 'config.json').init_from == str(
-        checkpoint.folders(base)[-1]
-    )
+
+    # The configuration names the checkpoint that was the base, not only its workdir.
+    cfg = config_lib.load(workdir / 'config.json')
+    assert cfg.init_from == str(checkpoint.folders(base)[-1])
 
 
 def test_resume_is_bit_equal(finished, tmp_path):
@@ -303,6 +326,7 @@ def test_resume_is_bit_equal(finished, tmp_path):
     shutil.copytree(workdir, other)
     shutil.copytree(workdir.parent / 'data', tmp_path / 'data')
     shutil.rmtree(other / 'checkpoints/6')  # as if killed after the checkpoint of step 3
+
     cfg = config_lib.load(workdir / 'config.json')
     assert trainer.train_and_evaluate(cfg, other) == rows
     assert_equal(read_items(other), read_items(workdir))
@@ -311,7 +335,8 @@ def test_resume_is_bit_equal(finished, tmp_path):
 def ema_of(workdir):
     """LoRA tensors of a run's last EMA."""
     flat = tensor_io.open_orbax(checkpoint.folders(workdir)[-1] / 'ema')
-    return traverse_util.unflatten_dict({p: x.read().result() for p, x in flat.items()})
+    arrays = {path: array.read().result() for path, array in flat.items()}
+    return traverse_util.unflatten_dict(arrays)
 
 
 def test_lora_on_lora(finished, base, tmp_path):
@@ -322,50 +347,56 @@ def test_lora_on_lora(finished, base, tmp_path):
     )
     path = checkpoint.folders(workdir)[-1]
     whole = runs.restore(path, config_lib.load_run(path), target(cfg))
-    first = lora.merge(runs.newest(base, run_config(), target(cfg))[1], ema_of(finished[0]), LORA)
+
+    _, base_params = runs.newest(base, run_config(), target(cfg))
+    first = lora.merge(base_params, ema_of(finished[0]), LORA)
     want = lora.merge(first, ema_of(workdir), cfg.lora)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole, want)
+    assert_close(whole, want)
+
     export.convert_folder(workdir, tmp_path / 'out')
     exported = load_lib.load_transformer(tmp_path / 'out/transformer')[1]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), exported, want)
+    assert_close(exported, want)
 
 
 @pytest.mark.parametrize('converted', [False, True])
 def test_lora_on_a_model_folder(converted, tmp_path):
     """The base as released, in bfloat16, and as Orbax."""
-    params = jax.tree.map(
-        lambda x: x.astype(ml_dtypes.bfloat16), random_tree(names.abstract_params(MODEL))
-    )
+    params = random_tree(names.abstract_params(MODEL))
+    params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
     folder = tmp_path / 'released/transformer'
     tensor_io.write_safetensors(folder, 'model', export.export_params('transformer', MODEL, params))
     (folder / 'config.json').write_text(json.dumps(config_json.transformer_json(MODEL)))
     if converted:
         export.convert_folder(tmp_path / 'released', tmp_path / 'orbax')
         folder = tmp_path / 'orbax/transformer'
-    cfg, tree = run_config(init_from=str(folder.parent), lora=LORA), random_lora()
+
+    cfg = run_config(init_from=str(folder.parent), lora=LORA)
+    tree = random_lora()
     workdir = write_run(tmp_path / 'run', runs.resolve_base_checkpoint(cfg), tree)
     want = lora.merge(jax.tree.map(lambda x: x.astype(np.float32), params), tree, LORA)
     path = checkpoint.folders(workdir)[-1]
     whole = runs.restore(path, config_lib.load_run(path), target(cfg))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole, want)
+    assert_close(whole, want)
+
     export.convert_folder(workdir, tmp_path / 'out')
     exported = load_lib.load_transformer(tmp_path / 'out/transformer')[1]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), exported, want)
+    assert_close(exported, want)
 
 
 def test_export_is_merged_and_alone(finished, base, tmp_path):
-    counts = export.convert_folder(finished[0], tmp_path / 'out')
+    """An export holds the merged transformer, and the LoRA tensors in a file of their own."""
+    workdir, _ = finished
+    counts = export.convert_folder(workdir, tmp_path / 'out')
     model, params = load_lib.load_transformer(tmp_path / 'out/transformer')
     assert counts == {
         'transformer': sum(x.size for x in jax.tree.leaves(params)),
         'LoRA': 2 * 2 * 4 * 32 * 8,
     }
-    merged = runs.restore(
-        checkpoint.folders(finished[0])[-1],
-        config_lib.load(finished[0] / 'config.json'),
-        target(run_config()),
-    )
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), params, merged)
+    path = checkpoint.folders(workdir)[-1]
+    merged = runs.restore(path, config_lib.load(workdir / 'config.json'), target(run_config()))
+    assert_close(params, merged)
+
+    # The exported model computes what base and LoRA compute, and not what the base does.
     rng = np.random.default_rng(0)
     inputs = (
         rng.standard_normal((1, 2, 4, 4, 48), np.float32),
@@ -374,48 +405,50 @@ def test_export_is_merged_and_alone(finished, base, tmp_path):
     )
     apply = jax.jit(model.apply, static_argnums=4)
     _, whole = runs.newest(base, run_config(), load_lib.on_one_device(names.abstract_params(MODEL)))
-    trained = apply({'params': lora.merge(whole, ema_of(finished[0]), LORA)}, *inputs, (1, 1))
+    trained = apply({'params': lora.merge(whole, ema_of(workdir), LORA)}, *inputs, (1, 1))
     np.testing.assert_allclose(apply({'params': params}, *inputs, (1, 1)), trained, atol=2e-5)
     assert np.abs(apply({'params': whole}, *inputs, (1, 1)) - trained).max() > 1e-3
+
     tree, cfg = lora_files.read_lora(tmp_path / 'out/pytorch_lora_weights.safetensors', MODEL)
-    assert_equal(tree, ema_of(finished[0]))
+    assert_equal(tree, ema_of(workdir))
     assert lora.scale(cfg) == lora.scale(LORA)
 
 
-def run_sample(out, **chosen):
-    with flagsaver.flagsaver(
-        **({'out': str(out), 'prompt': ['red ring on gray moves left', 'it grows']} | chosen)
-    ):
+def run_sample(out, **flags):
+    """Frames of the video that the command `sample` writes with these flags."""
+    prompt = ['red ring on gray moves left', 'it grows']
+    with flagsaver.flagsaver(**({'out': str(out), 'prompt': prompt} | flags)):
         sample.main(['sample'])
     return video.read_video(out / 'video_0.mp4')[0]
 
 
 def test_sampling_merges(finished, base, tmp_path):
-    """A run of LoRA gives the frames of its base with the LoRA file, which are not those of the
-    base."""
-    lora_files.write_lora(tmp_path, MODEL, ema_of(finished[0]), LORA)
-    run = run_sample(tmp_path / 'run', workdir=str(finished[0]))
+    """A run of LoRA gives the frames of its base with its LoRA file, not those of the base."""
+    workdir, _ = finished
+    file = tmp_path / 'pytorch_lora_weights.safetensors'
+    lora_files.write_lora(tmp_path, MODEL, ema_of(workdir), LORA)
+
+    run = run_sample(tmp_path / 'run', workdir=str(workdir))
     alone = run_sample(tmp_path / 'alone', workdir=str(base))
-    named = run_sample(
-        tmp_path / 'file',
-        workdir=str(base),
-        lora=str(tmp_path / 'pytorch_lora_weights.safetensors'),
-    )
+    named = run_sample(tmp_path / 'file', workdir=str(base), lora=str(file))
     np.testing.assert_array_equal(named, run)
     assert np.abs(alone.astype(int) - run).max() > 10
-    assert json.loads((tmp_path / 'file/story.json').read_text())['lora'].endswith(
-        'weights.safetensors'
-    )
+
+    story = json.loads((tmp_path / 'file/story.json').read_text())
+    assert story['lora'].endswith('weights.safetensors')
 
 
 @pytest.mark.parametrize('cfg', [LORA, lora.LoraConfig(3, layers='kernel$')])
 def test_files_come_back_bit_equal(cfg, tmp_path):
     tree = random_lora(cfg)
+    file = tmp_path / 'pytorch_lora_weights.safetensors'
     count = lora_files.write_lora(tmp_path, MODEL, tree, cfg)
-    back, found = lora_files.read_lora(tmp_path / 'pytorch_lora_weights.safetensors', MODEL)
+    back, found = lora_files.read_lora(file, MODEL)
     assert_equal(back, tree)
     assert (found.rank, lora.scale(found)) == (cfg.rank, lora.scale(cfg))
-    tensors = load_file(tmp_path / 'pytorch_lora_weights.safetensors')
+
+    # In the file every layer has tensors of its own, transposed as PyTorch's.
+    tensors = load_file(file)
     assert count == sum(t.size for t in tensors.values())
     a = tensors['transformer.transformer_blocks.1.attn1.to_out.0.lora_A.weight']
     np.testing.assert_array_equal(a, tree['blocks']['attn']['to_out']['lora_A'][1].T)
@@ -425,7 +458,7 @@ Q1 = 'transformer.transformer_blocks.1.attn1.to_q'
 
 
 def edited(tmp_path, change, metadata=None):
-    """A good LoRA file after `change` of its tensors."""
+    """A good LoRA file, to whose tensors `change` was applied."""
     lora_files.write_lora(tmp_path, MODEL, random_lora(), LORA)
     file = tmp_path / 'pytorch_lora_weights.safetensors'
     tensors = load_file(file)
@@ -457,9 +490,11 @@ def edited(tmp_path, change, metadata=None):
     ],
 )
 def test_wrong_tensors_are_named(change, message, tmp_path):
+    file = edited(tmp_path, change)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        lora_files.read_lora(edited(tmp_path, change), MODEL)
-    assert 'pytorch_lora_weights.safetensors' in str(error.value) and '\n' not in str(error.value)
+        lora_files.read_lora(file, MODEL)
+    assert 'pytorch_lora_weights.safetensors' in str(error.value)
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -488,14 +523,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_without_metadata_the_scale_is_one(tmp_path):
-    assert lora.scale(lora_files.read_lora(edited(tmp_path, lambda t: None), MODEL)[1]) == 1
+    _, cfg = lora_files.read_lora(edited(tmp_path, lambda t: None), MODEL)
+    assert lora.scale(cfg) == 1
 
 
 def test_bases_that_cannot_be_are_named(finished, base, tmp_path):
     def start(workdir=tmp_path / 'run', **kwargs):
-        trainer.train_and_evaluate(
-            run_config(**({'lora': LORA, 'init_from': str(base)} | kwargs)), workdir
-        )
+        cfg = run_config(**({'lora': LORA, 'init_from': str(base)} | kwargs))
+        trainer.train_and_evaluate(cfg, workdir)
 
     with pytest.raises(
         ValueError, match=r'config\.lora\.rank is 8, but there is no base: give a workdir by'
@@ -511,10 +546,14 @@ def test_bases_that_cannot_be_are_named(finished, base, tmp_path):
         ValueError, match=r'blocks/ff_in/kernel has shape \(2, 32, 128\), expected \(3, 32, 128\)'
     ):
         start(model=dataclasses.replace(MODEL, num_layers=3))
+
+    # A run that continues keeps its settings.
     with pytest.raises(ValueError, match='trained with another lora'):
         start(finished[0], lora=lora.LoraConfig(4))
     with pytest.raises(ValueError, match='trained with another init_from'):
         start(finished[0], init_from=str(finished[0]))
+
+    # A base that is gone after training.
     moved = tmp_path / 'moved'
     shutil.copytree(finished[0], moved)
     text = (moved / 'config.json').read_text()
