@@ -36,19 +36,30 @@ from mask2dit_jax.pretrained import load as load_lib
 _WRITTEN_SIZE_PX = 256
 
 
+# Functions that hear of every denoising step that is done. The compiled loops call them through
+# `_report_step`, so that a loop need not be compiled anew for each of them.
+_step_listeners: list[Callable[[], None]] = []
+
+
+def _report_step(timestep) -> None:
+    del timestep  # listeners count
+    for listener in _step_listeners:
+        listener()
+
+
 @functools.cache
 def jit_sample(
     config: config_lib.Config,
     frames: tuple[int, ...],
     mesh: jax.sharding.Mesh,
-    callback: Callable[[int], None] | None = None,
+    reports_steps: bool = False,
 ):
     """The jitted sampling loop for these latent frames per scene; it compiles once for each batch
     size and number of steps.
 
     The two halves of classifier-free guidance are rows of one batch, spread over the batch axes of
     the mesh; tokens are spread over context. Everything but the parameters comes in whole on every
-    device. The callback is called on the host with the index of every step that is done.
+    device. With `reports_steps` the loop tells `_step_listeners` of every step that is done.
     """
     model = dit.DiT(config.model)
 
@@ -75,7 +86,7 @@ def jit_sample(
                 guidance,
                 given,
                 given_scenes,
-                callback=callback,
+                callback=_report_step if reports_steps else None,
             )
         return out.reshape(-1, *shape)
 
@@ -170,14 +181,14 @@ def sample_latents(
     sampler: str | None = None,
     steps: int | None = None,
     guidance=None,
-    callback: Callable[[int], None] | None = None,
+    listener: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Denoises the stories of `inputs`, on the mesh that `params` lie on.
 
     Args:
       config, params, seed, first_index, sampler, steps, guidance: as in `generate`.
       inputs: of `encode_inputs`.
-      callback: as in `jit_sample`.
+      listener: called after every denoising step.
 
     Returns:
       Latents float32 [B, T, h, w, C].
@@ -198,9 +209,12 @@ def sample_latents(
         sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
     )
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    run = jit_sample(config, inputs.latent_frames, mesh_lib.mesh_of(params), callback)
-    return np.asarray(
-        run(
+    mesh = mesh_lib.mesh_of(params)
+    run = jit_sample(config, inputs.latent_frames, mesh, reports_steps=listener is not None)
+    if listener is not None:
+        _step_listeners.append(listener)
+    try:
+        latents = run(
             params,
             noise,
             inputs.text,
@@ -211,7 +225,12 @@ def sample_latents(
             table,
             scale,
         )
-    )
+        latents = np.asarray(latents)
+    finally:
+        if listener is not None:
+            jax.effects_barrier()  # the last calls may come after the result
+            _step_listeners.remove(listener)
+    return latents
 
 
 def generate(
@@ -451,9 +470,9 @@ class Model:
 
         # ... then the transformer, ...
         path, params = self.params()
-        report = None
+        listener = None
         if callback is not None:
-            report = _step_counter(callback, len(stories) * sampling['steps'])
+            listener = _step_counter(callback, len(stories) * sampling['steps'])
         latents = np.concatenate(
             [
                 sample_latents(
@@ -461,7 +480,7 @@ class Model:
                     params,
                     inputs.story(i),
                     first_index=i,
-                    callback=report,
+                    listener=listener,
                     **sampling,
                 )
                 for i in tqdm.trange(len(stories), desc='sampling', unit='video')
@@ -492,17 +511,16 @@ class Model:
         return videos[0] if isinstance(captions[0], str) else videos
 
 
-def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[[int], None]:
-    """A callback of the compiled loop, which counts the steps of all videos."""
+def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[[], None]:
+    """A listener that counts the steps of all videos."""
     done = 0
 
-    def report(step):
-        del step  # counted within one video
+    def listener():
         nonlocal done
         done += 1
         callback(done, total)
 
-    return report
+    return listener
 
 
 def _given_record(clip) -> dict:

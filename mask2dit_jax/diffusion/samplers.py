@@ -151,6 +151,7 @@ def sample(
     given=None,
     given_scenes=None,
     trace: bool = False,
+    callback=None,
 ):
     """Denoises stories from noise, and keeps given scenes clean (Mask²DiT, section 3.3).
 
@@ -166,6 +167,7 @@ def sample(
       given: clean latents [B, T, H, W, C], of which only given scenes are read.
       given_scenes: bool [S] or [B, S].
       trace: also return the latents after every step.
+      callback: function of a timestep, called on the host when the step from it is done.
 
     Returns:
       Latents [B, T, H, W, C]; with `trace` also [N, B, T, H, W, C].
@@ -209,6 +211,11 @@ def sample(
 
         # (2) The step moved all scenes; given ones are put back.
         x_next = jnp.where(keep, given, x_next)
+
+        if callback is not None:
+            # A value of the step's result comes along, so that the call cannot come before it.
+            result = x_next[(0,) * x_next.ndim]
+            jax.debug.callback(lambda t, _: callback(t), t, result)
         return (x_next, x0), (x_next if trace else None)
 
     # (3) The loop starts from noise only in the scenes that are to be generated.
