@@ -104,7 +104,9 @@ CAPTIONS = ['a man walks in', 'he sits down']
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """A model folder of tiny random networks."""
-    return random_model.write(tmp_path_factory.mktemp('models') / 'tiny')
+    folder = tmp_path_factory.mktemp('models') / 'tiny'
+    random_model.write(folder)
+    return folder
 
 
 @pytest.fixture(scope='module')
