@@ -9,12 +9,12 @@ PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 # Lowest first: each imports itself and what stands before it. Nothing imports a command, and tools
 # only each other.
 ORDER = (
+    'hardware',
     'layout',
     'logs',
     'tables',
     'tensor_io',
     'distributed',
-    'hardware',
     'attention',
     'diffusion',
     'models',
