@@ -10,12 +10,12 @@ PACKAGE = pathlib.Path(mask2dit_jax.__file__).parent
 # The lowest layer is the first: a layer imports itself and the layers before it. Nothing imports a
 # command.
 ORDER = (
+    'hardware',
     'layout',
     'logs',
     'tables',
     'tensor_io',
     'distributed',
-    'hardware',
     'attention',
     'diffusion',
     'models',

@@ -1,4 +1,4 @@
-"""Masks by brute force from the definition; positions; who influences whom."""
+"""Segments and masks by brute force from the definition; positions; who influences whom."""
 
 import itertools
 
@@ -8,30 +8,66 @@ import pytest
 
 from mask2dit_jax.attention import masks
 from mask2dit_jax.diffusion import loss
-from mask2dit_jax.layout import SceneLayout, frame_scenes
+from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes
 from mask2dit_jax.models import dit, embeddings
 
-LAYOUTS = [SceneLayout(f, 2, 3, 4) for f in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 3, 2))]
+LAYOUTS = [SceneLayout(frames, 2, 3, 4) for frames in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 3, 2))]
+
+
+def tokens_of(layout):
+    """(kind, scene) of every token, spelled out one by one."""
+    tokens = []
+    for scene in range(layout.num_scenes):
+        tokens += [('text', scene)] * layout.text_tokens
+    for scene, frames in enumerate(layout.frames):
+        tokens += [('video', scene)] * (frames * layout.height * layout.width)
+    return tokens
 
 
 def brute_force(layout, pattern):
     """The masks spelled out token by token, as the paper's text has them."""
-    tokens = [('text', s) for s in range(layout.num_scenes) for _ in range(layout.text_tokens)]
-    tokens += [
-        ('video', s)
-        for s, f in enumerate(layout.frames)
-        for _ in range(f * layout.height * layout.width)
-    ]
 
-    def sees(q, k):
-        (q_kind, q_scene), (k_kind, k_scene) = q, k
+    def sees(query, key):
+        q_kind, q_scene = query
+        k_kind, k_scene = key
         if pattern == 'full' or q_scene == k_scene:
             return True
         if pattern == 'isolated' or 'text' in (q_kind, k_kind):
             return False
         return pattern == 'dual' or k_scene < q_scene
 
-    return np.array([[sees(q, k) for k in tokens] for q in tokens])
+    tokens = tokens_of(layout)
+    return np.array([[sees(query, key) for key in tokens] for query in tokens])
+
+
+@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: str(x.frames))
+def test_segments_are_the_sequence(layout):
+    """They follow each other without a gap, and every token lies in the segment of its kind."""
+    tokens = []
+    for segment in layout.segments:
+        assert segment.start == len(tokens)
+        kind = 'text' if segment.is_text else 'video'
+        tokens += [(kind, segment.scene)] * segment.length
+        assert segment.stop == len(tokens)
+
+        of_scene = layout.text_range if segment.is_text else layout.video_range
+        assert of_scene(segment.scene) == (segment.start, segment.stop)
+    assert tokens == tokens_of(layout)
+
+    scenes, is_text = token_scenes(layout)
+    assert scenes.tolist() == [scene for _, scene in tokens]
+    assert is_text.tolist() == [kind == 'text' for kind, _ in tokens]
+
+
+def test_segments_count_padded_frames():
+    """With two latent frames per token, a scene of three frames has two token frames."""
+    layout = SceneLayout((3, 4), 2, 3, 5, patch_t=2)
+    assert layout.segments == (
+        (0, True, 0, 5),
+        (1, True, 5, 10),
+        (0, False, 10, 22),
+        (1, False, 22, 34),
+    )
 
 
 @pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: str(x.frames))
@@ -43,27 +79,33 @@ def test_masks_are_the_definition(layout, pattern):
     assert mask.diagonal().all()
     if pattern != 'causal':
         np.testing.assert_array_equal(mask, mask.T)
-    ranges = np.zeros_like(mask)
-    for scene, is_text in itertools.product(range(layout.num_scenes), (True, False)):
-        a, b = layout.text_range(scene) if is_text else layout.video_range(scene)
-        for start, stop in masks.key_ranges(layout, pattern, scene, is_text):
-            ranges[a:b, start:stop] = True
-    np.testing.assert_array_equal(ranges, mask)
+
+    from_ranges = np.zeros_like(mask)
+    for queries in layout.segments:
+        ranges = masks.key_ranges(layout, pattern, queries.scene, queries.is_text)
+        for start, stop in ranges:
+            from_ranges[queries.start : queries.stop, start:stop] = True
+        # Neighbouring ranges are joined.
+        assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(ranges))
+    np.testing.assert_array_equal(from_ranges, mask)
 
 
 def test_published_setting_counts():
-    """Three scenes of 13 latent frames on a 30 x 45 grid with 226 text tokens (pairs as in the
-    paper's setting)."""
+    """The paper's setting: three scenes of 13 latent frames, a 30 x 45 grid, 226 text tokens."""
     layout = SceneLayout((13, 13, 13), 30, 45, 226)
-    assert layout.num_tokens == 53328
+    text = 226
+    video = 13 * 30 * 45
+    assert layout.num_tokens == 3 * (text + video) == 53328
     assert masks.segment_pairs(layout, 'full') == 53328**2
-    assert masks.segment_pairs(layout, 'dual') == 3 * 226 * (226 + 17550) + 3 * 17550 * (
-        226 + 52650
-    )
+
+    text_pairs = 3 * text * (text + video)
+    video_pairs = 3 * video * (text + 3 * video)
+    assert masks.segment_pairs(layout, 'dual') == text_pairs + video_pairs
 
 
 def tiny_model(pattern, layers):
-    cfg = dit.DiTConfig(
+    """A model of three scenes with random parameters, and its inputs."""
+    config = dit.DiTConfig(
         num_layers=layers,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -81,57 +123,67 @@ def tiny_model(pattern, layers):
     )
     frames = 1, 2, 1
     rng = np.random.default_rng(0)
-    x, text, t = (
-        rng.standard_normal((1, 4, 2, 2, 3)),
-        rng.standard_normal((1, 3, 3, 5)),
-        np.full((1, 3), 400),
-    )
-    model = dit.DiT(cfg)
+    x = rng.standard_normal((1, 4, 2, 2, 3))  # [B, T, H, W, C]
+    text = rng.standard_normal((1, 3, 3, 5))  # [B, S, M, E]
+    t = np.full((1, 3), 400)  # [B, S]
+
+    model = dit.DiT(config)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, text, t, frames))['params']
-    # All random: zero-initialised modulation would hide every influence.
+    # All are random: zero-initialised modulation would hide every influence.
     params = jax.tree.map(lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), shapes)
     return model, params, x.astype(np.float32), text.astype(np.float32), t, frames
 
 
 def influence(pattern, layers):
-    """How much scene i depends on caption j, [S, S]: size of the gradient of a random projection of
-    scene i."""
+    """How much scene i depends on caption j, [S, S].
+
+    It is the size of the gradient of a random projection of scene i with respect to caption j.
+    """
     model, params, x, text, t, frames = tiny_model(pattern, layers)
-    which = frame_scenes(model.cfg.layout(frames, 2, 2))
-    of_scene = (which == np.arange(3)[:, None])[:, None, :, None, None, None]
-    weights = of_scene * np.random.default_rng(1).normal(size=x.shape)
+    scene_of_frame = frame_scenes(model.cfg.layout(frames, 2, 2))  # [T]
+    in_scene = scene_of_frame == np.arange(3)[:, None]  # [S, T]
+    projection = np.random.default_rng(1).normal(size=x.shape)
+    weights = in_scene[:, None, :, None, None, None] * projection  # [S, B, T, H, W, C]
 
     @jax.jit
-    def gradients(weights):  # [S, B, T, H, W, C]
-        _, vjp = jax.vjp(lambda c: model.apply({'params': params}, x, c, t, frames), text)
+    def gradients(weights):
+        _, vjp = jax.vjp(lambda text: model.apply({'params': params}, x, text, t, frames), text)
         return jax.vmap(vjp)(weights)[0]  # [S, B, S, M, E]
 
     return np.abs(gradients(weights.astype(np.float32))).sum(axis=(1, 3, 4))
 
 
 def test_captions_reach_other_scenes_only_through_video():
-    one, two = influence('dual', 1), influence('dual', 2)
-    off = ~np.eye(3, dtype=bool)
-    assert (one[off] == 0).all() and (one[~off] > 0).all()
-    assert (two > 0).all()
+    one_layer = influence('dual', 1)
+    two_layers = influence('dual', 2)
+
+    other = ~np.eye(3, dtype=bool)
+    assert (one_layer[other] == 0).all()
+    assert (one_layer[~other] > 0).all()
+    assert (two_layers > 0).all()
 
 
 def test_other_patterns_influence():
-    off = ~np.eye(3, dtype=bool)
     assert (influence('full', 1) > 0).all()
-    assert (influence('isolated', 2)[off] == 0).all()
+
+    other = ~np.eye(3, dtype=bool)
+    assert (influence('isolated', 2)[other] == 0).all()
+
     causal = influence('causal', 2)
-    assert (causal[np.triu_indices(3, 1)] == 0).all() and (causal[np.tril_indices(3)] > 0).all()
+    assert (causal[np.triu_indices(3, 1)] == 0).all()
+    assert (causal[np.tril_indices(3)] > 0).all()
 
 
 def test_each_scene_follows_its_own_timestep():
     """Under `isolated`, changing one scene's timestep changes that scene and no other."""
     model, params, x, text, t, frames = tiny_model('isolated', 1)
     run = jax.jit(lambda t: model.apply({'params': params}, x, text, t, frames))
-    which = frame_scenes(model.cfg.layout(frames, 2, 2))
+    scene_of_frame = frame_scenes(model.cfg.layout(frames, 2, 2))
+
     for scene in range(3):
-        change = np.abs(run(t) - run(np.where(np.arange(3) == scene, 0, t))).max(axis=(0, 2, 3, 4))
-        np.testing.assert_array_equal(change > 0, which == scene)
+        other_t = np.where(np.arange(3) == scene, 0, t)
+        change = np.abs(run(t) - run(other_t)).max(axis=(0, 2, 3, 4))  # [T]
+        np.testing.assert_array_equal(change > 0, scene_of_frame == scene)
 
 
 def test_rotary_timeline_runs_straight_through_scenes():
@@ -144,19 +196,18 @@ def test_rotary_timeline_runs_straight_through_scenes():
 def test_sincos_rules_agree_on_one_trained_clip_and_only_the_reference_stretches():
     base = (4, 2, 3)
     clip = SceneLayout((4,), 2, 3, 5)
-    a, b = (
-        embeddings.sincos_positions(clip, 32, base, rule) for rule in ('reference', 'continuous')
-    )
-    np.testing.assert_allclose(a, b, atol=1e-6)
+    clip_reference = embeddings.sincos_positions(clip, 32, base, 'reference')
+    clip_continuous = embeddings.sincos_positions(clip, 32, base, 'continuous')
+    np.testing.assert_allclose(clip_reference, clip_continuous, atol=1e-6)
+
+    # Frames 0 to 3 are where the clip's are, although the story cuts after frame 1.
     story = SceneLayout((2, 4), 2, 3, 5)
-    straight = embeddings.sincos_positions(story, 32, base, 'continuous')[story.num_text :]
-    np.testing.assert_allclose(straight[:24], a[5:], atol=1e-6)  # frames 0...3, whatever the scenes
-    assert (
-        np.abs(
-            embeddings.sincos_positions(story, 32, base, 'reference')[story.num_text :] - straight
-        ).max()
-        > 0.1
-    )
+    continuous = embeddings.sincos_positions(story, 32, base, 'continuous')[story.num_text :]
+    np.testing.assert_allclose(continuous[:24], clip_reference[clip.num_text :], atol=1e-6)
+
+    reference = embeddings.sincos_positions(story, 32, base, 'reference')[story.num_text :]
+    assert np.abs(reference - continuous).max() > 0.1
+
     with pytest.raises(ValueError, match='holds 4 latent frames per scene'):
         embeddings.sincos_positions(SceneLayout((5, 4), 2, 3, 5), 32, base, 'reference')
 
@@ -170,7 +221,8 @@ def test_learned_positions_start_anew_in_every_scene():
 
 
 def test_loss_mask_counts_scenes_that_are_not_given():
-    mask = loss.loss_mask(SceneLayout((1, 2), 1, 1, 1), np.array([[True, False], [False, False]]))
+    is_given = np.array([[True, False], [False, False]])  # [B, S]
+    mask = loss.loss_mask(SceneLayout((1, 2), 1, 1, 1), is_given)
     np.testing.assert_array_equal(mask, [[False, True, True], [True, True, True]])
 
 

@@ -1,5 +1,4 @@
-"""Every backend equals the dense mask: forward and gradients of q, k and v, every pattern, unequal
-scenes."""
+"""Every backend equals the dense mask: forward and gradients, every pattern, unequal scenes."""
 
 import functools
 
@@ -18,18 +17,22 @@ FRAMES = [(3,), (2, 4), (3, 1, 2), (1, 3, 2, 1, 2)]
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
 
 
-def qkv(layout, dtype, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 4)
+def qkv(layout, dtype):
+    """Random q, k, v and the cotangent of the output, [B, L, N, D] each."""
+    keys = jax.random.split(jax.random.key(0), 4)
     shape = 2, layout.num_tokens, 2, 16
-    return [jax.random.normal(k, shape, jnp.float32).astype(dtype) for k in keys]
+    return [jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def forward_and_gradients(backend, q, k, v, do, layout, pattern):
-    out, vjp = jax.vjp(
-        lambda q, k, v: attend_lib.attend(q, k, v, layout, pattern, backend), q, k, v
-    )
-    return (out, *vjp(do))
+def forward_and_gradients(backend, q, k, v, d_out, layout, pattern):
+    """The output, dq, dk and dv."""
+
+    def attend(q, k, v):
+        return attend_lib.attend(q, k, v, layout, pattern, backend)
+
+    out, vjp = jax.vjp(attend, q, k, v)
+    return (out, *vjp(d_out))
 
 
 # In float32 every pattern of every layout; in bfloat16 every pattern, and every layout.
@@ -42,122 +45,143 @@ CASES = [
 
 @pytest.mark.parametrize('pattern, frames, dtype', dict.fromkeys(CASES), ids=str)
 def test_blockwise_equals_dense(monkeypatch, pattern, frames, dtype):
-    monkeypatch.setattr(
-        attend_lib, 'QUERY_BLOCK', 13
-    )  # scenes of 3 frames: two blocks, the second partly filled
+    # A scene of 3 frames has 18 tokens: two blocks of queries, the second one partly filled.
+    monkeypatch.setattr(blockwise_lib, 'QUERY_BLOCK', 13)
     layout = SceneLayout(frames, 2, 3, 5)
     args = qkv(layout, dtype)
-    results = [forward_and_gradients(b, *args, layout, pattern) for b in ('dense', 'blockwise')]
-    for name, ref, ours in zip(('out', 'dq', 'dk', 'dv'), *results):
-        assert ours.dtype == ref.dtype == dtype
-        ref, ours = (np.asarray(x, np.float32) for x in (ref, ours))
-        np.testing.assert_allclose(
-            ours, ref, rtol=0, atol=TOLERANCE[dtype] * max(1, np.abs(ref).max()), err_msg=name
-        )
+
+    dense = forward_and_gradients('dense', *args, layout, pattern)
+    blockwise = forward_and_gradients('blockwise', *args, layout, pattern)
+
+    for name, expected, ours in zip(('out', 'dq', 'dk', 'dv'), dense, blockwise):
+        assert ours.dtype == expected.dtype == dtype
+        expected = np.asarray(expected, np.float32)
+        ours = np.asarray(ours, np.float32)
+        tolerance = TOLERANCE[dtype] * max(1, np.abs(expected).max())
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize('pattern', masks.PATTERNS)
 def test_flash_pieces_equal_dense(pattern):
     """The pieces that cuDNN computes on a GPU, computed by XLA."""
     layout = SceneLayout((3, 1, 2), 2, 3, 5)
-    q, k, v, do = qkv(layout, 'float32')
+    args = qkv(layout, 'float32')
     pieces = functools.partial(flash.flash, layout=layout, pattern=pattern, implementation='xla')
 
     @jax.jit
-    def run(q, k, v, do):
+    def run(q, k, v, d_out):
         out, vjp = jax.vjp(pieces, q, k, v)
-        return (out, *vjp(do))
+        return (out, *vjp(d_out))
 
-    for ref, ours in zip(
-        forward_and_gradients('dense', q, k, v, do, layout, pattern), run(q, k, v, do)
-    ):
-        np.testing.assert_allclose(ours, ref, atol=3e-6)
+    dense = forward_and_gradients('dense', *args, layout, pattern)
+    for expected, ours in zip(dense, run(*args)):
+        np.testing.assert_allclose(ours, expected, atol=3e-6)
 
 
 @pytest.mark.parametrize('backend', XLA)
 @pytest.mark.parametrize('pattern', masks.PATTERNS)
 def test_against_float64(backend, pattern):
     layout = SceneLayout((2, 1), 2, 2, 3)
-    q, k, v, _ = (np.asarray(x, np.float64) for x in qkv(layout, 'float32'))
-    scores = np.einsum('bqnd,bknd->bnqk', q, k) / 4
+    single = qkv(layout, 'float32')[:3]
+    q, k, v = (np.asarray(x, np.float64) for x in single)
+
+    scores = np.einsum('bqnd,bknd->bnqk', q, k) / 4  # the square root of 16
     weights = np.exp(scores) * masks.dense_mask(layout, pattern)
-    expected = np.einsum('bnqk,bknd->bqnd', weights / weights.sum(-1, keepdims=True), v)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum('bnqk,bknd->bqnd', weights, v)
+
     attend = jax.jit(attend_lib.attend, static_argnums=(3, 4, 5))
-    ours = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), layout, pattern, backend)
+    ours = attend(*single, layout, pattern, backend)
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('backend', XLA)
 def test_bfloat16_has_float32_scores(backend):
-    """Scores of up to about 30: in bfloat16 their rounding alone would be several per cent of the
-    weights."""
+    """Scores reach about 30; rounding them to bfloat16 would move weights by several per cent."""
     layout = SceneLayout((2, 1), 2, 2, 3)
     q, k, v, _ = qkv(layout, 'bfloat16')
+    half = (8 * q, k, v)
+    single = [x.astype(jnp.float32) for x in half]
+
     attend = jax.jit(attend_lib.attend, static_argnums=(3, 4, 5))
-    ours = attend(8 * q, k, v, layout, 'dual', backend)
-    exact = attend(*(x.astype(jnp.float32) for x in (8 * q, k, v)), layout, 'dual', backend)
-    np.testing.assert_allclose(
-        ours.astype(jnp.float32), exact, rtol=2**-8, atol=2**-7
-    )  # rounds result and weights
+    ours = attend(*half, layout, 'dual', backend)
+    exact = attend(*single, layout, 'dual', backend)
+
+    # The tolerance covers the rounding of the result and of the weights.
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=2**-7)
 
 
 def test_large_scores_stay_finite():
     layout = SceneLayout((2, 1), 2, 2, 3)
-    q, k, v, do = qkv(layout, 'float32')
-    for x in forward_and_gradients('blockwise', 200 * q, 200 * k, v, do, layout, 'dual'):
+    q, k, v, d_out = qkv(layout, 'float32')
+    results = forward_and_gradients('blockwise', 200 * q, 200 * k, v, d_out, layout, 'dual')
+    for x in results:
         assert jnp.isfinite(x).all()
 
 
 def arrays_of(jaxpr):
+    """Every intermediate array of a jaxpr and of the jaxprs inside it."""
+
+    def is_jaxpr(x):
+        return hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
+
     for eqn in jaxpr.eqns:
         yield from (v.aval for v in eqn.outvars)
-        for param in eqn.params.values():
-            for sub in jax.tree.leaves(
-                param, is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
-            ):
-                if hasattr(sub, 'jaxpr'):
-                    yield from arrays_of(sub.jaxpr)
-                elif hasattr(sub, 'eqns'):
-                    yield from arrays_of(sub)
+
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if hasattr(inner, 'jaxpr'):
+                yield from arrays_of(inner.jaxpr)
+            elif hasattr(inner, 'eqns'):
+                yield from arrays_of(inner)
 
 
 def test_blockwise_forms_no_quadratic_array_and_repeats_no_video():
     """No intermediate of forward or backward is L x L, or holds the video's keys once per scene."""
     layout = SceneLayout((30, 30, 30, 30), 8, 8, 16)
-    q, k, v, do = qkv(layout, 'float32')
-    jaxpr = jax.make_jaxpr(lambda *a: forward_and_gradients('blockwise', *a, layout, 'dual'))(
-        q, k, v, do
-    ).jaxpr
-    largest = max(a.size for a in arrays_of(jaxpr))
+
+    def run(q, k, v, d_out):
+        return forward_and_gradients('blockwise', q, k, v, d_out, layout, 'dual')
+
+    jaxpr = jax.make_jaxpr(run)(*qkv(layout, 'float32')).jaxpr
+    largest = max(array.size for array in arrays_of(jaxpr))
+
     block_scores = blockwise_lib.QUERY_BLOCK * layout.num_tokens
-    assert largest <= block_scores < 2 * 2 * layout.num_tokens**2 / 4
+    all_scores = 2 * 2 * layout.num_tokens**2  # [B, N, L, L]
+    assert largest <= block_scores < all_scores / 4
 
 
 def test_errors_name_the_input():
     layout = SceneLayout((2,), 2, 2, 3)
     q, k, v, _ = qkv(layout, 'float32')
+
     with pytest.raises(ValueError, match="'fast': use one of dense, blockwise"):
         attend_lib.attend(q, k, v, layout, 'dual', 'fast')
-    with pytest.raises(
-        ValueError, match=r"runs on TPU v4, .*, not on 'cpu': set model.attention_backend to"
-    ):
+
+    message = r"runs on TPU v4, .*, not on 'cpu': set model.attention_backend to"
+    with pytest.raises(ValueError, match=message):
         attend_lib.attend(q, k, v, layout, 'dual', 'splash')
+
     with pytest.raises(ValueError, match=r'needs q, k, v of shape \[B, 11, N, D\]'):
         attend_lib.attend(q[:, 1:], k[:, 1:], v[:, 1:], layout, 'dual', 'dense')
 
 
 def test_cudnn_lowers_to_one_fused_call_per_caption_and_scene(monkeypatch):
-    """As far as this goes without a GPU: what JAX asks of cuDNN's library and of the chip is
-    answered for them."""
+    """The test lowers and does not run, since it needs no GPU."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
+    # JAX asks the library and the chip; neither is here, so that the test answers.
     monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)
     monkeypatch.setattr(fused, 'check_compute_capability', lambda capability: capability <= '9.0')
+
     layout = SceneLayout((2, 3), 4, 4, 6)
     x = jax.ShapeDtypeStruct((1, layout.num_tokens, 2, 64), jnp.bfloat16)
 
-    def gradients(q, k, v, d):
-        return jax.vjp(lambda *x: attend_lib.attend(*x, layout, 'dual', 'cudnn'), q, k, v)[1](d)
+    def attend(q, k, v):
+        return attend_lib.attend(q, k, v, layout, 'dual', 'cudnn')
+
+    def gradients(q, k, v, d_out):
+        _, vjp = jax.vjp(attend, q, k, v)
+        return vjp(d_out)
 
     text = jax.jit(gradients).trace(x, x, x, x).lower(lowering_platforms=('cuda',)).as_text()
     for call in 'fmhaSoftmax', 'fmhaSoftmaxBackward':

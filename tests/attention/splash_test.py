@@ -1,5 +1,4 @@
-"""Splash kernels: the mask by brute force, and attention and its gradients as the dense reference
-has them."""
+"""Splash kernels: the mask by brute force; attention and gradients against the dense reference."""
 
 import functools
 import itertools
@@ -23,55 +22,79 @@ def layout_of(frames):
 
 def padded_mask(layout, pattern, length):
     """The dense mask in the kernels' order: video, text, padding."""
-    order = np.concatenate(
-        [np.arange(layout.num_text, layout.num_tokens), np.arange(layout.num_text)]
-    )
+    text = np.arange(layout.num_text)
+    video = np.arange(layout.num_text, layout.num_tokens)
+    order = np.concatenate([video, text])
+    tokens = layout.num_tokens
+
     mask = np.zeros((length, length), bool)
-    mask[: layout.num_tokens, : layout.num_tokens] = masks.dense_mask(layout, pattern)[order][
-        :, order
-    ]
-    mask[layout.num_tokens :, : layout.num_tokens] = True  # rows of padding must see something
+    mask[:tokens, :tokens] = masks.dense_mask(layout, pattern)[order][:, order]
+    mask[tokens:, :tokens] = True  # rows of padding must see something
     return mask
 
 
 @pytest.mark.parametrize('pattern', masks.PATTERNS)
+@pytest.mark.parametrize('block', [128, 384])
 @pytest.mark.parametrize('frames', LAYOUTS, ids=str)
-def test_mask_by_brute_force(frames, pattern):
-    layout = layout_of(frames)
-    for block in (128, 384):
-        segments = splash._KernelSequence(layout, block)
-        length = segments.starts[-1]
-        for queries in [
-            (0, length),
-            (0, length // block // 2 * block),
-            (length // block // 2 * block, length),
-        ]:
-            mask = splash.SceneMask(segments, pattern, queries)
-            truth = padded_mask(layout, pattern, length)[slice(*queries)]
-            assert mask.shape == truth.shape
-            for i, j in itertools.product(range(0, len(truth), block), range(0, length, block)):
-                window = slice(i, i + block), slice(j, j + block)
-                np.testing.assert_array_equal(
-                    np.broadcast_to(mask[window], (block, block)), truth[window]
-                )
-            computed = mask.mask_function(mask.q_sequence[:, None], np.arange(length)[None])
-            np.testing.assert_array_equal(computed, truth)
+def test_mask_by_brute_force(frames, block, pattern):
+    sequence = splash._KernelSequence(layout_of(frames), block)
+    length = sequence.starts[-1]
+    middle = length // block // 2 * block
+
+    for queries in [(0, length), (0, middle), (middle, length)]:
+        mask = splash.SceneMask(sequence, pattern, queries)
+        truth = padded_mask(sequence.layout, pattern, length)[slice(*queries)]
+        assert mask.shape == truth.shape
+
+        rows = range(0, len(truth), block)
+        columns = range(0, length, block)
+        for row, column in itertools.product(rows, columns):
+            window = slice(row, row + block), slice(column, column + block)
+            answer = np.broadcast_to(mask[window], (block, block))
+            np.testing.assert_array_equal(answer, truth[window])
+
+        computed = mask.mask_function(mask.q_sequence[:, None], np.arange(length)[None])
+        np.testing.assert_array_equal(computed, truth)
 
 
 def test_uniform_blocks_are_not_evaluated():
-    """24 scenes of the published size: 417 x 417 blocks, answered from scenes."""
-    layout = SceneLayout((13,) * 24, 30, 45, 226)
-    segments = splash._KernelSequence(layout, 1024)
-    mask = splash.SceneMask(segments, 'dual', (0, segments.starts[-1]))
-    n, sizes = mask.shape[0] // 1024, []
-    for i, j in itertools.product(range(0, n, 7), range(0, n, 7)):
-        sizes.append(mask[i * 1024 : (i + 1) * 1024, j * 1024 : (j + 1) * 1024].size)
+    """24 scenes of the published size: 417 x 417 blocks, answered from segments."""
+    block = 1024
+    sequence = splash._KernelSequence(SceneLayout((13,) * 24, 30, 45, 226), block)
+    length = sequence.starts[-1]
+    mask = splash.SceneMask(sequence, 'dual', (0, length))
+
+    sizes = []
+    for row, column in itertools.product(range(0, length, 7 * block), repeat=2):
+        window = mask[row : row + block, column : column + block]
+        sizes.append(window.size)
     assert np.mean(np.array(sizes) == 1) > 0.95
 
 
-def forward_and_gradients(fn, q, k, v, weights):
-    out, vjp = jax.vjp(fn, q, k, v)
-    return (out, *vjp(weights))
+@pytest.mark.parametrize('pattern', masks.PATTERNS)
+def test_visited_blocks_by_brute_force(pattern):
+    layout = layout_of((2, 1, 3, 2, 1))
+    block, visible, evaluated = splash.visited_blocks(layout, pattern, 128)
+    assert block == 128
+
+    num_blocks = -(-layout.num_tokens // block)
+    truth = padded_mask(layout, pattern, num_blocks * block)
+    windows = truth.reshape(num_blocks, block, num_blocks, block)
+    all_true = windows.all(axis=(1, 3))
+    mixed = windows.any(axis=(1, 3)) & ~all_true
+    assert visible == all_true.sum() / num_blocks
+    assert evaluated == mixed.sum() / num_blocks
+
+
+def forward_and_gradients(attend, q, k, v, d_out):
+    """The output, dq, dk and dv."""
+    out, vjp = jax.vjp(attend, q, k, v)
+    return (out, *vjp(d_out))
+
+
+def forward(attend, q, k, v, d_out):
+    """The output alone."""
+    return (attend(q, k, v),)
 
 
 def assert_equals_dense(
@@ -87,8 +110,10 @@ def assert_equals_dense(
 ):
     layout = layout_of(frames)
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v = (jax.random.normal(x, (1, layout.num_tokens, 1, dim), dtype) for x in keys[:3])
-    weights = jax.random.normal(keys[3], q.shape).astype(dtype)
+    shape = 1, layout.num_tokens, 1, dim
+    q, k, v = (jax.random.normal(key, shape, dtype) for key in keys[:3])
+    d_out = jax.random.normal(keys[3], shape).astype(dtype)
+
     ours = functools.partial(
         splash.attend,
         layout=layout,
@@ -98,9 +123,10 @@ def assert_equals_dense(
         interpret=interpret,
     )
     dense = functools.partial(dense_lib.dense, layout=layout, pattern=pattern)
-    for name, mine, theirs in zip(
-        ('out', 'dq', 'dk', 'dv'), run(ours, q, k, v, weights), run(dense, q, k, v, weights)
-    ):
+
+    results = run(ours, q, k, v, d_out)
+    expected = run(dense, q, k, v, d_out)
+    for name, mine, theirs in zip(('out', 'dq', 'dk', 'dv'), results, expected):
         assert mine.dtype == theirs.dtype == dtype
         np.testing.assert_allclose(
             mine.astype(np.float32), theirs.astype(np.float32), atol=tolerance, err_msg=name
@@ -117,19 +143,16 @@ CASES = [
 @pytest.mark.parametrize('frames, pattern', dict.fromkeys(CASES), ids=str)
 @pytest.mark.parametrize('kernel', splash.KERNELS)
 def test_attention_and_gradients(kernel, frames, pattern):
-    block = (
-        128 if len(frames) < 5 else 256
-    )  # plain interpretation is right up to three blocks of keys, see below
+    # Plain interpretation is right up to three blocks of keys; the test of dq below has more.
+    block = 128 if len(frames) < 5 else 256
     assert_equals_dense(frames, pattern, kernel, True, block=block)
 
 
 @pytest.mark.parametrize('frames', LAYOUTS[1::2], ids=str)
 @pytest.mark.parametrize('kernel', splash.KERNELS)
 def test_without_gradients(kernel, frames):
-    """A kernel of its own, which keeps nothing for them."""
-    assert_equals_dense(
-        frames, 'dual', kernel, True, block=256, run=lambda fn, *args: (fn(*args[:3]),)
-    )
+    """Without gradients another kernel runs, which keeps nothing for them."""
+    assert_equals_dense(frames, 'dual', kernel, True, block=256, run=forward)
 
 
 @pytest.mark.parametrize('kernel', splash.KERNELS)
@@ -138,15 +161,20 @@ def test_bfloat16_and_heads_of_128(kernel):
 
 
 def test_summing_dq_in_slots_over_many_blocks():
-    """Without the model of the chip's memory this option is wrong from the fourth block of keys
-    on."""
+    """Plain interpretation, without a model of the chip's memory, is wrong from four blocks on."""
     assert_equals_dense((2, 1, 3, 2, 1), 'dual', 'tokamax', pltpu.InterpretParams())
 
 
 @pytest.mark.parametrize('kernel', splash.KERNELS)
 def test_long_sequences_are_asked_for_in_parts(kernel, monkeypatch):
-    calls, real = [], splash.SceneMask
+    asked = set()
+    scene_mask = splash.SceneMask
+
+    def recorded(sequence, pattern, queries):
+        asked.add(queries)
+        return scene_mask(sequence, pattern, queries)
+
     monkeypatch.setattr(splash, '_MAX_PAIRS', 5)
-    monkeypatch.setattr(splash, 'SceneMask', lambda *x: calls.append(x[2]) or real(*x))
+    monkeypatch.setattr(splash, 'SceneMask', recorded)
     assert_equals_dense((1, 2, 3), 'dual', kernel, True)
-    assert set(calls) == {(0, 128), (128, 384)}
+    assert asked == {(0, 128), (128, 384)}
