@@ -146,6 +146,8 @@ def _clip_inputs(
     """`_sample_inputs` from encoded clips, whose latents and text are there already."""
     encoded = _open_held_out_clips(config, codec)
     stories = encoded.fixed(frames, num_stories)
+
+    # Without a random generator the latents are the posterior's mean, the same every time.
     examples = [encoded.example(records, None) for records in stories]
     captions = [encoded.captions(records) for records in stories]
 
@@ -257,6 +259,7 @@ def score_stories(
         source = batches_lib.open_stories(config, workdir, frames, 'test')
         layout_name = _layout_name(frames)
 
+        # The names say how many scenes are given: layouts of several lengths stand in one table.
         given_scenes_by_task = {'generate': 0}
         if len(frames) > 1:
             given_scenes_by_task[f'extend {len(frames) - 1} given'] = len(frames) - 1
@@ -306,6 +309,7 @@ def held_out_losses(
             is_given = np.arange(len(frames)) < given_scenes
             losses = []
             for first in range(0, num_stories, batch_size):
+                # The posterior's mean, as in sample grids.
                 records_of_batch = stories[first : first + batch_size]
                 examples = [encoded.example(records, None) for records in records_of_batch]
                 arguments = _loss_arguments(config, examples, is_given, first)
