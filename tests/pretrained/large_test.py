@@ -96,8 +96,8 @@ def test_5b_transformer_to_orbax_and_back(tmp_path):
             export.convert_folder({str(source)!r}, {str(target)!r})""")
         size_gib = sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 2**30
         print(
-            f'\n5B {source.name} -> {target.name}: {run.seconds:.0f} s, peak {run.peak_gib:.2f} GiB '
-            f'of memory, {size_gib:.1f} GiB on disk'
+            f'\n5B {source.name} -> {target.name}: {run.seconds:.0f} s, peak {run.peak_gib:.2f} '
+            f'GiB of memory, {size_gib:.1f} GiB on disk'
         )
         assert run.peak_gib < 4
 
