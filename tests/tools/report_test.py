@@ -1,5 +1,5 @@
-"""The page of a run is well-formed, whole and readable, and says what is missing; a browser plays
-its videos."""
+"""The page of a run is well-formed, complete and readable, and says what is missing; a browser
+plays its videos."""
 
 import collections
 import html.parser
@@ -28,76 +28,67 @@ def pixels(scenes, size=32):
     return np.broadcast_to(ramp[:, None, None, None], (sum(scenes), size, size, 3))
 
 
-def write_run(folder, steps=60, scores=True):
-    """A workdir as train writes it, without checkpoints; sheets of two steps."""
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+
+
+def write_run(folder, steps=60):
+    """A workdir as train writes it, without checkpoints; sample grids of two steps."""
     folder.mkdir()
     base = f'{NASTY}/{"long" * 40}'
-    config_lib.save(
-        config_lib.parse({'train': {'steps': steps}, 'init_from': base}), folder / 'config.json'
-    )
+    config = config_lib.parse({'train': {'steps': steps}, 'init_from': base})
+    config_lib.save(config, folder / 'config.json')
+
     writer = metric_writer.MetricWriter(folder, steps)
     for step in range(10, 61, 10):
-        writer.write(
-            step,
-            {'loss': float('nan') if step == 30 else 1 / step, 'grad_norm': 0.5, 'data_wait': 0.01},
-        )
+        loss = float('nan') if step == 30 else 1 / step
+        writer.write(step, {'loss': loss, 'grad_norm': 0.5, 'data_wait': 0.01})
     writer.close()
+
     story = np.split(pixels((4, 4)), 2)
+    captions = [['a ball', NASTY]]
+    grid = sheets.story_grid([story], captions)
     for name in '00000030_generated', '00000060_extended', '00000060_generated':
-        captions = [['a ball', NASTY]]
-        video.write_png(folder / f'sheets/{name}.png', sheets.story_grid([story], captions))
-        (folder / f'sheets/{name}.json').write_text(
-            json.dumps({'stories': captions, 'given_scenes': 0})
-        )
-    if scores:
-        rows = [
-            {
-                'task': task,
-                'frames': '4+4',
-                'action': 1.0,
-                'leak': 0.25,
-                'residual': 0.3,
-                'action/2': 1.0,
-                'leak/2': 0.25,
-            }
-            for task in ('generate', 'extend 1 given')
-        ]
-        (folder / 'scores.json').write_text(json.dumps(rows))
+        video.write_png(folder / f'sheets/{name}.png', grid)
+        write_json(folder / f'sheets/{name}.json', {'stories': captions, 'given_scenes': 0})
+
+    scores = {'action': 1.0, 'leak': 0.25, 'residual': 0.3, 'action/2': 1.0, 'leak/2': 0.25}
+    tasks = ('generate', 'extend 1 given')
+    rows = [{'task': task, 'frames': '4+4'} | scores for task in tasks]
+    write_json(folder / 'scores.json', rows)
     return folder
 
 
 def write_samples(folder, frames=(4, 8, 3)):
     """Three scenes, of which the first is given, in a folder whose name needs quoting."""
-    scenes = [{'caption': c, 'frames': f} for c, f in zip((NASTY, 'it grows', 'it grows'), frames)]
+    captions = (NASTY, 'it grows', 'it grows')
+    parts = np.split(pixels(frames), np.cumsum(frames)[:-1])
     for i in range(2):
         video.write_mp4(folder / f'video_{i}.mp4', pixels(frames), 8)
-        parts = np.split(pixels(frames), np.cumsum(frames)[:-1])
-        video.write_png(
-            folder / f'sheet_{i}.png', sheets.contact_sheet(parts, [s['caption'] for s in scenes])
-        )
-    (folder / 'story.json').write_text(
-        json.dumps({'scenes': scenes, 'given': [{'file': NASTY}], 'seed': 3})
-    )
+        video.write_png(folder / f'sheet_{i}.png', sheets.contact_sheet(parts, captions))
+
+    scenes = [{'caption': text, 'frames': count} for text, count in zip(captions, frames)]
+    story = {'scenes': scenes, 'given': [{'file': NASTY}], 'seed': 3}
+    write_json(folder / 'story.json', story)
     return folder
 
 
 def write_evaluation(folder):
+    """An evaluation.json of one video of two scenes."""
     folder.mkdir()
-    means = {
-        'visual': {'mean': 0.9, 'interval': [0.8, 0.95]},
-        'matches': {'mean': 0.5, 'interval': None},
-    }
+    confusion = [[0.3, 0.1], [0.2, 0.25]]
     result = {
         'settings': {'encoder': NASTY},
         'seed': 0,
-        'summary': means,
-        'confusion': {'2': [[0.3, 0.1], [0.2, 0.25]]},
+        'summary': {
+            'visual': {'mean': 0.9, 'interval': [0.8, 0.95]},
+            'matches': {'mean': 0.5, 'interval': None},
+        },
+        'confusion': {'2': confusion},
         'frechet': {'distance': 12.5, 'videos': 1, 'references': 9, 'size': 16},
-        'videos': [
-            {'name': NASTY, 'visual': 0.9, 'matches': 0.5, 'confusion': [[0.3, 0.1], [0.2, 0.25]]}
-        ],
+        'videos': [{'name': NASTY, 'visual': 0.9, 'matches': 0.5, 'confusion': confusion}],
     }
-    (folder / 'evaluation.json').write_text(json.dumps(result))
+    write_json(folder / 'evaluation.json', result)
     return folder
 
 
@@ -106,11 +97,12 @@ def page(tmp_path_factory):
     root = tmp_path_factory.mktemp('report')
     made = report.write(
         root / 'out',
-        write_run(root / 'run'),
-        write_samples(root / 'samples & more/<a>').parent,
-        write_evaluation(root / 'scores'),
+        run=write_run(root / 'run'),
+        samples=write_samples(root / 'samples & more/<a>').parent,
+        evaluation=write_evaluation(root / 'scores'),
     )
-    return shutil.move(root / 'out', root / 'moved') / made.name  # links are relative
+    # Moved, as its links are relative.
+    return shutil.move(root / 'out', root / 'moved') / made.name
 
 
 class Reader(html.parser.HTMLParser):
@@ -154,55 +146,68 @@ def test_well_formed_and_every_link_leads_somewhere(page):
     reader = read(page)
     ids = collections.Counter(attrs['id'] for _, attrs, _ in reader.elements if 'id' in attrs)
     assert not [i for i, count in ids.items() if count > 1]
+
     seen = set()
     for _, attrs, _ in reader.elements:
         for url in filter(None, map(attrs.get, ('src', 'href', 'poster', 'xlink:href'))):
-            assert not urllib.parse.urlsplit(url).scheme and not url.startswith('/')
-            found = (
-                url[1:] in ids
-                if url.startswith('#')
-                else (page.parent / urllib.parse.unquote(url)).is_file()
-            )
-            assert found, url
-            seen.add(urllib.parse.unquote(url))
+            assert not urllib.parse.urlsplit(url).scheme
+            assert not url.startswith('/')
+            if url.startswith('#'):
+                assert url[1:] in ids, url
+            else:
+                assert (page.parent / urllib.parse.unquote(url)).is_file(), url
+                seen.add(urllib.parse.unquote(url))
+
         for local in re.findall(r'url\(#([^)]+)\)', ' '.join(filter(None, attrs.values()))):
             assert local in ids
         assert attrs.get('aria-labelledby', 'content') in ids
-    media = {p.relative_to(page.parent).as_posix() for p in page.parent.rglob('*.*')} - {
-        'index.html'
-    }
-    assert media == {url for url in seen if not url.startswith('#')} and len(media) == 3 + 2 * 3
-    assert not reader.all('script') and not reader.all('link')
+
+    files = {path.relative_to(page.parent).as_posix() for path in page.parent.rglob('*.*')}
+    assert seen == files - {'index.html'}
+    assert len(seen) == 3 + 2 * 3
+    assert not reader.all('script')
+    assert not reader.all('link')
 
 
 def test_readable_without_seeing_it(page):
     reader = read(page)
-    assert all(attrs['alt'] for attrs, _ in reader.all('img')) and len(reader.all('img')) == 5
+    assert len(reader.all('img')) == 5
+    assert all(attrs['alt'] for attrs, _ in reader.all('img'))
     assert all(attrs['aria-label'] and 'controls' in attrs for attrs, _ in reader.all('video'))
     assert all(attrs['scope'] in ('row', 'col') for attrs, _ in reader.all('th'))
     assert len(reader.all('table')) == len(reader.all('caption')) > 5
+
     levels = [int(tag[1]) for tag, _, _ in reader.elements if re.fullmatch('h[1-6]', tag)]
-    assert levels[0] == levels.count(1) == 1 and max(np.diff(levels)) <= 1
+    assert levels[0] == levels.count(1) == 1
+    assert max(np.diff(levels)) <= 1
+
     assert [len(reader.all(tag)) for tag in ('main', 'header', 'nav')] == [1, 1, 1]
-    skip, content = reader.all('a')[0][0], reader.all('main')[0][0]
+    skip, _ = reader.all('a')[0]
+    content, _ = reader.all('main')[0]
     assert skip['href'] == f'#{content["id"]}'
-    assert reader.all('html')[0][0]['lang'] == 'en' and reader.all('title')[0][1]
+
+    assert reader.all('html')[0][0]['lang'] == 'en'
+    assert reader.all('title')[0][1]
 
 
 def test_captions_are_text_and_given_scenes_marked(page):
-    reader, text = read(page), page.read_text(encoding='utf-8')
-    assert '<b onclick' not in text and 'onclick="' not in text
+    reader = read(page)
+    text = page.read_text(encoding='utf-8')
+    assert '<b onclick' not in text
+    assert 'onclick="' not in text
+
     scenes = [text.strip() for _, text in reader.all('li') if 'grows' in text or 'red' in text]
     assert scenes == [NASTY, 'it grows', 'it grows'] * 2
     assert [text for _, text in reader.all('mark')] == ['given'] * 2
-    sheets = [attrs['alt'] for attrs, _ in reader.all('img') if 'held-out' in attrs['alt']]
-    assert sheets and all(f'1: a ball; {NASTY}.' in alt for alt in sheets)
-    boards = [attrs['alt'] for attrs, _ in reader.all('img') if 'Storyboard' in attrs['alt']]
-    assert (
-        boards
-        == [f'Storyboard: scene 1 (given): {NASTY}; scene 2: it grows; scene 3: it grows'] * 2
-    )
     assert '0.50 to 1.50 s, 8 frames' in text  # the second scene, at 8 frames per second
+
+    alts = [attrs['alt'] for attrs, _ in reader.all('img')]
+    grids = [alt for alt in alts if 'held-out' in alt]
+    assert len(grids) == 3
+    assert all(f'1: a ball; {NASTY}.' in alt for alt in grids)
+    boards = [alt for alt in alts if 'Storyboard' in alt]
+    told = f'scene 1 (given): {NASTY}; scene 2: it grows; scene 3: it grows'
+    assert boards == [f'Storyboard: {told}'] * 2
 
 
 def test_curves_of_every_metric(page):
@@ -214,17 +219,19 @@ def test_curves_of_every_metric(page):
         'Steps per second',
         'Share of time waiting for data',
     ]
-    assert (
-        said[0]
-        == 'Loss: from 0.1 at step 10 to 0.01667 at step 60; lowest 0.01667 at step 60. Not finite: 1.'
+    assert said[0] == (
+        'Loss: from 0.1 at step 10 to 0.01667 at step 60; lowest 0.01667 at step 60. Not finite: 1.'
     )
+
+    # Everything is drawn in the colours of the page.
     styles = [attrs.get('style', '') for _, attrs, _ in reader.elements]
-    assert sum('var(--accent)' in s and 'fill: none' in s for s in styles) == 4
-    drawn = [
-        attrs['d'] for attrs, _ in reader.all('path') if 'var(--accent)' in attrs.get('style', '')
-    ]
-    assert any(path.count('M') == 2 for path in drawn)  # the loss has a gap
-    assert not re.search(r'#[0-9a-f]{6}', ' '.join(styles))  # all is in the colours of the page
+    assert sum('var(--accent)' in style and 'fill: none' in style for style in styles) == 4
+    assert not re.search(r'#[0-9a-f]{6}', ' '.join(styles))
+
+    # The loss has a gap.
+    paths = [attrs for attrs, _ in reader.all('path')]
+    drawn = [attrs['d'] for attrs in paths if 'var(--accent)' in attrs.get('style', '')]
+    assert any(path.count('M') == 2 for path in drawn)
 
 
 def test_tables(page):
@@ -234,18 +241,23 @@ def test_tables(page):
 
 
 def test_unfinished_run(tmp_path):
-    """What is not there yet is said, also of a run that writes its records this moment."""
+    """The page says what is not there yet, also while the run writes its records."""
     run = write_run(tmp_path / 'run', steps=100)
     with (run / 'metrics.jsonl').open('a') as file:
         file.write('{"step": 7')
     assert 'earlier end of the run' in report.write(tmp_path / 'out', run).read_text()
+
     (run / 'scores.json').unlink()
     shutil.rmtree(run / 'sheets')
     text = report.write(tmp_path / 'out', run).read_text()
-    assert '60 of 100 steps' in text and 'No scores yet' in text and 'No sheet is drawn yet' in text
+    assert '60 of 100 steps' in text
+    assert 'No scores yet' in text
+    assert 'No sample grid is drawn yet' in text
+
     (run / 'metrics.jsonl').unlink()
     text = report.write(tmp_path / 'out', run).read_text()
-    assert '0 of 100 steps' in text and '<svg' not in text
+    assert '<p>0 of 100 steps' in text
+    assert '<svg' not in text
 
 
 @pytest.mark.parametrize(
@@ -257,7 +269,7 @@ def test_unfinished_run(tmp_path):
         ('run/metrics.jsonl', '{"loss": 1}\n', 'damaged'),
         ('run/metrics.jsonl', 'x\n', 'damaged'),
         ('run/scores.json', '{"task": 1}', 'damaged'),
-        ('run/sheets/00000060_generated.png', 'x', 'no whole picture'),
+        ('run/sheets/00000060_generated.png', 'x', 'not a whole picture'),
         ('run/sheets/00000060_generated.json', '[]', 'damaged'),
         ('run/sheets/00000060_generated.json', None, 'main wrote'),
         ('samples/story.json', None, 'holds no story.json'),
@@ -270,8 +282,8 @@ def test_unfinished_run(tmp_path):
         ),
         ('samples/video_1.mp4', 'x', 'cannot be decoded'),
         ('samples/video_1.mp4', 1200, 'is cut off'),
-        ('samples/sheet_0.png', 'x', 'no whole picture'),
-        ('samples/sheet_0.png', 1200, 'no whole picture'),
+        ('samples/sheet_0.png', 'x', 'not a whole picture'),
+        ('samples/sheet_0.png', 1200, 'not a whole picture'),
         ('scores/evaluation.json', None, '--evaluation must be'),
         ('scores/evaluation.json', '[]', 'damaged'),
         ('scores/evaluation.json', '{"videos": []}', 'damaged'),
@@ -280,15 +292,18 @@ def test_unfinished_run(tmp_path):
 def test_errors_name_the_file(tmp_path, name, content, message):
     make = {'run': write_run, 'samples': write_samples, 'scores': write_evaluation}
     kind = name.split('/')[0]
-    folder, path = make[kind](tmp_path / kind), tmp_path / name
+    folder = make[kind](tmp_path / kind)
+    path = tmp_path / name
     if content is None:
         path.unlink()
     elif isinstance(content, int):  # the file's own first bytes
         path.write_bytes(path.read_bytes()[:content])
     else:
         path.write_text(content)
+
+    argument = 'evaluation' if kind == 'scores' else kind
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(message)) as raised:
-        report.write(tmp_path / 'out', **{'evaluation' if kind == 'scores' else kind: folder})
+        report.write(tmp_path / 'out', **{argument: folder})
     assert str(folder) in str(raised.value)
     assert not (tmp_path / 'out/index.html').exists()
 
@@ -296,7 +311,9 @@ def test_errors_name_the_file(tmp_path, name, content, message):
 def test_command(tmp_path):
     command = [sys.executable, '-m', 'mask2dit_jax.tools.report', f'--out={tmp_path}/out']
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and 'Give --run, --samples or --evaluation' in done.stderr + done.stdout
+    assert done.returncode
+    assert 'Give --run, --samples or --evaluation' in done.stderr + done.stdout
+
     command.append(f'--run={write_run(tmp_path / "run")}')
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f'Wrote {tmp_path}/out/index.html.\n'
@@ -304,13 +321,15 @@ def test_command(tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason='needs chromium')
 def test_in_a_browser(page, tmp_path):
-    """Chromium decodes all videos and pictures, which its load event waits for, follows dark and
-    light, and has nothing to complain about."""
+    """Chromium decodes all videos and pictures, for which its load event waits, follows dark and
+    light, and reports no errors."""
     probe = """<script>addEventListener('load', () => {
       const paint = (element, name) => getComputedStyle(document.querySelector(element))[name];
       document.body.textContent = 'SEEN' + JSON.stringify({
-        videos: [...document.querySelectorAll('video')].map(v => [v.error, v.readyState, v.videoWidth, v.duration]),
-        pictures: [...document.images].map(i => i.complete && i.naturalWidth == i.getAttribute('width')),
+        videos: [...document.querySelectorAll('video')].map(
+          v => [v.error, v.readyState, v.videoWidth, v.duration]),
+        pictures: [...document.images].map(
+          i => i.complete && i.naturalWidth == i.getAttribute('width')),
         colors: [paint('svg text', 'fill'), paint('path[style*=accent]', 'stroke'),
                  paint('body', 'color'), paint('body', 'backgroundColor')],
         width: document.documentElement.scrollWidth}) + 'END'; });</script>"""
@@ -348,6 +367,7 @@ def test_in_a_browser(page, tmp_path):
         assert not [line for line in done.stderr.splitlines() if ':CONSOLE' in line]
         seen[name] = json.loads(re.search('SEEN(.*)END', done.stdout)[1])
     probed.unlink()
+
     for state in seen.values():
         assert [(error, width, seconds) for error, _, width, seconds in state['videos']] == [
             (None, 32, 15 / 8)
