@@ -62,7 +62,7 @@ _METRICS = {
     'subject_within': 'subject consistency within scenes',
     'subject_between': 'subject consistency between scenes',
     'matches': 'scenes that match their own caption best',
-    'margin': 'cosine with own caption less with others',
+    'margin': 'cosine with own caption minus cosine with others',
     'sharpness': 'cut sharpness',
     'placed': 'cuts placed',
 }
