@@ -14,7 +14,7 @@ TENSORBOARDX = 'tensorboardX>=2.6,<3'
 setuptools.setup(
     name='mask2dit_jax',
     version='0.1.0',
-    description='Mask²DiT in JAX: multi-scene video generation by a diffusion transformer with two masks',
+    description='Mask²DiT in JAX: multi-scene video by a diffusion transformer with two masks',
     long_description=pathlib.Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
