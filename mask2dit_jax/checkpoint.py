@@ -20,9 +20,9 @@ Damage is noticed in three ways, of which each finds what the ones before do not
   1. A checkpoint that is not whole is never taken for one, because Orbax writes it to a temporary
      folder and renames the folder when everything is written.
   2. Files that are missing, cut off or garbled make tensorstore raise an error.
-  3. Changed bytes in compressed array data do not. Therefore `save` computes a checksum of the
-     arrays on the devices, and `restore` computes it again and compares the two. The checksum is
-     the same on every mesh.
+  3. Changed bytes inside compressed array data raise no error when they are read. Therefore `save`
+     computes a checksum of the arrays on the devices, and `restore` computes it again and compares
+     the two. The checksum is the same on every mesh.
 
 `restore` then raises a ValueError, `latest` takes the checkpoint before with a warning, and
 `manager` renames the damaged folder, so that its step can be saved again.

@@ -50,7 +50,7 @@ from ml_collections import config_flags
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import logs
-from mask2dit_jax.data import clips
+from mask2dit_jax.data import encoded_clips
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import multihost
 from mask2dit_jax.pretrained import load as load_lib
@@ -123,7 +123,7 @@ def main(argv):
     if _CHECKPOINT.value:
         config = load_lib.with_model_from(config, _CHECKPOINT.value)
     if config.data.encoded:
-        config = clips.with_data_from(config)
+        config = encoded_clips.with_data_from(config)
 
     # Before anything touches a device: JAX fixes their number at its first use.
     logs.quiet_libraries()

@@ -23,7 +23,7 @@ import tqdm
 from absl import logging
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import latent_codec, manifest, sheets, story_file
+from mask2dit_jax.data import clips, latent_codec, manifest, sheets, story_file
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -309,7 +309,7 @@ def read_given(path, height_px: int, width_px: int, frames: int | None, seed: in
     info = video_lib.probe(path)
     rng = np.random.default_rng(seed)
     try:
-        indices = manifest.choose_frames(manifest.MULTI_SCENE, len(info.times), frames, 3, rng)
+        indices = clips.choose_frames(manifest.MULTI_SCENE, len(info.times), frames, 3, rng)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     return video_lib.read_frames(path, info, indices, height_px=height_px, width_px=width_px)

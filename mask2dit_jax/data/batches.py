@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import clips, latent_codec
+from mask2dit_jax.data import encoded_clips, latent_codec
 from mask2dit_jax.stories import builder, world
 
 
@@ -147,7 +147,7 @@ def train_batches(config: config_lib.Config, workdir, codec: latent_codec.Latent
     batch_size = config.train.batch_size
 
     if config.data.encoded:
-        encoded = clips.EncodedClips(config, codec.latent_shape, config.data.encoded)
+        encoded = encoded_clips.EncodedClips(config, codec.latent_shape, config.data.encoded)
         datasets = {layout: encoded.endless(layout) for layout in distinct_layouts}
         return Batches(layouts, datasets, batch_size, encoded.null_text, encoded.fingerprint)
 

@@ -1,230 +1,136 @@
-"""Training stories made of the clips of a data set that mask2dit_jax.encode wrote."""
+"""Cuts clips out of videos: which frames of a video make a clip, and their pixels."""
 
-import dataclasses
-import hashlib
+from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
-from absl import logging
-from safetensors.numpy import load_file
 
-from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import latent_codec
-from mask2dit_jax.data import records as records_lib
+from mask2dit_jax.data import manifest as manifest_lib
+from mask2dit_jax.data import video
 
 
-def with_data_from(config: config_lib.Config) -> config_lib.Config:
-    """`config` with the codec and the frame size of the clips in config.data.encoded."""
-    settings = records_lib.read_settings(config.data.encoded)
-    data = dataclasses.replace(
-        config.data,
-        codec='vae',
-        height_px=settings['height_px'],
-        width_px=settings['width_px'],
-    )
-    return dataclasses.replace(config, data=data)
+def choose_frames(
+    kind: str, available: int, frames: int, stride: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Chooses which frames of a video make a clip, by the reference's rules.
 
+    The frames are equally spaced from a random start. The rest depends on the kind of manifest:
 
-class EncodedClips:
-    """Stories made of encoded clips, each clip one scene.
+    * single_scene: every `stride`-th frame, all of them within the middle nine tenths of the
+      video (about 5 % to 95 % of its length). A video that is too short for this is refused.
+    * multi_scene: the spacing is the largest one, up to `stride`, with which the clip fits into the
+      whole video. Only a video with fewer frames than the clip is refused.
 
-    config.data.scenes says which clips make a story: 'consecutive' takes neighbouring scenes of one
-    story of the data set, 'unrelated' takes any clips.
+    Args:
+      kind: one of manifest.KINDS.
+      available: number of frames of the video.
+      frames: number of frames of the clip.
+      stride: distance between neighbouring frames of the clip, in frames of the video. 3 makes 8
+        frames per second of a video of 24.
+      rng: draws the start.
 
-    Attributes:
-      null_text: text states of the empty caption, float32 [M, E].
-      fingerprint: digest of the data and of how stories are made of it.
+    Returns:
+      Positions in the video, int [frames], ascending.
+
+    Raises:
+      ValueError: if the video is too short.
     """
+    if kind == manifest_lib.SINGLE_SCENE:
+        span = (frames - 1) * stride + 1
+        end = int(0.95 * available)
+        first_start = int(0.05 * end)
+        last_start = end - span
 
-    def __init__(self, config: config_lib.Config, latent_shape: tuple[int, int, int], folder):
-        """Opens the data set in a folder.
+        # The reference's condition, with its rounding, and the one that its draw of a start needs.
+        long_enough = int(available * (0.95 - 0.05) / stride) >= frames
+        fits = long_enough and first_start <= last_start
+        needed = f'about {int(frames * stride / 0.9) + 2}'
+    else:
+        while stride > 1 and (frames - 1) * stride > available - 1:
+            stride -= 1
+        span = (frames - 1) * stride + 1
+        first_start = 0
+        last_start = available - span
+        fits = last_start >= 0
+        needed = str(frames)
 
-        Args:
-          config: the configuration of the run.
-          latent_shape: (h, w, C) of the run's VAE.
-          folder: the data set that encode wrote.
-
-        Raises:
-          FileNotFoundError: if the folder is not a data set of clips.
-          ValueError: if the data set is not complete, or does not fit the model or the VAE.
-        """
-        self._config = config
-        self._records = records_lib.Records(folder)
-        self._folder = self._records.folder
-        settings = self._records.settings
-        self._check_fit(settings, latent_shape)
-
-        self._scale = np.float32(settings['scaling_factor'])
-        null_text = load_file(self._folder / 'null_text.safetensors')['text']
-        self.null_text = null_text.astype(np.float32)  # [M, E]
-        identity = f'{self._records.fingerprint} {config.data.scenes}'
-        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-
-    def _check_fit(self, settings: dict, latent_shape: tuple[int, int, int]) -> None:
-        """Raises ValueError if the data set does not fit the model or the VAE."""
-        if settings['store'] != 'moments':
-            raise ValueError(
-                f'{self._folder} holds {settings["store"]}: encode the videos again with '
-                '--store=moments.'
-            )
-
-        model = self._config.model
-        height, width, channels = latent_shape
-        moments_wanted = [height, width, 2 * channels]
-        text_wanted = [model.max_text_seq_length, model.text_embed_dim]
-        moments_shape = settings['moments_shape']
-        text_shape = settings['text_shape']
-        if (moments_shape, text_shape) != (moments_wanted, text_wanted):
-            raise ValueError(
-                f'{self._folder} has moments {moments_shape} and text {text_shape}, and the '
-                f'configuration asks for {moments_wanted} and {text_wanted}: check '
-                'config.data.height_px, width_px, the model and the data.'
-            )
-
-        vae_folder = latent_codec.model_folder(self._config) / 'vae'
-        if latent_codec.network_digest(vae_folder) != settings['vae']:
-            raise ValueError(
-                f'{self._folder} was encoded with another VAE than {vae_folder}: encode the videos '
-                'again with it.'
-            )
-
-    def candidates(self, layout: tuple[int, ...]) -> list[np.ndarray]:
-        """Records that an example of this layout may begin with, in groups.
-
-        An epoch takes one example from every group; its first record is drawn from the group.
-
-        Args:
-          layout: pixel frames of each scene.
-
-        Returns:
-          With consecutive scenes one group per story of the data set: the first records of its
-          windows that fit the layout. With unrelated scenes one group per clip that fits the first
-          scene: the clip alone.
-
-        Raises:
-          ValueError: if nothing fits, naming what the data set has.
-        """
-        if self._config.data.scenes == 'unrelated':
-            groups = self._single_clips(layout)
-        else:
-            groups = self._story_windows(layout)
-        if groups:
-            return groups
-
-        rows = self._records.rows
-        lengths, counts = np.unique(rows['frames'], return_counts=True)
-        listed = ', '.join(f'{count} of {frames} frames' for frames, count in zip(lengths, counts))
+    if not fits:
         raise ValueError(
-            f'{self._folder} has no {self._config.data.scenes} scenes of {layout} frames; its '
-            f'clips are {listed} in {len(np.unique(rows["story"]))} stories: change '
-            'config.data.layouts or config.data.scenes, or encode other clips.'
+            f'it has {available} frames and {frames} were asked for, which needs {needed}: give a '
+            'longer video, fewer --frames or a smaller --stride.'
+        )
+    start = int(rng.integers(first_start, last_start + 1))
+    return start + stride * np.arange(frames)
+
+
+def cut(
+    clip: manifest_lib.Clip, window: int, job, kind: str, check_frames: Callable[[int], int]
+) -> tuple[np.ndarray | None, list[manifest_lib.Problem]]:
+    """Reads the frames of one clip from its video.
+
+    Args:
+      clip: a clip of the manifest.
+      window: number of this cut of the clip; it changes the random start.
+      job: precompute.Job.
+      kind: kind of the manifest.
+      check_frames: see precompute.Plan.
+
+    Returns:
+      Frames uint8 [F, H, W, 3], or None if the clip cannot be used; and the problems of the clip.
+    """
+    problems = []
+
+    def note(problem_kind: str, message: str, used: bool) -> None:
+        problems.append(
+            manifest_lib.Problem(problem_kind, clip.where, str(clip.path), message, used)
         )
 
-    def _single_clips(self, layout: tuple[int, ...]) -> list[np.ndarray]:
-        """Clips that fit the first scene, if there are enough clips for all scenes."""
-        lengths = self._records.rows['frames']
-        for frames in layout:
-            if np.sum(lengths == frames) < layout.count(frames):
-                return []
-        return [np.array([i]) for i in np.flatnonzero(lengths == layout[0])]
+    frames = clip.frames or job.frames
+    failure = 'frames'  # the kind of problem, if the next step fails
+    try:
+        check_frames(frames)
 
-    def _story_windows(self, layout: tuple[int, ...]) -> list[np.ndarray]:
-        """Per story the first records of its windows that fit the layout."""
-        rows = self._records.rows
-        starts = np.arange(len(rows) - len(layout) + 1)
-        for i, frames in enumerate(layout):
-            # The i-th record of a window is of the same story, i scenes later, and long enough.
-            first = rows[starts]
-            here = rows[starts + i]
-            fits = (
-                (here['story'] == first['story'])
-                & (here['scene'] == first['scene'] + i)
-                & (here['frames'] == frames)
-            )
-            starts = starts[fits]
+        failure = 'unreadable'
+        info = video.probe(clip.path)
+        for oddity, message in _oddities(clip, info, job):
+            note(oddity, message, used=True)
 
-        stories = rows['story'][starts]
-        return [starts[stories == story] for story in np.unique(stories)]
+        failure = 'short'
+        rng = np.random.default_rng([job.seed, clip.story, clip.scene, window])
+        indices = choose_frames(kind, len(info.times), frames, job.stride, rng)
 
-    def _draw_records(
-        self, starts: np.ndarray, rng: np.random.Generator, layout: tuple[int, ...]
-    ) -> np.ndarray:
-        """Records of one example, whose first one is drawn from `starts`."""
-        first = int(rng.choice(starts))
-        if self._config.data.scenes == 'consecutive':
-            return first + np.arange(len(layout))
+        failure = 'unreadable'
+        pixels = video.read_frames(
+            clip.path, info, indices, height_px=job.height_px, width_px=job.width_px
+        )
+    except FileNotFoundError as error:
+        note('missing', str(error), used=False)
+        return None, problems
+    except (OSError, ValueError) as error:
+        note(failure, str(error), used=False)
+        return None, problems
+    return pixels, problems
 
-        lengths = self._records.rows['frames']
-        picked = [first]
-        for frames in layout[1:]:
-            others = np.setdiff1d(np.flatnonzero(lengths == frames), picked)
-            picked.append(int(rng.choice(others)))
-        return np.array(picked)
 
-    def example(self, records, rng: np.random.Generator | None) -> dict:
-        """One example of the model's input.
-
-        Args:
-          records: numbers of the records, one per scene.
-          rng: draws the latents from their posterior; None takes the posterior's mean.
-
-        Returns:
-          'latents' [T, h, w, C] and 'text' [S, M, E], both float32.
-        """
-        scenes = [self._records[i] for i in records]
-
-        latents = []
-        for scene in scenes:
-            moments = scene['moments'].astype(np.float32)  # [T, h, w, 2C]
-            mean, logvar = np.split(moments, 2, axis=-1)
-            if rng is not None:
-                mean = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
-            latents.append(mean * self._scale)
-
-        text = [scene['text'].astype(np.float32) for scene in scenes]
-        return {'latents': np.concatenate(latents), 'text': np.stack(text)}
-
-    def captions(self, records) -> list[str]:
-        """Captions of these records."""
-        return [self._records[i]['caption'].decode() for i in records]
-
-    def endless(self, layout: tuple[int, ...]) -> grain.MapDataset:
-        """Shuffled examples of a layout without end.
-
-        Windows, companions of a clip and the posterior are drawn anew every epoch.
-
-        Raises:
-          ValueError: if no example fits the layout.
-        """
-        groups = self.candidates(layout)
-        num_starts = len(np.unique(np.concatenate(groups)))
-        logging.info(
-            '%s: %d examples of %s frames per epoch; %d of %d clips begin one.',
-            self._folder,
-            len(groups),
-            '+'.join(map(str, layout)),
-            num_starts,
-            len(self._records),
+def _oddities(clip: manifest_lib.Clip, info: video.Info, job) -> Iterator[tuple[str, str]]:
+    """Kind and message of everything in a video that is unexpected, and harmless."""
+    found = {'frames': len(info.times), 'height_px': info.height_px, 'width_px': info.width_px}
+    wrong = [
+        f'{key} {claim}, not {found[key]}'
+        for key, claim in clip.claims.items()
+        if claim != found[key]
+    ]
+    if wrong:
+        yield (
+            'manifest differs',
+            f'the manifest says {", ".join(wrong)}: the video file decides.',
         )
 
-        def draw(starts, rng):
-            records = self._draw_records(starts, rng, layout)
-            return self.example(records, rng)
-
-        dataset = grain.MapDataset.source(groups).seed(self._config.seed)
-        return dataset.shuffle().repeat().random_map(draw)
-
-    def fixed(self, layout: tuple[int, ...], count: int) -> list[np.ndarray]:
-        """Records of `count` stories, the same ones on every call.
-
-        Stories repeat, with other windows or companions, if the data set has fewer than `count`.
-
-        Raises:
-          ValueError: if no example fits the layout.
-        """
-        groups = self.candidates(layout)
-        stories = []
-        for i in range(count):
-            rng = np.random.default_rng([1, i])
-            stories.append(self._draw_records(groups[i % len(groups)], rng, layout))
-        return stories
+    size = f'{info.height_px}x{info.width_px}'
+    if info.rotation_deg:
+        yield 'rotated', f'turned by {info.rotation_deg} degrees, as the file asks.'
+    if info.variable_rate:
+        yield 'variable rate', f'read at a constant {info.fps:.4g} frames per second.'
+    if info.height_px % 2 or info.width_px % 2:
+        yield 'odd size', f'{size} was cropped.'
+    if info.height_px < job.height_px or info.width_px < job.width_px:
+        yield 'enlarged', f'{size} was scaled up to {job.height_px}x{job.width_px}.'

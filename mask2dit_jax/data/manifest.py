@@ -10,8 +10,6 @@ import io
 import json
 import pathlib
 
-import numpy as np
-
 # Kinds of manifest, which are also the names of the data sets made of them.
 SINGLE_SCENE, MULTI_SCENE = 'single_scene', 'multi_scene'
 KINDS = (SINGLE_SCENE, MULTI_SCENE)
@@ -273,57 +271,3 @@ def _refusal(file, caption, frames) -> str | None:
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         return f'its number of frames is {frames!r}: write a whole number.'
     return None
-
-
-def choose_frames(
-    kind: str, available: int, frames: int, stride: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Chooses which frames of a video make a clip, by the reference's rules.
-
-    The frames are equally spaced from a random start. The rest depends on the kind of manifest:
-
-    * single_scene: every `stride`-th frame, all of them within the middle nine tenths of the
-      video (about 5 % to 95 % of its length). A video that is too short for this is refused.
-    * multi_scene: the spacing is the largest one, up to `stride`, with which the clip fits into the
-      whole video. Only a video with fewer frames than the clip is refused.
-
-    Args:
-      kind: one of KINDS.
-      available: number of frames of the video.
-      frames: number of frames of the clip.
-      stride: distance between neighbouring frames of the clip, in frames of the video. 3 makes 8
-        frames per second of a video of 24.
-      rng: draws the start.
-
-    Returns:
-      Positions in the video, int [frames], ascending.
-
-    Raises:
-      ValueError: if the video is too short.
-    """
-    if kind == SINGLE_SCENE:
-        span = (frames - 1) * stride + 1
-        end = int(0.95 * available)
-        first_start = int(0.05 * end)
-        last_start = end - span
-
-        # The reference's condition, with its rounding, and the one that its draw of a start needs.
-        long_enough = int(available * (0.95 - 0.05) / stride) >= frames
-        fits = long_enough and first_start <= last_start
-        needed = f'about {int(frames * stride / 0.9) + 2}'
-    else:
-        while stride > 1 and (frames - 1) * stride > available - 1:
-            stride -= 1
-        span = (frames - 1) * stride + 1
-        first_start = 0
-        last_start = available - span
-        fits = last_start >= 0
-        needed = str(frames)
-
-    if not fits:
-        raise ValueError(
-            f'it has {available} frames and {frames} were asked for, which needs {needed}: give a '
-            'longer video, fewer --frames or a smaller --stride.'
-        )
-    start = int(rng.integers(first_start, last_start + 1))
-    return start + stride * np.arange(frames)

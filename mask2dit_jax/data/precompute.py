@@ -1,4 +1,6 @@
-"""Encodes videos and captions once, into a data set that training reads.
+"""Encodes clips of videos and their captions once, into a data set that training reads.
+
+clips.py cuts the clips out of the videos that the manifest lists.
 
 The data set holds the moments (mean and log-variance) of the VAE and the states of the text
 encoder, so that neither network is needed during training. It may hold the frames instead.
@@ -21,7 +23,7 @@ from absl import logging
 from safetensors.numpy import load_file, save_file
 
 from mask2dit_jax import tables
-from mask2dit_jax.data import latent_codec, records, video
+from mask2dit_jax.data import clips, latent_codec, records
 from mask2dit_jax.data import manifest as manifest_lib
 from mask2dit_jax.models import dit, t5, vae
 from mask2dit_jax.pretrained import config_json
@@ -140,80 +142,6 @@ def _network_settings(job: Job, model: dit.DiTConfig, latent_shape: tuple[int, i
         'vae': latent_codec.network_digest(folder / 'vae'),
         'text_encoder': latent_codec.network_digest(folder / 'text_encoder'),
     }
-
-
-def cut(
-    clip: manifest_lib.Clip, window: int, job: Job, kind: str, check_frames: Callable[[int], int]
-) -> tuple[np.ndarray | None, list[manifest_lib.Problem]]:
-    """Reads the frames of one clip from its video.
-
-    Args:
-      clip: a clip of the manifest.
-      window: number of this cut of the clip; it changes the random start.
-      job: the job.
-      kind: kind of the manifest.
-      check_frames: see Plan.
-
-    Returns:
-      Frames uint8 [F, H, W, 3], or None if the clip cannot be used; and the problems of the clip.
-    """
-    problems = []
-
-    def note(problem_kind: str, message: str, used: bool) -> None:
-        problems.append(
-            manifest_lib.Problem(problem_kind, clip.where, str(clip.path), message, used)
-        )
-
-    frames = clip.frames or job.frames
-    failure = 'frames'  # the kind of problem, if the next step fails
-    try:
-        check_frames(frames)
-
-        failure = 'unreadable'
-        info = video.probe(clip.path)
-        for oddity, message in _oddities(clip, info, job):
-            note(oddity, message, used=True)
-
-        failure = 'short'
-        rng = np.random.default_rng([job.seed, clip.story, clip.scene, window])
-        indices = manifest_lib.choose_frames(kind, len(info.times), frames, job.stride, rng)
-
-        failure = 'unreadable'
-        pixels = video.read_frames(
-            clip.path, info, indices, height_px=job.height_px, width_px=job.width_px
-        )
-    except FileNotFoundError as error:
-        note('missing', str(error), used=False)
-        return None, problems
-    except (OSError, ValueError) as error:
-        note(failure, str(error), used=False)
-        return None, problems
-    return pixels, problems
-
-
-def _oddities(clip: manifest_lib.Clip, info: video.Info, job: Job) -> Iterator[tuple[str, str]]:
-    """Kind and message of everything in a video that is unexpected, and harmless."""
-    found = {'frames': len(info.times), 'height_px': info.height_px, 'width_px': info.width_px}
-    wrong = [
-        f'{key} {claim}, not {found[key]}'
-        for key, claim in clip.claims.items()
-        if claim != found[key]
-    ]
-    if wrong:
-        yield (
-            'manifest differs',
-            f'the manifest says {", ".join(wrong)}: the video file decides.',
-        )
-
-    size = f'{info.height_px}x{info.width_px}'
-    if info.rotation_deg:
-        yield 'rotated', f'turned by {info.rotation_deg} degrees, as the file asks.'
-    if info.variable_rate:
-        yield 'variable rate', f'read at a constant {info.fps:.4g} frames per second.'
-    if info.height_px % 2 or info.width_px % 2:
-        yield 'odd size', f'{size} was cropped.'
-    if info.height_px < job.height_px or info.width_px < job.width_px:
-        yield 'enlarged', f'{size} was scaled up to {job.height_px}x{job.width_px}.'
 
 
 def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list[Window]]) -> None:
@@ -383,7 +311,7 @@ def _encode_parts(
     # Threads read ahead, over the borders of parts. The order of the clips is kept.
     windows = [item for part in todo.values() for item in part]
     dataset = grain.MapDataset.source(windows).map(
-        lambda item: cut(item.clip, item.window, job, kind, planned.check_frames)
+        lambda item: clips.cut(item.clip, item.window, job, kind, planned.check_frames)
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     results = iter(dataset.to_iter_dataset(options))

@@ -15,7 +15,7 @@ import tqdm
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import logs, pipeline, tables
 from mask2dit_jax.data import batches as batches_lib
-from mask2dit_jax.data import clips, latent_codec, sheets, story_file, video
+from mask2dit_jax.data import encoded_clips, latent_codec, sheets, story_file, video
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
@@ -65,10 +65,10 @@ def _given_videos(examples: list[dict], frames: tuple[int, ...], given_scenes: i
 
 def _open_held_out_clips(
     config: config_lib.Config, codec: latent_codec.LatentCodec
-) -> clips.EncodedClips:
+) -> encoded_clips.EncodedClips:
     """The held-out clips; those of training where the configuration names no others."""
     folder = config.data.held_out or config.data.encoded
-    return clips.EncodedClips(config, codec.latent_shape, folder)
+    return encoded_clips.EncodedClips(config, codec.latent_shape, folder)
 
 
 # 1. Sample grids.

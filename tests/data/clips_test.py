@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import damage, moving, panned, turn, write_times
 
-from mask2dit_jax.data import manifest, video
+from mask2dit_jax.data import clips, manifest, video
 
 
 def test_chosen_frames_are_those_of_a_whole_decoding(tmp_path):
@@ -71,30 +71,30 @@ def reference_single(n, frames, rng):
 @pytest.mark.parametrize('n', [164, 170, 300])
 def test_frames_of_single_clips(n):
     for seed in range(20):
-        got = manifest.choose_frames(manifest.SINGLE_SCENE, n, 49, 3, np.random.default_rng(seed))
+        got = clips.choose_frames(manifest.SINGLE_SCENE, n, 49, 3, np.random.default_rng(seed))
         np.testing.assert_array_equal(got, reference_single(n, 49, np.random.default_rng(seed)))
         assert got[0] >= int(0.05 * int(0.95 * n)) and got[-1] < int(0.95 * n)
 
     starts = {
-        manifest.choose_frames(manifest.SINGLE_SCENE, 164, 49, 3, np.random.default_rng(s))[0]
+        clips.choose_frames(manifest.SINGLE_SCENE, 164, 49, 3, np.random.default_rng(s))[0]
         for s in range(300)
     }
     assert starts == set(range(7, 11))  # int(.05 * 155) ... 155 - 145
 
     with pytest.raises(ValueError, match='163 frames and 49 were asked for'):
-        manifest.choose_frames(manifest.SINGLE_SCENE, 163, 49, 3, np.random.default_rng(0))
+        clips.choose_frames(manifest.SINGLE_SCENE, 163, 49, 3, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize('n, stride', [(145, 3), (200, 3), (144, 2), (97, 2), (96, 1), (49, 1)])
 def test_frames_of_story_clips(n, stride):
     for seed in range(20):
-        got = manifest.choose_frames(manifest.MULTI_SCENE, n, 49, 3, np.random.default_rng(seed))
+        got = clips.choose_frames(manifest.MULTI_SCENE, n, 49, 3, np.random.default_rng(seed))
         assert len(got) == 49
         assert set(np.diff(got)) == {stride}
         assert got[0] >= 0 and got[-1] < n
 
     with pytest.raises(ValueError, match='48 frames and 49 were asked for'):
-        manifest.choose_frames(manifest.MULTI_SCENE, 48, 49, 3, np.random.default_rng(0))
+        clips.choose_frames(manifest.MULTI_SCENE, 48, 49, 3, np.random.default_rng(0))
 
 
 def test_csv_manifest(tmp_path):

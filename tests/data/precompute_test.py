@@ -23,7 +23,7 @@ from PIL import Image
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
-from mask2dit_jax.data import clips, latent_codec, precompute, video
+from mask2dit_jax.data import clips, encoded_clips, latent_codec, precompute, video
 from mask2dit_jax.data import manifest as manifest_lib
 from mask2dit_jax.data import records as records_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -93,7 +93,7 @@ def config_of(folder, encoded, **kwargs):
         data=dataclasses.replace(cfg.data, **own),
         train=config_lib.TrainConfig(batch_size=4, steps=4),
     )
-    return clips.with_data_from(cfg)
+    return encoded_clips.with_data_from(cfg)
 
 
 def batches_of(cfg):
@@ -118,7 +118,7 @@ def test_records_hold_what_the_networks_say(encoded, folder, videos):
 
     # The moments are those of the frames that the random start chooses.
     rng = np.random.default_rng([0, 1, 2, 0])
-    indices = manifest_lib.choose_frames(manifest_lib.MULTI_SCENE, 40, 9, 3, rng)
+    indices = clips.choose_frames(manifest_lib.MULTI_SCENE, 40, 9, 3, rng)
     pixels = video.read_video(videos / '5.mp4', height_px=SIZE, width_px=SIZE)[0][indices]
     model, params = load_lib.load_vae(folder / 'vae')
     mean, logvar = vae.encode(model.cfg, params, pixels[None] / np.float32(127.5) - 1)
