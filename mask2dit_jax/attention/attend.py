@@ -25,9 +25,9 @@ def _splash(kernel: str):
     return attend
 
 
-# Functions of (q, k, v, layout, pattern), by the name that model.attention_backend gives.
-# model.attention_backend names one of these; it is 'splash' where a configuration names a TPU slice
-# (presets.py), and otherwise 'blockwise'. The block size of each TPU chip is in hardware.CHIPS.
+# Functions of (q, k, v, layout, pattern), by the name that model.attention_backend gives: 'splash'
+# where a configuration names a TPU slice (presets.py), otherwise 'blockwise'. The block size of each
+# TPU chip is in hardware.CHIPS.
 BACKENDS = {
     # Any device: plain XLA with the whole [L, L] mask. For tests and tiny models.
     'dense': dense_lib.dense,
