@@ -26,8 +26,8 @@ def _splash(kernel: str):
 
 
 # Functions of (q, k, v, layout, pattern), by the name that model.attention_backend gives: 'splash'
-# where a configuration names a TPU slice (presets.py), otherwise 'blockwise'. The block size of each
-# TPU chip is in hardware.CHIPS.
+# where a configuration names a TPU slice (presets.py), otherwise 'blockwise'. The block size of
+# every TPU chip is in hardware.CHIPS.
 BACKENDS = {
     # Any device: plain XLA with the whole [L, L] mask. For tests and tiny models.
     'dense': dense_lib.dense,
