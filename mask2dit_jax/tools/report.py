@@ -635,8 +635,8 @@ def evaluation_sections(folder: pathlib.Path) -> dict[str, str]:
         body = _summary(result) + _distance(result['frechet'])
         body += (
             '<p class="note">Without cuts, consistency is worth little, and captions that leak '
-            'into other scenes raise it: read the sharpness of the cuts and the matches beside it, and '
-            'compare numbers of one protocol only.</p>\n'
+            'into other scenes raise it: read the sharpness of the cuts and the matches beside it, '
+            'and compare numbers of one protocol only.</p>\n'
         )
         for count, matrix in result['confusion'].items():
             body += _confusion(count, matrix)
