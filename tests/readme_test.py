@@ -150,7 +150,9 @@ def miniature(heading: str) -> list[str]:
 
 def test_every_command_is_run():
     """Under headings that are run here, or where ELSEWHERE says."""
-    for heading in set(re.findall(r'^## (.*)$', TEXT, re.MULTILINE)) - {'End of a page'}:
+    headings = [h for h in re.findall(r'^## (.*)$', TEXT, re.MULTILINE) if h != 'End of a page']
+    assert len(set(headings)) == len(headings), 'two pages have the same heading'
+    for heading in headings:
         for line in commands(heading):
             where = elsewhere(line)
             assert heading in HEADINGS or where, f'{heading}: nothing runs {line}'
@@ -284,7 +286,9 @@ def test_from_python(folder):
 def test_pods(tmp_path):
     """Every command prints what it would run; gcloud and xpk are not called."""
     lines = [
-        line for line in commands('Pods') if line.startswith('launch/') and 'local.sh' not in line
+        line
+        for line in commands('TPU slices')
+        if line.startswith('launch/') and 'local.sh' not in line
     ]
     assert len(lines) == 4
     out = [

@@ -273,7 +273,7 @@ def test_unfinished_run(tmp_path):
         ('run/sheets/00000060_generated.json', '[]', 'damaged'),
         ('run/sheets/00000060_generated.json', None, 'main wrote'),
         ('samples/story.json', None, 'holds no story.json'),
-        ('samples/story.json', '{}', 'no story file'),
+        ('samples/story.json', '{}', 'not a story file'),
         ('samples/story.json', '{"scenes": [{"caption": "a"}]}', 'damaged'),
         (
             'samples/story.json',

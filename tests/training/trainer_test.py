@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
-from mask2dit_jax import checkpoint, sample
+from mask2dit_jax import checkpoint, pipeline, sample
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import latent_codec, story_file, video
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -377,13 +377,13 @@ def test_story_files_and_frames(tmp_path):
         ):
             story_file.read_story(path)
 
-    assert sample.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
+    assert pipeline.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
     with pytest.raises(
         ValueError, match='Scene 1 has 4 frames in the story but its given clip has 12'
     ):
-        sample.plan_frames([4, 8], [np.zeros((12, 1, 1, 3))], 4)
+        pipeline.plan_frames([4, 8], [np.zeros((12, 1, 1, 3))], 4)
     with pytest.raises(ValueError, match='leave no scene to generate'):
-        sample.plan_frames([4], [np.zeros((12, 1, 1, 3))], 4)
+        pipeline.plan_frames([4], [np.zeros((12, 1, 1, 3))], 4)
 
 
 def test_missing_workdirs_are_named(tmp_path):
