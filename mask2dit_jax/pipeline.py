@@ -144,7 +144,8 @@ def encode_inputs(
       codec: text and video codec.
       captions: per story a list of S strings, those of given scenes included.
       frames: pixel frames per scene.
-      given_videos: None, or pixels [B, F', H, W, 3] of the leading scenes, which are given.
+      given_videos: None, or pixels [B, F', H, W, 3] of the leading scenes, which are given; B may
+        be 1 where all stories share them.
       negative_caption: what classifier-free guidance leads away from, in every scene.
 
     Raises:
@@ -443,14 +444,13 @@ class Model:
         stories = [captions] if isinstance(captions[0], str) else list(captions)
         num_scenes = len(stories[0])
         height_px, width_px = self.codec.size_px
-        clips = [
-            clip
-            if isinstance(clip, np.ndarray)
-            else read_given(clip, height_px, width_px, given_frames, seed)
-            for clip in given
-        ]
+        given_clips = []
+        for clip in given:
+            if not isinstance(clip, np.ndarray):
+                clip = read_given(clip, height_px, width_px, given_frames, seed)
+            given_clips.append(clip)
         asked = list(frames) if isinstance(frames, Sequence) else [frames] * num_scenes
-        planned = plan_frames(asked, clips, self.config.data.layouts[0][0])
+        planned = plan_frames(asked, given_clips, self.config.data.layouts[0][0])
         guidance = self.config.sample.guidance if guidance is None else guidance
         sampling = {
             'seed': seed,
@@ -464,8 +464,8 @@ class Model:
 
         # One network is in memory at a time: the text encoder and the VAE in here, ...
         given_videos = None
-        if clips:
-            given_videos = np.stack([np.concatenate(clips)] * len(stories))  # [B, F, H, W, 3]
+        if given_clips:
+            given_videos = np.concatenate(given_clips)[None]  # [1, F, H, W, 3]
         inputs = encode_inputs(self.codec, stories, planned, given_videos, negative_caption)
 
         # ... then the transformer, ...
@@ -492,23 +492,29 @@ class Model:
 
         # ... and the VAE again.
         pixels = self.codec.decode_video(latents, inputs.latent_frames)  # [B, F, H, W, 3]
-        videos = []
-        for story, video in zip(stories, pixels):
-            record = {
-                'scenes': [{'caption': c, 'frames': f} for c, f in zip(story, planned)],
-                'checkpoint': str(path),
-                'given': [_given_record(g) for g in given],
-                'given_frames': given_frames,
-                'num_videos': 1,
-                'negative_prompt': negative_caption,
-                **sampling,
-                'model': dataclasses.asdict(self.config.model),
-                'jax': jax.__version__,
-                **self.settings,
-            }
-            scenes = story_file.split_scenes(video, planned)
-            videos.append(Video(scenes, list(story), len(clips), self.config.data.fps, record))
+        how = {
+            'checkpoint': str(path),
+            'given': [_given_record(clip) for clip in given],
+            'given_frames': given_frames,
+            'num_videos': 1,
+            'negative_prompt': negative_caption,
+            **sampling,
+            'model': dataclasses.asdict(self.config.model),
+            'jax': jax.__version__,
+            **self.settings,
+        }
+        videos = [
+            self._video(list(story), planned, video, len(given_clips), how)
+            for story, video in zip(stories, pixels)
+        ]
         return videos[0] if isinstance(captions[0], str) else videos
+
+    def _video(self, captions: list[str], frames: tuple[int, ...], pixels, num_given: int, how):
+        """One video, from its pixels [F, H, W, 3] and a record of how it was made."""
+        scenes = [{'caption': c, 'frames': f} for c, f in zip(captions, frames)]
+        record = {'scenes': scenes} | how
+        parts = story_file.split_scenes(pixels, frames)
+        return Video(parts, captions, num_given, self.config.data.fps, record)
 
 
 def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[[], None]:
