@@ -1,5 +1,7 @@
 """Converts model folders between the released format and Orbax, and exports training runs.
 
+Required flags: --from, what to read, and --to, the folder to write.
+
 A converted folder has the layout of the released one, with an Orbax item params/ in the place of
 the .safetensors files, and loads faster. Converted back, every tensor has the same bits.
 

@@ -1,5 +1,8 @@
 """Encodes videos and captions into a data set for training.
 
+Required flags: --manifest, the list of videos, and --out, the folder of the data set; --checkpoint,
+a model folder, too, unless --store=frames.
+
 Everything that the frozen networks compute is computed once, here.
 
   python -m mask2dit_jax.encode --manifest=clips.csv --checkpoint=CogVideoX-5b --out=data/clips

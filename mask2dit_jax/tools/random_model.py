@@ -1,5 +1,7 @@
 """A model folder in the released layout with tiny, random networks, to try commands and for tests.
 
+Required flag: --out, the folder to write.
+
 Every command runs on it in seconds, and its videos are noise.
 
   python -m mask2dit_jax.tools.random_model --out=models/tiny

@@ -1,6 +1,8 @@
 """A page of a training run, of samples or of scores, to be read in any browser without server,
 network or scripts.
 
+Required flags: --out, the folder to write, and at least one of --run, --samples, --evaluation.
+
   python -m mask2dit_jax.tools.report --run=runs/tiny --samples=samples --out=report
   python -m mask2dit_jax.tools.report --samples=samples --evaluation=scores --out=report
 

@@ -1,6 +1,8 @@
 """Prompts of public evaluation suites to stories, and videos to the folders that the suites' own
 tools score.
 
+Required: `prompts` with --suite, --source and --out, or `layout` with --suite, --videos and --out.
+
 The suite's standard prompts, for numbers that can be compared with those of other models:
 
   python -m mask2dit_jax.tools.suites prompts --suite=vbench \\
