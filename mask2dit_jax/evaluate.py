@@ -1,7 +1,7 @@
 """Scores multi-scene videos: consistency as in the paper's table, subject, captions, cuts, FVD.
 
-Required flags: --videos, the folder of the videos, --out, the folder of the scores, and --encoder or
---features.
+Required flags: --videos, the folder of the videos, --out, the folder of the scores, and either
+--encoder or --features.
 
   python -m mask2dit_jax.evaluate --videos=samples --encoder=clip-vit-large-patch14 --out=scores
   python -m mask2dit_jax.evaluate --videos=samples --encoder=clip-vit-large-patch14 \\
