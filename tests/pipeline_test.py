@@ -151,9 +151,13 @@ def test_it_saves_what_sample_writes(folder, model, tmp_path):
         sample.main(['sample'])
     written = {path.name for path in (tmp_path / 'command').iterdir()}
     assert written == {'video_0.mp4', 'video_0.gif', 'sheet_0.png', 'story.json'}
-    for name in written:
+    for name in written - {'video_0.mp4'}:  # x264 may encode the same frames in two ways
         ours, theirs = (tmp_path / d / name for d in ('python', 'command'))
         assert ours.read_bytes() == theirs.read_bytes(), name
+    ours, theirs = (
+        video_lib.read_video(tmp_path / d / 'video_0.mp4')[0] for d in ('python', 'command')
+    )
+    assert ours.shape == theirs.shape and np.abs(ours.astype(int) - theirs).mean() < 2
 
 
 def test_the_transformer_is_let_go_where_it_is_not_kept(folder, model):
