@@ -38,7 +38,7 @@ setuptools.setup(
         'sentencepiece>=0.2,<0.3',
         'scipy>=1.14,<2',
         'tokenizers>=0.20,<0.24',
-        'av>=14,<20',
+        'av>=15,<20',
         'matplotlib>=3.9,<4',
         'pillow>=10.4,<14',
         'tqdm>=4.66,<5',
