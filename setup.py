@@ -24,7 +24,7 @@ setuptools.setup(
     install_requires=[
         'jax>=0.10.2,<0.13',
         'flax>=0.12.2,<0.13',
-        'optax>=0.2.6,<0.3',
+        'optax>=0.2.8,<0.3',
         'orbax-checkpoint>=0.12.5,<0.13',
         'chex>=0.1.90,<0.2',
         'tensorflow-datasets>=4.9.10,<4.10',
