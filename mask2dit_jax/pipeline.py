@@ -441,6 +441,8 @@ class Model:
         Raises:
           FileNotFoundError, ValueError: naming what is missing or does not fit.
         """
+        if not captions or not captions[0]:
+            raise ValueError('There is no caption: give one for each scene.')
         stories = [captions] if isinstance(captions[0], str) else list(captions)
         num_scenes = len(stories[0])
         height_px, width_px = self.codec.size_px
@@ -448,6 +450,11 @@ class Model:
         for clip in given:
             if not isinstance(clip, np.ndarray):
                 clip = read_given(clip, height_px, width_px, given_frames, seed)
+            if clip.ndim != 4 or clip.shape[1:] != (height_px, width_px, 3):
+                raise ValueError(
+                    f'Given pixels have shape {clip.shape}, not [F, {height_px}, {width_px}, 3]: '
+                    'scale and crop them to codec.size_px, or give a file.'
+                )
             given_clips.append(clip)
         asked = list(frames) if isinstance(frames, Sequence) else [frames] * num_scenes
         planned = plan_frames(asked, given_clips, self.config.data.layouts[0][0])

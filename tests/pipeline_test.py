@@ -174,3 +174,13 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
         mask2dit_jax.load(tmp_path, tiling=True)
     with pytest.raises(TypeError, match='unexpected keyword argument'):
         mask2dit_jax.load(folder, tilling=True)
+
+
+def test_inputs_of_generate_that_do_not_fit_are_named(model):
+    with pytest.raises(
+        ValueError, match=r'Given pixels have shape \(9, 16, 32, 3\), not \[F, 32, 32'
+    ):
+        model.generate(CAPTIONS, given=[np.zeros((9, 16, 32, 3), np.float32)])
+    for captions in ([], [[]], ''):
+        with pytest.raises(ValueError, match='There is no caption'):
+            model.generate(captions)
