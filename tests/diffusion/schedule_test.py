@@ -120,11 +120,12 @@ def test_a_table_in_bfloat16_adds_no_noise_at_the_first_timesteps():
     assert np.abs(exact - X).max() > 1e-2
 
 
+@pytest.mark.parametrize('spacing', ['trailing', 'leading'])
 @pytest.mark.parametrize('sampler', ['ddim', 'dpm++2m'])
-def test_a_perfect_model_is_followed_exactly_to_the_clean_latents(sampler):
+def test_a_perfect_model_is_followed_exactly_to_the_clean_latents(sampler, spacing):
     """With the exact v of one x0 and one noise, every step lands on the same x0 and noise at the
-    next timestep, and the last step on x0."""
-    schedule = schedule_lib.Schedule(num_train_timesteps=50)
+    next timestep (with 'leading' the last of these is 0), and the last step on x0."""
+    schedule = schedule_lib.Schedule(num_train_timesteps=50, timestep_spacing=spacing)
     timesteps, table = samplers.sampler_table(sampler, schedule, 7)
     powers = np.append(schedule.alphas_bar()[timesteps], 1.0)
     alphas, sigmas = np.sqrt(powers), np.sqrt(1 - powers)
