@@ -13,6 +13,7 @@ ORDER = (
     'hardware',
     'layout',
     'logs',
+    'storage',
     'tables',
     'tensor_io',
     'distributed',
