@@ -4,7 +4,6 @@ A test's child imports this; its files and signals come in the same order howeve
 is, which watching it from outside does not give.
 """
 
-import itertools
 import os
 import signal
 import sys
@@ -44,20 +43,28 @@ def _changed_path(event, args):
     return args[0] if event in _CHANGES else None
 
 
-def before_change(folder: str, number: int, action=kill) -> None:
-    """Calls `action` before change `number`, counted from 0, of what is below a folder.
+def before_change(folder: str, number: int | None) -> list[str]:
+    """Kills this process before a change of what is below a folder.
 
-    Changes are files opened for writing, and renamed, made or removed files and folders.
+    Args:
+      folder: its path, as the process uses it.
+      number: of the change, counted from 0; None kills nothing.
+
+    Returns:
+      A list that gets the changes, in words. Changes are files opened for writing, and renamed,
+      made or removed files and folders.
     """
-    count = itertools.count()
+    changes = []
 
     def hook(event, args):
         path = _changed_path(event, args)
-        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(folder):  # noqa: SIM102
-            if next(count) == number:
-                action()
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(folder):
+            if len(changes) == number:
+                kill()
+            changes.append(f'{event} {path}')
 
     sys.addaudithook(hook)
+    return changes
 
 
 def die_of_files_above(num_bytes: int) -> None:
