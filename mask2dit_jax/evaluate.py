@@ -27,10 +27,11 @@ NAME is the path of a video below --videos, without .mp4:
   reference      [R, K]  the reference videos, for the Fréchet distance (optional)
 
 A score whose features are missing is left out. The features of the encoders are written to
-features.safetensors in --out, in the same form.
+features.safetensors in --out, in the same form. Such a file knows its videos and stories: others of
+the same name are refused.
 
 --out receives evaluation.md and evaluation.json: means over the videos with 95 % bootstrap
-intervals. The paper does not say which pairs of scenes, which frames and which encoder it takes:
+intervals. They replace those of an earlier evaluation. The paper does not say which pairs of scenes, which frames and which encoder it takes:
 compare only numbers of one protocol.
 """
 

@@ -105,11 +105,20 @@ def child_environment():
     return os.environ | {'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'}
 
 
+_PORTS = []  # sockets that keep their ports
+
+
 def free_port():
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        return s.getsockname()[1]
+    """A TCP port of this machine for a gRPC server, as that of JAX's coordinator.
+
+    This process keeps the port, so that no other one gets it before the server starts. The server
+    can listen all the same, because gRPC sets SO_REUSEPORT, too.
+    """
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    keeper.bind(('localhost', 0))
+    _PORTS.append(keeper)
+    return keeper.getsockname()[1]
 
 
 def moving(frames=20, height=32, width=48):
@@ -174,3 +183,14 @@ def write_times(path, frames, ticks, rate=10):
             frame.time_base = time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())  # what the encoder holds back
+
+
+def unlike_the_umask(folder):
+    """Files and folders below `folder` whose mode is not that of new ones under the umask."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return {
+        str(path.relative_to(folder)): oct(path.stat().st_mode & 0o777)
+        for path in folder.rglob('*')
+        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~umask
+    }

@@ -8,9 +8,9 @@ import json
 import pathlib
 
 import numpy as np
-import safetensors.numpy
 import tqdm
 
+from mask2dit_jax import storage, tensor_io
 from mask2dit_jax.data import video
 from mask2dit_jax.evaluation import cuts as cuts_lib
 from mask2dit_jax.evaluation import frechet as frechet_lib
@@ -91,6 +91,7 @@ def evaluate(
     """Scores the videos of a folder.
 
     Writes evaluation.md and evaluation.json to `out`, and features.safetensors if it encodes them.
+    Each of them appears whole; those of an earlier evaluation are removed before the first one.
 
     Args: The arguments are the flags of the command; see its help.
 
@@ -99,6 +100,7 @@ def evaluate(
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what to do.
+      storage.OutputError: if `out` cannot be written; nothing was loaded then.
     """
     if bool(encoder) == bool(features):
         raise ValueError('Give either --encoder or --features.')
@@ -110,11 +112,12 @@ def evaluate(
     out = pathlib.Path(out)
     items = videos_lib.find_videos(videos, story)
     reference_paths = _find_reference(reference) if reference else []
+    storage.try_output(out)
 
     # The features come from a file, or from encoders that start with the captions.
     if features:
         encoders = None
-        found = video_features.read_features(features)
+        found = video_features.read_features(features, items)
         settings = {'features': str(features)}
     else:
         video_encoder = (video_encoder or encoder) if reference else None
@@ -139,11 +142,13 @@ def evaluate(
         if encoders:
             found |= video_features.encode_video(encoders, item, pixels, frames)
 
-    out.mkdir(parents=True, exist_ok=True)
-    if encoders:
-        if reference:
-            found['reference'] = _encode_reference(encoders, reference_paths, frames)
-        safetensors.numpy.save_file(found, out / 'features.safetensors')
+    if encoders and reference:
+        found['reference'] = _encode_reference(encoders, reference_paths, frames)
+    with storage.writing(out):
+        _remove_results(out, features)
+        if encoders:
+            identities = {item.name: video_features.identity(item) for item in items}
+            tensor_io.write_file(out / 'features.safetensors', found, identities)
 
     rows = []
     for item, change in zip(items, changes):
@@ -160,9 +165,21 @@ def evaluate(
         'confusion': report_table.confusions(rows),
         'videos': rows,
     }
-    (out / 'evaluation.json').write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-    (out / 'evaluation.md').write_text(report_table.report(result), encoding='utf-8')
+    with storage.writing(out):
+        storage.write_text(out / 'evaluation.json', json.dumps(result, indent=2) + '\n')
+        storage.write_text(out / 'evaluation.md', report_table.report(result))
     return result
+
+
+def _remove_results(out: pathlib.Path, features) -> None:
+    """Removes what an earlier evaluation left, whole or begun, but for the features to be read.
+
+    A kill between two results must not leave new ones beside old ones.
+    """
+    for name in ('evaluation.md', 'evaluation.json', 'features.safetensors'):
+        for path in (*out.glob(name), *out.glob(f'{name}.unfinished'), *out.glob(f'{name}.*.tmp')):
+            if not (features and path.samefile(features)):
+                path.unlink()
 
 
 def _find_reference(folder) -> list[pathlib.Path]:

@@ -7,9 +7,14 @@ Every feature has a name that begins with the video's own (videos.Video.name):
   NAME/frames/0  [F, E]  the features of frames of the first scene; NAME/frames/1 and so on follow
   NAME/video     [1, K]  one feature of the whole video
   reference      [R, K]  one feature of every reference video
+
+The metadata of a file that `evaluate` wrote holds the `identity` of every video under its name. A
+file that something else made may do without it.
 """
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 
 import numpy as np
@@ -20,16 +25,33 @@ from mask2dit_jax.evaluation import feature_encoders, metrics
 from mask2dit_jax.evaluation import videos as videos_lib
 
 
-def read_features(path) -> dict[str, np.ndarray]:
+def identity(item: videos_lib.Video) -> str:
+    """A digest of what the features of a video depend on: its file and its story."""
+    story = json.dumps([item.captions, item.frames])
+    return hashlib.sha256(story.encode() + item.path.read_bytes()).hexdigest()
+
+
+def read_features(path, items: list[videos_lib.Video]) -> dict[str, np.ndarray]:
     """Reads all features of a safetensors file.
+
+    Args:
+      path: the file.
+      items: the videos that they are for.
 
     Raises:
       FileNotFoundError: if the path is not a file.
-      ValueError: if the file is damaged.
+      ValueError: if the file is damaged, or `evaluate` wrote it for another video of the same name.
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f'{path} is not a file: check --features.')
-    tensors, _ = tensor_io.open_file(path)
+    tensors, metadata = tensor_io.open_file(path)
+
+    changed = [i.name for i in items if i.name in metadata and metadata[i.name] != identity(i)]
+    if changed:
+        raise ValueError(
+            f'{path} is of another {", ".join(changed)}, or its story was another one: give '
+            '--encoder to encode the videos as they are.'
+        )
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 

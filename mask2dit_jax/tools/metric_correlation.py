@@ -33,7 +33,7 @@ import scipy.stats
 from absl import app, flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import logs
+from mask2dit_jax import logs, storage
 from mask2dit_jax.data import batches, latent_codec
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
@@ -363,14 +363,16 @@ def main(argv):
         raise app.UsageError(
             '--runs needs two workdirs or more, whose last folders have different names.'
         )
+    out = pathlib.Path(flags.FLAGS.out)
+    storage.try_output(out)
     found = {workdir.name: score(*_generate(workdir)) for workdir in workdirs}
     text, comparisons = report(found)
 
-    out = pathlib.Path(flags.FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
     result = {'runs': found, 'comparisons': comparisons}
-    (out / 'rank.json').write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-    (out / 'rank.md').write_text(text, encoding='utf-8')
+    with storage.writing(out):
+        (out / 'rank.md').unlink(missing_ok=True)  # an older one must not stand beside a new json
+        storage.write_text(out / 'rank.json', json.dumps(result, indent=2) + '\n')
+        storage.write_text(out / 'rank.md', text)
     print(text, end='')
 
 

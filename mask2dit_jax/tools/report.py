@@ -28,7 +28,7 @@ from absl import app, flags
 from flax import traverse_util
 from matplotlib import figure, ticker
 
-from mask2dit_jax import logs
+from mask2dit_jax import logs, storage
 from mask2dit_jax.data import story_file, video
 from mask2dit_jax.training import validation
 
@@ -703,8 +703,16 @@ def write(out, run=None, samples=None, evaluation=None) -> pathlib.Path:
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what to do.
+      storage.OutputError: if `out` cannot be written.
     """
     out = pathlib.Path(out)
+    storage.try_output(out)
+
+    # An older page must not show the media of this one.
+    page = out / 'index.html'
+    older = _media_of(page)
+    page.unlink(missing_ok=True)
+
     sections = {}
     if samples:
         sections |= sample_sections(pathlib.Path(samples), out)
@@ -728,11 +736,20 @@ def write(out, run=None, samples=None, evaluation=None) -> pathlib.Path:
             f'{content}</section>\n'
         )
 
-    out.mkdir(parents=True, exist_ok=True)
-    page = out / 'index.html'
     content = _PAGE.format(title=_text(', '.join(titles)), css=_CSS, links=links, body=body)
-    page.write_text(content, encoding='utf-8')
+    with storage.writing(out):
+        storage.write_text(page, content)
+        for path in older - _media_of(page):
+            path.unlink(missing_ok=True)
     return page
+
+
+def _media_of(page: pathlib.Path) -> set[pathlib.Path]:
+    """The files that a page shows; none if there is no page."""
+    if not page.is_file():
+        return set()
+    addresses = re.findall(r'(?:src|href|poster)="(media/[^"]+)"', page.read_text('utf-8'))
+    return {page.parent / urllib.parse.unquote(address) for address in addresses}
 
 
 def main(argv):

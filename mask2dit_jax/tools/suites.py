@@ -43,6 +43,7 @@ from collections.abc import Callable
 import tqdm
 from absl import app, flags
 
+from mask2dit_jax import storage
 from mask2dit_jax.data import story_file, video
 from mask2dit_jax.evaluation import videos as videos_lib
 
@@ -430,14 +431,23 @@ def _check_names(prompts: list[Prompt], suite: str, source) -> None:
             )
 
 
-def _new_folder(out) -> pathlib.Path:
-    """Makes the folder for the results, absolute."""
-    # The tools score everything in a folder, so that it must not hold older files.
-    out = pathlib.Path(out).absolute()
+def _begin_folder(out: pathlib.Path) -> pathlib.Path:
+    """Makes the folder that is to become `out` when it is whole; see `_finish_folder`.
+
+    The tools score everything in a folder: it must not hold older files, nor half of the new ones.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'{out} is not empty: choose a new folder for --out.')
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    unfinished = out.with_name(f'{out.name}.unfinished')
+    if unfinished.exists():
+        shutil.rmtree(unfinished)  # left by a command that was killed, or that failed
+    storage.try_output(unfinished)
+    return unfinished
+
+
+def _finish_folder(unfinished: pathlib.Path, out: pathlib.Path) -> None:
+    """Gives the folder its name."""
+    unfinished.rename(out)
 
 
 def _write(path: pathlib.Path, content) -> None:
@@ -465,7 +475,8 @@ def write_prompts(suite: str, source, out, *, categories=(), frames: int | None 
     """
     prompts = read_prompts(suite, source, categories)
     count = SUITES[suite].videos
-    out = _new_folder(out)
+    final = pathlib.Path(out).absolute()
+    out = _begin_folder(final)
 
     for prompt in prompts:
         scene = {'caption': prompt.text}
@@ -474,9 +485,10 @@ def write_prompts(suite: str, source, out, *, categories=(), frames: int | None 
         _write(out / prompt.key / 'story.json', {'scenes': [scene]})
     _write(out / 'sample.sh', _SAMPLE_SCRIPT.replace('COUNT', str(count)).rstrip())
 
+    _finish_folder(out, final)
     return (
         f'Wrote {len(prompts)} stories, to sample {count} video(s) of each:\n\n'
-        f'sh {out}/sample.sh samples --workdir=...\n'
+        f'sh {final}/sample.sh samples --workdir=...\n'
     )
 
 
@@ -499,12 +511,14 @@ def lay_out(suite: str, videos, out, *, source=None, categories=()) -> str:
     """
     for path in filter(None, (out, source)):
         _check_needs_no_quotes(pathlib.Path(path).absolute())
-    out = _new_folder(out)
+    out = pathlib.Path(out).absolute()
+    unfinished = _begin_folder(out)
 
     if source:
-        commands = _lay_out_prompts(suite, videos, out, source, categories)
+        commands = _lay_out_prompts(suite, videos, unfinished, out, source, categories)
     else:
-        commands = _lay_out_scenes(suite, videos, out)
+        commands = _lay_out_scenes(suite, videos, unfinished, out)
+    _finish_folder(unfinished, out)
     return f'{SUITES[suite].note.format(out=out)}\n\n{commands}\n'
 
 
@@ -516,8 +530,10 @@ def _check_needs_no_quotes(path: pathlib.Path) -> None:
         )
 
 
-def _lay_out_prompts(suite: str, videos, out: pathlib.Path, source, categories) -> str:
-    """Copies the samples of a suite's prompts; returns commands."""
+def _lay_out_prompts(
+    suite: str, videos, unfinished: pathlib.Path, out: pathlib.Path, source, categories
+) -> str:
+    """Copies the samples of a suite's prompts to `unfinished`; returns commands for `out`."""
     spec = SUITES[suite]
     prompts = read_prompts(suite, source, categories)
     folders = [pathlib.Path(videos) / prompt.key for prompt in prompts]
@@ -550,10 +566,10 @@ def _lay_out_prompts(suite: str, videos, out: pathlib.Path, source, categories) 
         )
 
     for row in tqdm.tqdm(rows, desc='copying', unit='video'):
-        target = out / row['file']
+        target = unfinished / row['file']
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(row['video'], target)
-    _write(out / 'clips.json', rows)
+    _write(unfinished / 'clips.json', rows)
 
     ((frames, fps),) = lengths
     return _prompt_commands(
@@ -615,8 +631,8 @@ def _check_long_enough(suite: str, path, frames: int) -> None:
         )
 
 
-def _lay_out_scenes(suite: str, videos, out: pathlib.Path) -> str:
-    """Cuts stories into scenes; returns commands."""
+def _lay_out_scenes(suite: str, videos, unfinished: pathlib.Path, out: pathlib.Path) -> str:
+    """Cuts stories into scenes in `unfinished`; returns commands for `out`."""
     spec = SUITES[suite]
     items = videos_lib.find_videos(videos)
     count = sum(len(item.frames) for item in items)
@@ -640,18 +656,18 @@ def _lay_out_scenes(suite: str, videos, out: pathlib.Path) -> str:
         for s, (scene, caption) in enumerate(zip(scenes, item.captions)):
             clip = spec.first_clip + len(captions)
             name = spec.scene_file.format(clip=clip, video=v, scene=s)
-            video.write_mp4(out / name, scene, fps)
+            video.write_mp4(unfinished / name, scene, fps)
             captions[pathlib.Path(name).stem] = caption
             rows.append({'file': name, 'video': str(item.path), 'scene': s + 1, 'caption': caption})
 
         if spec.story_file:
             name = spec.story_file.format(video=v)
-            shutil.copyfile(item.path, out / name)
+            shutil.copyfile(item.path, unfinished / name)
             rows.append({'file': name, 'video': str(item.path), 'caption': ' '.join(item.captions)})
 
     for name, content in spec.scene_lists(captions).items():
-        _write(out / name, content)
-    _write(out / 'clips.json', rows)
+        _write(unfinished / name, content)
+    _write(unfinished / 'clips.json', rows)
     return spec.scene_commands.format(out=out)
 
 

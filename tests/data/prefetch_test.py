@@ -28,7 +28,7 @@ def test_the_next_one_is_made_while_the_last_is_in_use():
 
     with batches.prefetched(lambda i: made.set() if i == 1 else None, range(5), ahead=1) as results:
         next(results)
-        assert made.wait(10)
+        assert made.wait(60)
 
 
 def test_errors_surface_in_order_and_end_it():
@@ -48,8 +48,8 @@ def test_errors_surface_in_order_and_end_it():
 
 
 def test_leaving_stops_the_thread():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(KeyError), batches.prefetched(lambda i: i, range(10**9)) as results:
         next(results)
         raise KeyError
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before  # others may have ended

@@ -19,6 +19,7 @@ CODE = """
     import json, os, signal, sys, time
 
     import jax
+    from jax._src import distributed
 
     jax.config.update('jax_num_cpu_devices', 4)
     jax.config.update('jax_disable_most_optimizations', True)
@@ -42,7 +43,9 @@ CODE = """
 
     if process == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(4)  # JAX hears of the signal before anybody asks
+    # Both have heard of the signal before anybody asks.
+    client = distributed.global_state.client
+    client.blocking_key_value_get('RECEIVED_PREEMPTION_NOTICE', 100_000)
     with multihost.termination() as terminated:
         asked = 1
         while not terminated() and asked < 100:

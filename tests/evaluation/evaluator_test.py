@@ -2,13 +2,17 @@
 
 import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import child_environment
 
+from mask2dit_jax import storage
 from mask2dit_jax.data import video
 from mask2dit_jax.evaluation import evaluator, feature_encoders, metrics
 from mask2dit_jax.evaluation import videos as videos_lib
@@ -289,3 +293,127 @@ def test_one_story_for_all_files_of_a_folder(tmp_path):
 
     found = videos_lib.find_videos(tmp_path / 'samples', tmp_path / 'mine.json')
     assert [(v.name, v.frames) for v in found] == [('video_2', (4, 7, 3)), ('video_10', (4, 7, 3))]
+
+
+# Evaluates into copies of a folder with older results, and is killed at random marked points:
+# before it changes a file, or where it has written so many bytes of one. Then it evaluates again.
+KILLED = """
+import json, os, random, shutil, sys
+
+import killing
+from mask2dit_jax.evaluation import evaluator
+
+folder, encoder, kills = sys.argv[1:]
+kills = int(kills)
+
+def evaluate(out, **kwargs):
+    evaluator.evaluate(f'{folder}/samples', out, encoder=encoder, **kwargs)
+
+def status(function):
+    # JAX has not started, so that this process can fork.
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os._exit(function() or 0)
+
+def count_changes():
+    changes = killing.before_change(f'{folder}/new', None)
+    evaluate(f'{folder}/new')
+    return len(changes)
+
+status(lambda: evaluate(f'{folder}/old', frames=2, seed=1))
+shutil.copytree(f'{folder}/old', f'{folder}/new')
+num_changes = status(count_changes)
+num_bytes = max(file.stat().st_size for file in os.scandir(f'{folder}/new'))
+
+rng = random.Random(0)
+points = [(killing.before_change, rng.randrange(num_changes)) for _ in range((kills + 1) // 2)]
+points += [(killing.die_of_files_above, rng.randrange(num_bytes)) for _ in range(kills // 2)]
+for i, (at, point) in enumerate(points):
+    out = f'{folder}/{i}'
+    shutil.copytree(f'{folder}/old', out)
+    args = (out, point) if at is killing.before_change else (point,)
+    killed = status(lambda: (at(*args), evaluate(out)))
+    shutil.copytree(out, f'{out}_killed')
+    print(json.dumps([killed, at.__name__, point, num_changes]), flush=True)
+    assert status(lambda: evaluate(out)) == 0
+"""
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+RESULTS = {'evaluation.json', 'evaluation.md', 'features.safetensors'}
+
+
+@pytest.mark.parametrize('kills', [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_kill_leaves_nothing_that_is_misread(folders, tmp_path, kills):
+    """What is there under its name is whole, old results do not stand beside new ones, and the same
+    command ends as if nothing had been."""
+    write_videos(tmp_path / 'samples')
+    cache = {
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    }
+    done = subprocess.run(
+        [sys.executable, '-c', KILLED, tmp_path, folders['clip'], str(kills)],
+        env=child_environment() | cache,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    points = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('[')]
+    assert len(points) == kills
+
+    old = contents(tmp_path / 'old')
+    new = contents(tmp_path / 'new')
+    assert old.keys() == new.keys() == RESULTS
+    for i, (status, *point) in enumerate(points):
+        assert status in (-signal.SIGKILL, -signal.SIGXFSZ), point
+        left = contents(tmp_path / f'{i}_killed')
+        left = {name: content for name, content in left.items() if name in RESULTS}
+        assert left.items() <= old.items() or left.items() <= new.items(), point
+        assert contents(tmp_path / f'{i}') == new, point
+
+
+def test_features_of_other_videos_are_refused(folders, tmp_path):
+    """A name says nothing: another video, or another story, makes the features useless."""
+    videos = write_videos(tmp_path / 'samples')
+    evaluator.evaluate(videos, tmp_path / 'out', encoder=folders['clip'])
+    features = tmp_path / 'features.safetensors'
+    shutil.copy(tmp_path / 'out/features.safetensors', features)
+    call(tmp_path, features=features)
+
+    story = (videos / 'story.json').read_text()
+    (videos / 'story.json').write_text(story.replace('red', 'blue'))
+    with pytest.raises(ValueError, match=r'features\.safetensors is of another video_2, video_10'):
+        call(tmp_path, features=features)
+
+    (videos / 'story.json').write_text(story)
+    shutil.copy(videos / 'video_10.mp4', videos / 'video_2.mp4')
+    with pytest.raises(ValueError, match=r'features\.safetensors is of another video_2, or'):
+        call(tmp_path, features=features)
+
+    # The results of the one evaluation that was possible are still there.
+    assert (tmp_path / 'out/evaluation.json').exists()
+
+
+def test_features_beside_the_results_are_kept(folders, tmp_path):
+    videos = write_videos(tmp_path / 'samples')
+    features = tmp_path / 'out/features.safetensors'
+    evaluator.evaluate(videos, tmp_path / 'out', encoder=folders['clip'])
+    before = features.read_bytes()
+    call(tmp_path, features=features)
+    assert features.read_bytes() == before
+    assert contents(tmp_path / 'out').keys() == RESULTS
+
+
+@pytest.mark.parametrize('out', ['file', 'file/below'])
+def test_out_is_tried_before_anything_is_loaded(tmp_path, out):
+    write_videos(tmp_path / 'samples')
+    (tmp_path / 'file').write_text('')
+    message = f'{tmp_path / out} cannot be written .*choose another folder by --out'
+    with pytest.raises(storage.OutputError, match=message):
+        evaluator.evaluate(tmp_path / 'samples', tmp_path / out, encoder=tmp_path / 'no_encoder')

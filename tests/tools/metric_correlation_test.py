@@ -1,6 +1,8 @@
 """Metrics follow the exact scores of stories, and comparisons tell when they do not."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,3 +113,22 @@ def test_the_page_has_a_row_for_every_run_and_pair(found):
         for kind in ('exact', 'measured', 'pixels'):
             assert f'| {run} | {kind} |' in text
     assert len(rows) == 2 * len(metric_correlation.FOLLOWS)
+
+
+def test_out_is_tried_before_anything_is_loaded(tmp_path):
+    """The runs do not exist; what is said is that --out cannot be written."""
+    (tmp_path / 'out').write_text('')
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'mask2dit_jax.tools.metric_correlation',
+            f'--runs={tmp_path}/a,{tmp_path}/b',
+            f'--out={tmp_path}/out',
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f'{tmp_path}/out cannot be written (it is a file)' in done.stderr

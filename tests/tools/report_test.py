@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax import storage
 from mask2dit_jax.data import sheets, video
 from mask2dit_jax.tools import report
 from mask2dit_jax.training import metric_writer
@@ -376,3 +377,50 @@ def test_in_a_browser(page, tmp_path):
         assert state['pictures'] == [True] * 5
         assert state['width'] <= 500  # nothing but tables scrolls sideways
     assert not set(seen['dark']['colors']) & set(seen['light']['colors'])
+
+
+def test_an_older_report_leaves_nothing_in_a_newer_one(tmp_path):
+    """Its pictures and videos go, but nothing that it did not make."""
+    out = tmp_path / 'out'
+    (tmp_path / 'samples').mkdir()
+    report.write(out, samples=write_samples(tmp_path / 'samples'))
+    assert list(out.glob('media/samples/*.mp4'))
+    (out / 'media/mine.mp4').write_text('mine')
+
+    report.write(out, run=write_run(tmp_path / 'run'))
+    assert not list(out.glob('media/samples/*'))
+    assert (out / 'media/mine.mp4').exists()
+    assert list(out.glob('media/run/*.png'))
+
+
+def test_an_older_page_does_not_show_newer_media(tmp_path):
+    out = tmp_path / 'out'
+    (tmp_path / 'samples').mkdir()
+    samples = write_samples(tmp_path / 'samples')
+    report.write(out, samples=samples)
+
+    # The second video cannot be read when the first one is in its place.
+    video.write_mp4(samples / 'video_0.mp4', pixels((15,), size=64), 8)
+    (samples / 'video_1.mp4').write_bytes(b'no')
+    with pytest.raises(ValueError, match='video_1'):
+        report.write(out, samples=samples)
+    assert not (out / 'index.html').exists()
+
+
+def test_samples_may_be_the_media_of_an_older_report(tmp_path):
+    (tmp_path / 'samples').mkdir()
+    report.write(tmp_path / 'out', samples=write_samples(tmp_path / 'samples'))
+    media = tmp_path / 'out/media/samples'
+    shutil.copy(tmp_path / 'samples/story.json', media)
+    videos = {path.name: path.read_bytes() for path in media.glob('*.mp4')}
+
+    report.write(tmp_path / 'out', samples=media)
+    assert {path.name: path.read_bytes() for path in media.glob('*.mp4')} == videos
+
+
+def test_out_is_tried_before_anything_is_read(tmp_path):
+    (tmp_path / 'out').write_text('')
+    with pytest.raises(storage.OutputError, match=r'out cannot be written .*it is a file'):
+        report.write(tmp_path / 'out', run=tmp_path / 'no_run')
+    with pytest.raises(storage.OutputError, match=r'below cannot be written .*by --out'):
+        report.write(tmp_path / 'out/below', run=tmp_path / 'no_run')

@@ -8,11 +8,13 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import child_environment
 
 from mask2dit_jax.data import story_file, video
 from mask2dit_jax.tools import random_model, suites
@@ -552,3 +554,41 @@ def test_wrong_commands_say_so(tmp_path, arguments, message):
         check=False,
     )
     assert done.returncode != 0 and message in done.stderr + done.stdout
+
+
+# Calls a function of suites with keyword arguments, and dies before a change to the files.
+KILLED = """
+import json, sys
+
+import killing
+from mask2dit_jax.tools import suites
+
+function, args, folder, number = json.loads(sys.argv[1])
+killing.before_change(folder, number)
+getattr(suites, function)(**args)
+"""
+
+
+@pytest.mark.parametrize('number', [2, 5])
+@pytest.mark.parametrize('command', ['write_prompts', 'lay_out'])
+def test_a_folder_appears_whole_and_a_killed_command_goes_again(tmp_path, command, number):
+    source = write_source(tmp_path, 'evalcrafter')
+    args = {'suite': 'evalcrafter', 'source': str(source), 'out': f'{tmp_path}/out'}
+    if command == 'lay_out':
+        suites.write_prompts('evalcrafter', source, tmp_path / 'stories')
+        sample(tmp_path / 'stories', tmp_path / 'samples', 'evalcrafter')
+        args['videos'] = f'{tmp_path}/samples'
+
+    point = json.dumps([command, args, f'{tmp_path}/out', number])
+    done = subprocess.run([sys.executable, '-c', KILLED, point], env=child_environment())
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / 'out').exists()
+
+    getattr(suites, command)(**args)
+    getattr(suites, command)(**args | {'out': f'{tmp_path}/undisturbed'})
+    found, expected = (
+        sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob('*'))
+        for name in ('out', 'undisturbed')
+    )
+    assert found == expected
+    assert not list(tmp_path.glob('*.unfinished'))

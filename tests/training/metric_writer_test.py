@@ -136,7 +136,7 @@ def test_tensorboard_shows_what_the_file_says_and_no_step_twice(tmp_path):
         killed.write(step, {'loss': step})
     killed.write_images(20, {'generated': tmp_path / 'sheet.png'})
 
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while 'generated' not in _board(tmp_path) and time.monotonic() < end:
         time.sleep(0.5)
     assert set(_board(tmp_path)['loss']) == {10, 20, 30}
@@ -258,7 +258,7 @@ def test_only_process_0_writes(tmp_path):
         for index in range(2)
     ]
 
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert _records(tmp_path / '0') == [{'step': 1, 'loss': 0.0}]
     assert not (tmp_path / '1').exists()
 
