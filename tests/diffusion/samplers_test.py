@@ -52,6 +52,60 @@ def test_second_order_beats_first_order():
     assert dpm < ddim / 2
 
 
+def gaussian_flow(alpha, sigma, z):
+    """The exact flow of a Gaussian at (alpha, sigma) from noise z, and its x0 and v, in float64."""
+    std = np.sqrt(alpha**2 * STD**2 + sigma**2)
+    x = alpha * MEAN + std * z
+    x0 = MEAN + alpha * STD**2 / std**2 * (x - alpha * MEAN)
+    return x, x0, (alpha * x - x0) / sigma
+
+
+def error_of_uneven_steps(rule, num_steps, z):
+    """Error of a rule whose steps in log(alpha/sigma) are long and short in turn, 3 to 1.
+
+    It starts from the exact values, and what the first and the last step do does not count.
+    """
+    lengths = np.tile([3.0, 1.0], num_steps // 2)
+    log_snr = np.cumsum([-2.0, *(4 * lengths / lengths.sum())])  # to +2
+    alpha = 1 / np.sqrt(1 + np.exp(-2 * log_snr))
+    sigma = np.sqrt(1 - alpha**2)
+    cx, cv, cp = rule(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:])
+
+    _, x0_prev, _ = gaussian_flow(alpha[0], sigma[0], z)
+    x, _, _ = gaussian_flow(alpha[1], sigma[1], z)
+    for i in range(1, num_steps - 1):
+        std = np.sqrt(alpha[i] ** 2 * STD**2 + sigma[i] ** 2)
+        _, x0, v = gaussian_flow(alpha[i], sigma[i], (x - alpha[i] * MEAN) / std)
+        x = cx[i] * x + cv[i] * v + cp[i] * x0_prev
+        x0_prev = x0
+    return np.abs(x - gaussian_flow(alpha[-2], sigma[-2], z)[0]).max()
+
+
+@pytest.mark.parametrize('sampler, order', [('ddim', 1), ('dpm++2m', 2)])
+def test_order_of_convergence(sampler, order):
+    """Half as long steps have half the error, or a quarter.
+
+    The steps are uneven, since the ratio of two steps cancels out of even ones: DPM-Solver++ 2M with
+    h_prev/(2·h) in the place of h/(2·h_prev) is of first order here.
+    """
+    z = np.linspace(-2, 2, 9)
+    rule = samplers.SAMPLERS[sampler]
+    coarse, fine = (error_of_uneven_steps(rule, steps, z) for steps in (200, 400))
+    assert np.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_dpm_is_of_second_order_from_the_third_step_on_at_zero_terminal_snr():
+    """The first step is infinitely long, so it tells the second one nothing; the last is, too."""
+    for rescale, first_order in ((True, [0, 1, 9]), (False, [0, 9])):
+        schedule = schedule_lib.Schedule(rescale_betas_zero_snr=rescale)
+        _, table = samplers.sampler_table('dpm++2m', schedule, 10)
+        assert list(np.flatnonzero(table[:, 2] == 0)) == first_order
+
+        # First order is DDIM.
+        _, ddim = samplers.sampler_table('ddim', schedule, 10)
+        np.testing.assert_array_equal(table[first_order], ddim[first_order])
+
+
 @pytest.mark.parametrize('sampler', samplers.SAMPLERS)
 @pytest.mark.parametrize('steps', [1, 2, 7])
 def test_few_steps_are_finite(sampler, steps):
