@@ -322,7 +322,7 @@ def spiece(tmp_path_factory):
 
 
 def random_captions(seed, count):
-    """Captions of words, special tokens, parts of such, white space and letters of other scripts."""
+    """Captions of words, special tokens and parts of them, white space, and other scripts."""
     rng = np.random.default_rng(seed)
     parts = (
         *('the', 'fox', 'Straße', 'ﬁne', '12,345', 'Ω', '雪', '🦊', 'e\u0301', '\u2581', '\u200b'),

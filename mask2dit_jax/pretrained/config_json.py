@@ -4,10 +4,10 @@ Every network of a released folder has a config.json beside its weights, and the
 a scheduler_config.json. The functions here read them into our configurations and write them for
 exported models.
 
-Reading is strict. A key that is not known here is an error, because leaving it out might change what
-is computed. There are three tables for every file: the keys whose value is FIXED, because we
+Reading is strict. A key that is not known here is an error, because leaving it out might change
+what is computed. There are three tables for every file: the keys whose value is FIXED, because we
 implement no other, the keys that are UNUSED where captions become videos, and the DEFAULTS that the
-reference's classes take where the file leaves a key out.
+reference's classes take where a file leaves a key out, if they differ from ours.
 """
 
 import dataclasses

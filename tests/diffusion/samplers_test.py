@@ -60,20 +60,20 @@ def gaussian_flow(alpha, sigma, z):
     return x, x0, (alpha * x - x0) / sigma
 
 
-def error_of_uneven_steps(rule, num_steps, z):
-    """Error of a rule whose steps in log(alpha/sigma) are long and short in turn, 3 to 1.
+def error_of_uneven_steps(rule, lengths, z):
+    """Error of a rule after steps of these lengths in log(alpha/sigma), centred at 0.
 
-    It starts from the exact values, and what the first and the last step do does not count.
+    It starts from exact values; neither the first step, which has no step before it, nor the last,
+    which is always of first order, is taken.
     """
-    lengths = np.tile([3.0, 1.0], num_steps // 2)
-    log_snr = np.cumsum([-2.0, *(4 * lengths / lengths.sum())])  # to +2
-    alpha = 1 / np.sqrt(1 + np.exp(-2 * log_snr))
+    ends = np.cumsum([0, *lengths]) - sum(lengths) / 2
+    alpha = 1 / np.sqrt(1 + np.exp(-2 * ends))
     sigma = np.sqrt(1 - alpha**2)
     cx, cv, cp = rule(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:])
 
     _, x0_prev, _ = gaussian_flow(alpha[0], sigma[0], z)
     x, _, _ = gaussian_flow(alpha[1], sigma[1], z)
-    for i in range(1, num_steps - 1):
+    for i in range(1, len(lengths) - 1):
         std = np.sqrt(alpha[i] ** 2 * STD**2 + sigma[i] ** 2)
         _, x0, v = gaussian_flow(alpha[i], sigma[i], (x - alpha[i] * MEAN) / std)
         x = cx[i] * x + cv[i] * v + cp[i] * x0_prev
@@ -83,15 +83,23 @@ def error_of_uneven_steps(rule, num_steps, z):
 
 @pytest.mark.parametrize('sampler, order', [('ddim', 1), ('dpm++2m', 2)])
 def test_order_of_convergence(sampler, order):
-    """Half as long steps have half the error, or a quarter.
+    """Of uneven steps, from the second one on, down to errors of one step.
 
-    The steps are uneven, since the ratio of two steps cancels out of even ones: DPM-Solver++ 2M with
-    h_prev/(2·h) in the place of h/(2·h_prev) is of first order here.
+    The order of one step is what tells h/(2·h_prev) from h_prev/(2·h): over many steps the errors
+    of the latter cancel out but for second order.
     """
     z = np.linspace(-2, 2, 9)
     rule = samplers.SAMPLERS[sampler]
-    coarse, fine = (error_of_uneven_steps(rule, steps, z) for steps in (200, 400))
-    assert np.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+    def error(pattern, times, whole):
+        lengths = np.tile(pattern, times) * whole / times
+        return error_of_uneven_steps(rule, lengths, z)
+
+    many = error((3, 1), 100, 1) / error((3, 1), 200, 1)
+    assert np.log2(many) == pytest.approx(order, abs=0.1)
+    for pattern in ((3, 1, 1), (1, 3, 1)):
+        one = error(pattern, 1, 0.01) / error(pattern, 1, 0.005)
+        assert np.log2(one) == pytest.approx(order + 1, abs=0.1)
 
 
 def test_dpm_is_of_second_order_from_the_third_step_on_at_zero_terminal_snr():
