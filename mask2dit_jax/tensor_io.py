@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import re
+import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -215,7 +216,28 @@ def write_safetensors(
     header = {'format': 'pt'} | (metadata or {})
     for file, names in zip(files, shards):
         arrays = {name: np.ascontiguousarray(tensors[name]) for name in names}
-        safetensors.numpy.save_file(arrays, folder / file, metadata=header)
+        write_file(folder / file, arrays, header)
+
+
+def write_file(path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes one .safetensors file, which is there whole or not at all.
+
+    Args:
+      path: the file.
+      arrays: contiguous arrays by name.
+      metadata: for the header.
+    """
+    path = pathlib.Path(path)
+    # Several processes may write the same file: each has a temporary name of its own.
+    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
+
+    # Some versions of safetensors make a file that nobody else may read; a new file has the mode
+    # that the umask gives.
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    safetensors.numpy.save_file(arrays, temporary, metadata)
+    temporary.chmod(mode)
+    temporary.replace(path)
 
 
 # Items of Orbax checkpoints.

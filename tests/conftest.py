@@ -174,3 +174,14 @@ def write_times(path, frames, ticks, rate=10):
             frame.time_base = time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())  # what the encoder holds back
+
+
+def unlike_the_umask(folder):
+    """Files and folders below `folder` whose mode is not that of new ones under the umask."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return {
+        str(path.relative_to(folder)): oct(path.stat().st_mode & 0o777)
+        for path in folder.rglob('*')
+        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~umask
+    }

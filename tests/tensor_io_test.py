@@ -2,6 +2,7 @@
 right comes back."""
 
 import json
+import os
 import pathlib
 import struct
 import tempfile
@@ -10,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import ROOT, unlike_the_umask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -256,3 +258,32 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r'model\.safetensors changed while it was read'):
         np.asarray(tensors['a.weight'])
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o007, 0o077])
+def test_files_are_as_readable_as_the_umask_says(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        tensor_io.write_safetensors(tmp_path / 'one', 'model', TENSORS)
+        tensor_io.write_safetensors(tmp_path / 'many', 'model', TENSORS, shard_bytes=1)
+        tensor_io.write_file(tmp_path / 'file.safetensors', TENSORS, {'format': 'pt'})
+        tensor_io.write_file(tmp_path / 'file.safetensors', TENSORS)  # in the place of the first
+        assert unlike_the_umask(tmp_path) == {}
+    finally:
+        os.umask(before)
+
+    # Nothing temporary is left, and what is there is whole.
+    assert all(path.suffix in ('.safetensors', '.json', '') for path in tmp_path.rglob('*'))
+    for folder in ('one', 'many'):
+        found = read_all(tmp_path / folder)
+        assert found.keys() == TENSORS.keys()
+        jax.tree.map(np.testing.assert_array_equal, found, TENSORS)
+
+
+def test_all_of_the_package_writes_tensors_by_the_one_function():
+    callers = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / 'mask2dit_jax').rglob('*.py')
+        if 'save_file(' in path.read_text(encoding='utf-8')
+    }
+    assert callers == {'mask2dit_jax/tensor_io.py'}

@@ -7,10 +7,10 @@ import types
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 import tqdm
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax import tensor_io
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import latent_codec, manifest, records
 
@@ -66,7 +66,7 @@ def write_random_clips(folder: pathlib.Path, count: int) -> config_lib.Config:
         return rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
 
     null_text = {'text': random(*text_shape)}
-    safetensors.numpy.save_file(null_text, folder / 'data/null_text.safetensors')
+    tensor_io.write_file(folder / 'data/null_text.safetensors', null_text)
 
     def examples():
         for i in tqdm.trange(count, desc='writing', unit='clip'):

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -20,9 +19,9 @@ import ml_dtypes
 import numpy as np
 import tqdm
 from absl import logging
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from mask2dit_jax import tables
+from mask2dit_jax import tables, tensor_io
 from mask2dit_jax.data import clips, latent_codec, records
 from mask2dit_jax.data import manifest as manifest_lib
 from mask2dit_jax.models import dit, t5, vae
@@ -191,10 +190,7 @@ def _text_path(out: pathlib.Path, part: int) -> pathlib.Path:
 
 def _save_text(path: pathlib.Path, text: np.ndarray) -> None:
     """Writes text states to a file that is there whole or not at all."""
-    # Several workers may write the same file: each has a temporary name of its own.
-    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
-    save_file({'text': text}, temporary)
-    temporary.replace(path)
+    tensor_io.write_file(path, {'text': text})
 
 
 def video_encoder(folder, tiling: bool) -> tuple[Callable[[np.ndarray], np.ndarray], int]:

@@ -8,9 +8,9 @@ import json
 import pathlib
 
 import numpy as np
-import safetensors.numpy
 import tqdm
 
+from mask2dit_jax import tensor_io
 from mask2dit_jax.data import video
 from mask2dit_jax.evaluation import cuts as cuts_lib
 from mask2dit_jax.evaluation import frechet as frechet_lib
@@ -143,7 +143,7 @@ def evaluate(
     if encoders:
         if reference:
             found['reference'] = _encode_reference(encoders, reference_paths, frames)
-        safetensors.numpy.save_file(found, out / 'features.safetensors')
+        tensor_io.write_file(out / 'features.safetensors', found)
 
     rows = []
     for item, change in zip(items, changes):

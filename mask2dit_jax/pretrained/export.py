@@ -192,6 +192,16 @@ def _convert_network(kind: str, source: pathlib.Path, target: pathlib.Path) -> i
     return num_parameters
 
 
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a file or a folder; unlike shutil.copytree, it makes new ones with new ones' modes."""
+    if source.is_file():
+        shutil.copyfile(source, target)
+        return
+    target.mkdir()
+    for path in source.iterdir():
+        _copy(path, target / path.name)
+
+
 def convert_folder(source, target) -> dict[str, int]:
     """Converts a model folder to Orbax, a converted one back, or exports a training run.
 
@@ -227,8 +237,6 @@ def convert_folder(source, target) -> dict[str, int]:
         counts[kind] = _convert_network(kind, source / kind, target / kind)
 
     for name in _COPIED:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if (source / name).exists():
+            _copy(source / name, target / name)
     return counts

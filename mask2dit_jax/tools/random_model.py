@@ -17,7 +17,6 @@ import string
 
 import jax
 import numpy as np
-import safetensors.numpy
 import sentencepiece
 from absl import app, flags
 
@@ -222,7 +221,7 @@ def write_encoder(folder, kind: str) -> pathlib.Path:
         'image_mean': [0.4] * 3,
         'image_std': [0.3] * 3,
     }
-    safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+    tensor_io.write_file(folder / 'model.safetensors', tensors)
     (folder / 'config.json').write_text(json.dumps(config))
     (folder / 'preprocessor_config.json').write_text(json.dumps(preprocessor))
     return folder

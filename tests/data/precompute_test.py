@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import child_environment, damage, moving, panned, turn, write_times
+from conftest import child_environment, damage, moving, panned, turn, unlike_the_umask, write_times
 from PIL import Image
 
 from mask2dit_jax import config as config_lib
@@ -145,6 +145,10 @@ def test_the_data_set_is_one_of_tfds(encoded):
     assert builder.info.name == 'single_scene'
     assert len(builder.as_data_source('train')) == 7
     assert tfds.builder_from_directory(str(encoded / 'stories')).info.name == 'multi_scene'
+
+
+def test_data_sets_are_as_readable_as_new_files(encoded):
+    assert unlike_the_umask(encoded) == {}
 
 
 def test_frames_can_be_stored_instead(videos, tmp_path):

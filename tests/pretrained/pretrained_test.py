@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from absl.testing import flagsaver
+from conftest import unlike_the_umask
 from safetensors.numpy import load_file
 
 from mask2dit_jax import checkpoint, sample, tensor_io
@@ -163,6 +164,17 @@ def test_round_trip_of_the_folder_is_bit_equal(folder, converted, tmp_path):
 
     with pytest.raises(ValueError, match='is not empty'):
         export.convert_folder(converted, back)
+
+
+def test_converted_files_are_as_readable_as_new_ones(folder, tmp_path):
+    """Whatever the modes of the source, e.g. of a download that only its owner may read."""
+    source = tmp_path / 'source'
+    shutil.copytree(folder, source)
+    for path in [*source.rglob('*'), source]:
+        path.chmod(0o700 if path.is_dir() else 0o400)
+    export.convert_folder(source, tmp_path / 'out/orbax')
+    export.convert_folder(tmp_path / 'out/orbax', tmp_path / 'out/back')
+    assert unlike_the_umask(tmp_path / 'out') == {}
 
 
 def test_loading_follows_the_sharding(folder):

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
+from conftest import unlike_the_umask
 
 from mask2dit_jax import checkpoint, pipeline, sample
 from mask2dit_jax import config as config_lib
@@ -104,6 +105,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5, 6]
     assert len(list((workdir / 'sheets').glob('*.png'))) == 2
     assert config_lib.load(workdir / 'config.json') == smoke_config()
+    assert unlike_the_umask(workdir) == {}
 
 
 def test_sheets_are_those_of_the_ema(finished, weights, tmp_path):
