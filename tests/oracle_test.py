@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import tensor_io
+from mask2dit_jax import pipeline, tensor_io
 from mask2dit_jax.attention import masks
 from mask2dit_jax.benchmark import worker
 from mask2dit_jax.diffusion import schedule as schedule_lib
@@ -22,6 +22,7 @@ from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import embeddings, lora, t5, vae
 from mask2dit_jax.pretrained import config_json, export, lora_files, names
 from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.tools import random_model
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -209,6 +210,54 @@ def test_lora(seed, tmp_path):
         tree, cfg = lora_files.read_lora(file, model.cfg)
         assert (cfg.rank, lora.scale(cfg)) == (2, 2.5)
         compare(tree, cfg)
+
+
+@pytest.mark.parametrize(
+    'num_frames', [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 13))]
+)
+def test_a_scene_of_a_model_with_temporal_patches_is_sampled_as_in_the_pipeline(
+    num_frames, tmp_path
+):
+    """9 frames are 3 latents, to which the pipeline adds one in front; 13 frames are 4, 1 is 1."""
+    transformer = dataclasses.replace(
+        random_model.TRANSFORMER, patch_size_t=2, sample_frames=num_frames
+    )
+    random_model.write(tmp_path, transformer)
+
+    # Ours.
+    model = pipeline.load(tmp_path, dtype='float32', decode_rule='diffusers')
+    inputs = pipeline.encode_inputs(model.codec, [['it grows']], (num_frames,))
+    settings = {'seed': 0, 'steps': 4, 'guidance': 3.0}
+    _, params = model.params()
+    latents = pipeline.sample_latents(model.config, params, inputs, **settings)
+    assert latents.shape == inputs.given.shape
+    ours = model.codec.decode_video(latents, inputs.latent_frames)
+
+    # Theirs, from the same noise and text states.
+    theirs = diffusers.CogVideoXPipeline(
+        tokenizer=transformers.T5Tokenizer(str(tmp_path / 'tokenizer/spiece.model'), legacy=True),
+        text_encoder=transformers.T5EncoderModel.from_pretrained(tmp_path / 'text_encoder'),
+        vae=diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path / 'vae'),
+        transformer=diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / 'transformer'),
+        scheduler=diffusers.CogVideoXDDIMScheduler.from_pretrained(tmp_path / 'scheduler'),
+    )
+    theirs.set_progress_bar_config(disable=True)
+    noise = pipeline.story_noise(0, 0, (4, *inputs.given.shape[2:]))  # [T, H, W, C]
+    video = theirs(
+        height=32,
+        width=32,
+        num_frames=num_frames,
+        num_inference_steps=settings['steps'],
+        guidance_scale=settings['guidance'],
+        latents=torch.tensor(np.moveaxis(noise, -1, 1)[None]),
+        prompt_embeds=torch.tensor(inputs.text[0]),
+        negative_prompt_embeds=torch.tensor(inputs.null_text[None]),
+        max_sequence_length=12,
+        output_type='np',
+    ).frames
+    assert video.shape == ours.shape
+    assert video.std() > 0.05
+    close(ours, video, 1e-4)
 
 
 @pytest.mark.parametrize('seed', range(2))
