@@ -30,14 +30,20 @@ Damage is noticed in three ways, of which each finds what the ones before do not
 
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from absl import logging
+from flax import traverse_util
 
 from mask2dit_jax import tensor_io
 from mask2dit_jax.distributed import multihost
@@ -223,6 +229,41 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
 # Restoring.
 
 
+# Keys of metadata that earlier versions wrote, and what they are called now.
+_RENAMED_KEYS = {
+    'optimizer': 'optimizer.name',
+    'batch_size': 'train.batch_size',
+    'caption_style': 'data.caption_style',
+}
+
+
+def flat(tree: dict, prefix: str = '') -> dict:
+    """A nested dict as one whose keys are paths, such as 'schedule.beta_start'."""
+    values = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            values |= flat(value, f'{prefix}{key}.')
+        else:
+            values[prefix + key] = value
+    return values
+
+
+def _check_same_run(path: pathlib.Path, saved: dict, meta: dict) -> None:
+    """Raises an OtherRunError for values that differ; an old checkpoint may lack some of them."""
+    before = {_RENAMED_KEYS.get(key, key): value for key, value in flat(saved).items()}
+    now = json.loads(json.dumps(flat(meta)))  # tuples become lists, as in the file
+
+    changed = []
+    for key in sorted(now.keys() & before.keys()):
+        if before[key] != now[key]:
+            changed.append(f'{key} ({str(before[key])[:40]}, now {str(now[key])[:40]})')
+    if changed:
+        raise OtherRunError(
+            f'{path.parent} was trained with another {", ".join(changed)}: use the same '
+            'configuration to resume it, or another --workdir.'
+        )
+
+
 def _read(path: pathlib.Path, targets: dict, meta: dict) -> tuple[dict, dict]:
     """Items of one checkpoint, and the checksums that they had when they were saved.
 
@@ -230,12 +271,7 @@ def _read(path: pathlib.Path, targets: dict, meta: dict) -> tuple[dict, dict]:
     that cannot read the files would leave the others waiting.
     """
     saved = ocp.JsonCheckpointHandler().restore(path / 'meta')
-    changed = sorted(key for key in meta if saved.get(key) != meta[key])
-    if changed:
-        raise OtherRunError(
-            f'{path.parent} was trained with another {", ".join(changed)}: use the same '
-            'configuration to resume it, or another --workdir.'
-        )
+    _check_same_run(path, saved, meta)
 
     # Without the optimizer's state, whose tree has lists and which open_orbax cannot name.
     problems = []
@@ -258,7 +294,8 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
     Args:
       path: the checkpoint's folder (WORKDIR/checkpoints/STEP).
       targets: for each item to read, a name of ITEMS, its tree of ShapeDtypeStructs with shardings.
-      meta: values that the checkpoint must have been written with (data, seed).
+      meta: values that the checkpoint must have been written with (data, seed), as of `save`; those
+        that it does not know are not compared.
 
     Returns:
       Trees of arrays by item, laid out like the targets.
@@ -294,6 +331,60 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
     raise ValueError(f'{path} is damaged ({reason}).')
 
 
+def verify(path, item: str = 'ema') -> None:
+    """Compares the checksum of an item with that in the checkpoint, without a device.
+
+    It holds one chunk of one array at a time, for readers of models that fit in no memory.
+
+    Args:
+      path: the checkpoint's folder (WORKDIR/checkpoints/STEP).
+      item: 'params' or 'ema'.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      ValueError: if it is damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f'{path} is not a checkpoint: give a folder like WORKDIR/{FOLDER}/1000.'
+        )
+
+    try:
+        saved = ocp.JsonCheckpointHandler().restore(path / 'meta')['checksums'][item]
+        # The order of the arrays is that of jax.tree.leaves.
+        stores = traverse_util.unflatten_dict(tensor_io.open_orbax(path / item))
+        total = 0
+        for i, store in enumerate(jax.tree.leaves(stores)):
+            total += (2 * i + 1) * _stored_checksum(store)
+    except Exception as error:  # Orbax and tensorstore raise many kinds, also Exception itself
+        raise ValueError(f'{path} is damaged ({_brief(error)}).') from error
+    if total % 2**32 != saved:
+        raise ValueError(f'{path} is damaged (checksum of {item}).')
+
+
+def _stored_checksum(store: ts.TensorStore) -> int:
+    """As `_array_checksum`, of an array in a file."""
+    chunk_shape = store.chunk_layout.read_chunk.shape or ()
+    starts = [range(0, size, step) for size, step in zip(store.shape, chunk_shape)]
+
+    total = 0
+    for corner in itertools.product(*starts):
+        slices = tuple(
+            slice(a, min(a + b, size)) for a, b, size in zip(corner, chunk_shape, store.shape)
+        )
+        block = np.ascontiguousarray(store[slices].read().result())
+        bits = block.view(f'uint{8 * block.itemsize}').astype(np.uint32)
+
+        # The number of each element in the flattened array, modulo 2^32.
+        place = np.zeros(block.shape, np.uint32)
+        for axis, (part, size) in enumerate(zip(slices, store.shape)):
+            index = np.arange(part.start, part.stop, dtype=np.uint32)
+            place = place * np.uint32(size) + index.reshape(-1, *[1] * (block.ndim - axis - 1))
+        total += int(np.sum(bits * (2 * place + np.uint32(1)), dtype=np.uint32))
+    return total
+
+
 def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Path, dict]:
     """Reads the newest good checkpoint of a workdir; damaged ones are skipped with a warning.
 
@@ -310,6 +401,23 @@ def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Pa
       OtherRunError: see `restore`.
       ValueError: if all are damaged.
     """
+    return newest_good(workdir, lambda path: restore(path, targets, meta))
+
+
+def newest_good(workdir, read: Callable[[pathlib.Path], Any]) -> tuple[pathlib.Path, Any]:
+    """Finds the newest checkpoint of a workdir that can be read; others give a warning.
+
+    Args:
+      workdir: the folder of a run.
+      read: function of a checkpoint's folder that raises a ValueError if it is damaged, such as
+        `restore` or `verify` with their other arguments.
+
+    Returns:
+      (folder of the checkpoint, what `read` returns for it).
+
+    Raises:
+      FileNotFoundError, OtherRunError, ValueError: as `latest`.
+    """
     found = folders(workdir)
     if not found:
         raise FileNotFoundError(
@@ -319,7 +427,7 @@ def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Pa
 
     for path in reversed(found):
         try:
-            return path, restore(path, targets, meta)
+            return path, read(path)
         except OtherRunError:
             raise
         except ValueError as error:

@@ -40,8 +40,8 @@ class SceneLayout:
       height: rows of the token grid (latent height / patch size).
       width: columns of the token grid.
       text_tokens: text tokens per scene, padding included.
-      patch_t: latent frames per token (1, or 2 for CogVideoX 1.5); a scene is padded at its end to
-        a multiple.
+      patch_t: latent frames per token (1, or 2 for CogVideoX 1.5); a scene that is no multiple, as
+        `whole_patches` makes them, is padded at its end.
     """
 
     frames: tuple[int, ...]
@@ -130,3 +130,42 @@ def frame_scenes(layout: SceneLayout) -> np.ndarray:
     """Scene index of every latent frame, int32 [T]."""
     scenes = np.arange(layout.num_scenes, dtype=np.int32)
     return np.repeat(scenes, layout.frames)
+
+
+class WholePatches(NamedTuple):
+    """Scenes that are filled up to whole patches in time.
+
+    Attributes:
+      frames: latent frames per scene, multiples of the patch.
+      source: which frame of the story each frame comes from, int [sum of frames].
+      kept: where the story's own frames are among them, int [T].
+    """
+
+    frames: tuple[int, ...]
+    source: np.ndarray
+    kept: np.ndarray
+
+
+def whole_patches(frames: tuple[int, ...], patch_t: int) -> WholePatches:
+    """Fills up every scene to a multiple of `patch_t`, by copies of its first frame before it.
+
+    This is what diffusers does for CogVideoX 1.5 with its one scene: a video has more latents in
+    front, which are dropped when it is sampled, and of a given or trained video they are copies.
+
+    Args:
+      frames: latent frames per scene.
+      patch_t: latent frames per token.
+
+    Returns:
+      WholePatches; its frames are the ones given if these are multiples already.
+    """
+    source = []
+    kept = []
+    start = 0
+    for length in frames:
+        added = -length % patch_t
+        kept += range(len(source) + added, len(source) + added + length)
+        source += [start] * added + list(range(start, start + length))
+        start += length
+    filled = tuple(length + -length % patch_t for length in frames)
+    return WholePatches(filled, np.array(source), np.array(kept))

@@ -203,15 +203,15 @@ def sample_latents(
         raise ValueError(
             f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.'
         )
-    noise = jnp.stack(
-        [story_noise(seed, first_index + i, x.shape) for i, x in enumerate(inputs.given)]
-    )
+    whole = config.model.whole_patches(inputs.latent_frames)
+    given = inputs.given[:, whole.source]
+    noise = jnp.stack([story_noise(seed, first_index + i, x.shape) for i, x in enumerate(given)])
     timesteps, table = samplers.sampler_table(
         sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
     )
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
     mesh = mesh_lib.mesh_of(params)
-    run = jit_sample(config, inputs.latent_frames, mesh, reports_steps=listener is not None)
+    run = jit_sample(config, whole.frames, mesh, reports_steps=listener is not None)
     if listener is not None:
         _step_listeners.append(listener)
     try:
@@ -220,13 +220,13 @@ def sample_latents(
             noise,
             inputs.text,
             inputs.null_text,
-            inputs.given,
+            given,
             inputs.given_scenes,
             timesteps,
             table,
             scale,
         )
-        latents = np.asarray(latents)
+        latents = np.asarray(latents)[:, whole.kept]
     finally:
         if listener is not None:
             jax.effects_barrier()  # the last calls may come after the result

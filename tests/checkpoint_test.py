@@ -150,9 +150,52 @@ def test_one_checkpoint_that_is_asked_for_must_be_good(workdir):
         checkpoint.restore(workdir / 'checkpoints/5', targets('ema'))
 
 
+@pytest.mark.parametrize('damage', [name for name in DAMAGES if 'opt' not in name])
+def test_verifying_an_item_on_the_host_finds_the_same_damage(workdir, damage):
+    """Of what belongs to the item, without its arrays in memory."""
+    for item in ('params', 'ema'):
+        checkpoint.verify(workdir / 'checkpoints/6', item)
+    path, _ = checkpoint.newest_good(workdir, checkpoint.verify)
+    assert path == workdir / 'checkpoints/6'
+
+    DAMAGES[damage](workdir / 'checkpoints/6')
+    item = 'ema' if damage == 'file missing' else 'params'
+    if damage == 'truncated':  # of the optimizer's item
+        checkpoint.verify(workdir / 'checkpoints/6', item)
+        return
+    with pytest.raises(ValueError, match='checkpoints/6 is damaged'):
+        checkpoint.verify(workdir / 'checkpoints/6', item)
+    path, _ = checkpoint.newest_good(workdir, lambda path: checkpoint.verify(path, item))
+    assert path == workdir / 'checkpoints/4'
+
+
+def test_a_flipped_bit_is_found_in_chunks_of_any_shape(tmp_path):
+    """Arrays that lay on a mesh are stored in the chunks that their devices had."""
+    mesh = jax.make_mesh((2, 4), ('x', 'y'))
+    params = state_of(0).params
+    kernel = jax.device_put(params['a']['kernel'], NamedSharding(mesh, P('x', None, 'y')))
+    spread = {
+        'a': {'kernel': kernel},
+        'b': jax.device_put(params['b'], NamedSharding(mesh, P('y'))),
+    }
+    state = state_of(0).replace(params=spread, ema=jax.tree.map(lambda x: x + 1, spread))
+    manager = checkpoint.manager(tmp_path, 1, 0, 0)
+    checkpoint.save(manager, 1, state, {})
+    checkpoint.finish(manager)
+
+    folder = tmp_path / 'checkpoints/1'
+    checkpoint.verify(folder, 'params')
+    checkpoint.verify(folder)
+    flip_a_bit(largest(folder / 'ema'))
+    checkpoint.verify(folder, 'params')
+    with pytest.raises(ValueError, match='checkpoints/1 is damaged'):
+        checkpoint.verify(folder)
+
+
 def test_a_checkpoint_of_another_run_is_not_called_damaged(workdir):
-    with pytest.raises(checkpoint.OtherRunError, match='trained with another seed'):
+    with pytest.raises(checkpoint.OtherRunError, match=r'trained with another seed \(1, now 2\)'):
         checkpoint.latest(workdir, targets(), {'seed': 2})
+    checkpoint.latest(workdir, targets(), {'seed': 1, 'unheard_of': 2})
 
 
 def test_what_a_killed_save_left_is_removed(workdir):

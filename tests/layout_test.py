@@ -8,7 +8,7 @@ import pytest
 
 from mask2dit_jax.attention import masks
 from mask2dit_jax.diffusion import loss
-from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes
+from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes, whole_patches
 from mask2dit_jax.models import dit, embeddings
 
 LAYOUTS = [SceneLayout(frames, 2, 3, 4) for frames in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 3, 2))]
@@ -68,6 +68,21 @@ def test_segments_count_padded_frames():
         (0, False, 10, 22),
         (1, False, 22, 34),
     )
+
+
+def test_scenes_are_filled_up_in_front_each_by_its_own_first_frame():
+    whole = whole_patches((3, 2, 1), 2)
+    assert whole.frames == (4, 2, 2)
+    assert whole.source.tolist() == [0, 0, 1, 2, 3, 4, 5, 5]
+    assert whole.source[whole.kept].tolist() == [0, 1, 2, 3, 4, 5]
+    assert whole.kept.tolist() == [1, 2, 3, 4, 5, 7]
+
+    whole = whole_patches((4,), 3)
+    assert whole.source.tolist() == [0, 0, 0, 1, 2, 3]
+    for frames, patch_t in (((3, 2, 1), 1), ((4, 2), 2)):
+        whole = whole_patches(frames, patch_t)
+        assert whole.frames == frames
+        assert whole.source.tolist() == whole.kept.tolist() == list(range(sum(frames)))
 
 
 @pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: str(x.frames))

@@ -14,13 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import tensor_io
+from mask2dit_jax import pipeline, tensor_io
 from mask2dit_jax.attention import masks
 from mask2dit_jax.benchmark import worker
+from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import embeddings, lora, t5, vae
 from mask2dit_jax.pretrained import config_json, export, lora_files, names
 from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.tools import random_model
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -210,6 +212,54 @@ def test_lora(seed, tmp_path):
         compare(tree, cfg)
 
 
+@pytest.mark.parametrize(
+    'num_frames', [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 13))]
+)
+def test_a_scene_of_a_model_with_temporal_patches_is_sampled_as_in_the_pipeline(
+    num_frames, tmp_path
+):
+    """9 frames are 3 latents, to which the pipeline adds one in front; 13 frames are 4, 1 is 1."""
+    transformer = dataclasses.replace(
+        random_model.TRANSFORMER, patch_size_t=2, sample_frames=num_frames
+    )
+    random_model.write(tmp_path, transformer)
+
+    # Ours.
+    model = pipeline.load(tmp_path, dtype='float32', decode_rule='diffusers')
+    inputs = pipeline.encode_inputs(model.codec, [['it grows']], (num_frames,))
+    settings = {'seed': 0, 'steps': 4, 'guidance': 3.0}
+    _, params = model.params()
+    latents = pipeline.sample_latents(model.config, params, inputs, **settings)
+    assert latents.shape == inputs.given.shape
+    ours = model.codec.decode_video(latents, inputs.latent_frames)
+
+    # Theirs, from the same noise and text states.
+    theirs = diffusers.CogVideoXPipeline(
+        tokenizer=transformers.T5Tokenizer(str(tmp_path / 'tokenizer/spiece.model'), legacy=True),
+        text_encoder=transformers.T5EncoderModel.from_pretrained(tmp_path / 'text_encoder'),
+        vae=diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path / 'vae'),
+        transformer=diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / 'transformer'),
+        scheduler=diffusers.CogVideoXDDIMScheduler.from_pretrained(tmp_path / 'scheduler'),
+    )
+    theirs.set_progress_bar_config(disable=True)
+    noise = pipeline.story_noise(0, 0, (4, *inputs.given.shape[2:]))  # [T, H, W, C]
+    video = theirs(
+        height=32,
+        width=32,
+        num_frames=num_frames,
+        num_inference_steps=settings['steps'],
+        guidance_scale=settings['guidance'],
+        latents=torch.tensor(np.moveaxis(noise, -1, 1)[None]),
+        prompt_embeds=torch.tensor(inputs.text[0]),
+        negative_prompt_embeds=torch.tensor(inputs.null_text[None]),
+        max_sequence_length=12,
+        output_type='np',
+    ).frames
+    assert video.shape == ours.shape
+    assert video.std() > 0.05
+    close(ours, video, 1e-4)
+
+
 @pytest.mark.parametrize('seed', range(2))
 def test_vae(seed, tmp_path):
     rng = np.random.default_rng(seed)
@@ -218,6 +268,7 @@ def test_vae(seed, tmp_path):
         'latent_channels': (4, 3)[seed],
         'layers_per_block': (1, 2)[seed],
         'norm_num_groups': 2,
+        'norm_eps': (1e-4, 1e-2)[seed],
         'sample_height': 96,
         'sample_width': 80,
     }
@@ -265,6 +316,9 @@ def test_t5(seed, tmp_path):
         d_ff=40,
         num_layers=2,
         num_heads=3,
+        relative_attention_num_buckets=(32, 16)[seed],
+        relative_attention_max_distance=(128, 60)[seed],
+        layer_norm_epsilon=(1e-6, 1e-2)[seed],
         feed_forward_proj='gated-gelu',
         tie_word_embeddings=False,
     )
@@ -291,17 +345,20 @@ def test_t5(seed, tmp_path):
     compare(load_theirs(transformers.T5EncoderModel, tmp_path / 'ours'), params)
 
 
-def test_tokenizer(tmp_path):
+@pytest.fixture(scope='module')
+def spiece(tmp_path_factory):
+    """A folder with a small spiece.model, with the released one's numbers of special tokens."""
     import sentencepiece
 
+    folder = tmp_path_factory.mktemp('tokenizer')
     text = 'the quick brown fox jumps over a lazy dog; Straße, naïve café — 12,345 & "quoted" ﬁne'
     words = text.split()
     rng = np.random.default_rng(0)
     sentences = [' '.join(rng.choice(words, 12)) for _ in range(300)]
-    (tmp_path / 'text').write_text('\n'.join(sentences), encoding='utf-8')
+    (folder / 'text').write_text('\n'.join(sentences), encoding='utf-8')
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / 'text'),
-        model_prefix=str(tmp_path / 'spiece'),
+        input=str(folder / 'text'),
+        model_prefix=str(folder / 'spiece'),
         vocab_size=120,
         hard_vocab_limit=False,
         pad_id=0,
@@ -310,10 +367,63 @@ def test_tokenizer(tmp_path):
         bos_id=-1,
         minloglevel=2,
     )
-    slow = transformers.T5Tokenizer(str(tmp_path / 'spiece.model'), extra_ids=0, legacy=True)
-    texts = [*sentences[:20], '', '  spaced   out ', 'unseen Ω symbols \n and lines', 'x' * 400]
-    theirs = slow(texts, padding='max_length', max_length=40, truncation=True, return_tensors='np')
-    np.testing.assert_array_equal(t5.load_tokenizer(tmp_path)(texts, 40), theirs.input_ids)
+    return folder
+
+
+def random_captions(seed, count):
+    """Captions of words, special tokens and parts of them, white space, and other scripts."""
+    rng = np.random.default_rng(seed)
+    parts = (
+        *('the', 'fox', 'Straße', 'ﬁne', '12,345', 'Ω', '雪', '🦊', 'e\u0301', '\u2581', '\u200b'),
+        *(' ', '  ', '\n', '\t', '\u00a0', '\u3000', '.', '<', '>', '/s>', '<extra_id_', '&'),
+        *(
+            '</s>',
+            '<pad>',
+            '<unk>',
+            '<s>',
+            '</S>',
+            '<extra_id_0>',
+            '<extra_id_10>',
+            '<extra_id_99>',
+        ),
+        *('<extra_id_100>', '<new>'),
+    )
+    return [''.join(rng.choice(parts, rng.integers(12))) for _ in range(count)]
+
+
+PLAIN_CAPTIONS = ['', '  spaced   out ', 'unseen Ω symbols \n and lines', 'fox ' * 400, 'a fox</s>']
+ADDED = {
+    'added_tokens_decoder': {
+        '0': {'content': '<pad>', 'lstrip': False, 'rstrip': False, 'special': True},
+        '1': {'content': '</s>', 'lstrip': False, 'rstrip': True, 'special': True},
+        '400': {'content': '<new>', 'lstrip': True, 'rstrip': False, 'special': True},
+    },
+    'extra_ids': 20,
+    'legacy': True,
+}
+
+
+@pytest.mark.parametrize('settings', [None, ADDED])
+@pytest.mark.parametrize('kind', ['T5Tokenizer', 'T5TokenizerFast'])
+def test_tokenizer(kind, settings, spiece, tmp_path):
+    """Ids equal those of transformers, special tokens in the caption included."""
+    theirs = getattr(transformers, kind)
+    if kind == 'T5Tokenizer':
+        (tmp_path / 'spiece.model').write_bytes((spiece / 'spiece.model').read_bytes())
+    else:
+        fast = theirs(str(spiece / 'spiece.model'), extra_ids=0)
+        fast.backend_tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    if settings:
+        content = settings | {'tokenizer_class': kind}
+        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(content))
+
+    captions = [*PLAIN_CAPTIONS, *random_captions(0, 600)]
+    expected = theirs.from_pretrained(tmp_path)(
+        captions, padding='max_length', max_length=20, truncation=True, return_tensors='np'
+    )
+    ids = t5.load_tokenizer(tmp_path)(captions, 20)
+    np.testing.assert_array_equal(ids, expected.input_ids)
+    np.testing.assert_array_equal(t5.caption_tokens(ids), expected.attention_mask)
 
 
 def test_rotary_tables_of_other_sizes():
@@ -392,3 +502,65 @@ def test_the_dual_mask_is_the_references_two_attention_calls(what, monkeypatch):
     )
     other = worker.ours(case | {'formulation': 'dense'})[0]()
     assert abs(other() - theirs()) > 1e-3 * abs(theirs())
+
+
+# A scheduler_config.json that has every key, with values that are not the class's defaults.
+SCHEDULE = {
+    'num_train_timesteps': 500,
+    'beta_start': 0.001,
+    'beta_end': 0.02,
+    'beta_schedule': 'scaled_linear',
+    'trained_betas': None,
+    'clip_sample': False,
+    'set_alpha_to_one': True,
+    'steps_offset': 1,
+    'prediction_type': 'v_prediction',
+    'clip_sample_range': 2.0,
+    'sample_max_value': 3.0,
+    'timestep_spacing': 'linspace',
+    'rescale_betas_zero_snr': True,
+    'snr_shift_scale': 1.5,
+}
+
+
+@pytest.mark.parametrize('name', ['CogVideoXDDIMScheduler', 'CogVideoXDPMScheduler'])
+def test_every_key_of_a_schedule_may_be_left_out_as_in_the_oracle(name, tmp_path):
+    """The schedule is that of diffusers, or the key's default is refused by name."""
+    oracle = getattr(diffusers, name)
+    parameters = inspect.signature(oracle.__init__).parameters
+    assert set(SCHEDULE) == set(parameters) - {'self', 'kwargs'}
+    file = tmp_path / 'scheduler_config.json'
+
+    refused = set()
+    for left_out in (None, *SCHEDULE):
+        content = {key: value for key, value in SCHEDULE.items() if key != left_out}
+        file.write_text(json.dumps({'_class_name': name, '_diffusers_version': '0'} | content))
+        try:
+            ours = config_json.load_schedule(file)
+        except ValueError as error:
+            default = parameters[left_out].default
+            assert f'leaves out {left_out}, which then is {default!r}' in str(error)
+            refused.add(left_out)
+            continue
+
+        theirs = oracle.from_pretrained(tmp_path)
+        close(ours.alphas_bar(), theirs.alphas_cumprod.numpy(), 1e-12)
+        for steps in (1, 7, 50):
+            theirs.set_timesteps(steps)
+            np.testing.assert_array_equal(ours.timesteps(steps), theirs.timesteps.numpy())
+    assert refused == {'prediction_type', 'clip_sample'}
+
+
+def test_exported_schedules_are_those_of_the_oracle(tmp_path):
+    """Nothing is lost, and no key is unknown to the class."""
+    ours = schedule_lib.Schedule(beta_end=0.02, snr_shift_scale=2.0, timestep_spacing='linspace')
+    content = config_json.schedule_json(ours)
+    (tmp_path / 'scheduler_config.json').write_text(json.dumps(content))
+    assert config_json.load_schedule(tmp_path / 'scheduler_config.json') == ours
+
+    theirs, unused = diffusers.CogVideoXDDIMScheduler.from_pretrained(
+        tmp_path, return_unused_kwargs=True
+    )
+    assert set(unused) <= {'_class_name'}
+    assert set(content) - {'_class_name'} <= set(SCHEDULE)
+    close(ours.alphas_bar(), theirs.alphas_cumprod.numpy(), 1e-12)

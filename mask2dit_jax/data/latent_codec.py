@@ -218,7 +218,7 @@ class PretrainedCodec:
 
         token_ids = self._tokenize(captions, self._model.max_text_seq_length)  # [N, M]
         for caption, ids in zip(captions, token_ids[:, None]):
-            mask = ids != t5.PAD if self._mask_padding else None
+            mask = t5.caption_tokens(ids) if self._mask_padding else None
             states = t5.encode(network.cfg, params, ids, mask)  # [1, M, E]
             self._text_states[caption] = np.asarray(states, np.float32)[0]
 

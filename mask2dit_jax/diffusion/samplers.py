@@ -11,6 +11,8 @@ does not know which sampler it runs:
 * `ddim`: deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0), exactly the reference's
   CogVideoX DDIM.
 * `dpm++2m`: DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), first order at the first and last step.
+  At zero terminal SNR the second step is first order, too: the first is infinitely long in
+  log(alpha/sigma), and what it says of the slope then has no weight, h/(2·h_prev) = 0.
 * `euler`: with alpha = cos(phi) and sigma = sin(phi) the probability-flow ODE is dx/dphi = v. Euler
   steps on phi stay finite at zero terminal SNR; Euler steps on sigma/alpha would be DDIM again.
 """
@@ -64,7 +66,8 @@ def _dpm2m(alpha, sigma, next_alpha, next_sigma):
         extra = np.zeros_like(alpha)
         extra[1:] = h[1:] / (2 * h[:-1])
 
-    # Infinite steps (from pure noise, or to clean latents) carry no second-order information.
+    # An infinite step to clean latents takes no second-order information, and one from pure noise
+    # leaves none to the step after it: h / inf is 0.
     extra = np.where(np.isfinite(extra), extra, 0.0)
     extra[-1] = 0.0
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from mask2dit_jax import layout as layout_lib
 from mask2dit_jax.attention import attend, masks
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
@@ -161,6 +162,10 @@ class DiTConfig:
             self.sample_height // self.patch_size,
             self.sample_width // self.patch_size,
         )
+
+    def whole_patches(self, frames: tuple[int, ...]) -> layout_lib.WholePatches:
+        """Scenes of these latent frames, filled up to whole tokens: see layout.whole_patches."""
+        return layout_lib.whole_patches(frames, self.patch_size_t or 1)
 
     def layout(self, frames: tuple[int, ...], height: int, width: int) -> SceneLayout:
         """Layout of a story in this model's token space.

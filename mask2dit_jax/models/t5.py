@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -151,21 +153,47 @@ class T5Encoder(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnames='cfg')
+def _encode(cfg: T5Config, params, ids, mask):
+    return T5Encoder(cfg).apply({'params': params}, ids, mask)
+
+
 def encode(cfg: T5Config, params, ids, mask=None):
     """The encoder, jitted.
 
     Args:
       cfg, params: the network.
-      ids, mask: as for `T5Encoder`.
+      ids, mask: as for `T5Encoder`, on the host.
 
     Returns:
       The last hidden state [B, M, d_model].
+
+    Raises:
+      ValueError: if a token has no embedding.
     """
-    return T5Encoder(cfg).apply({'params': params}, ids, mask)
+    largest = int(np.max(ids))
+    if largest >= cfg.vocab_size:
+        raise ValueError(
+            f'A caption has token {largest}, and the text encoder knows {cfg.vocab_size}: take '
+            'special tokens such as <extra_id_0> out of it, or give the folder its own tokenizer.'
+        )
+    return _encode(cfg, params, ids, mask)
+
+
+def caption_tokens(ids: np.ndarray) -> np.ndarray:
+    """Which tokens belong to the captions, EOS included: bool, of the shape of ids [..., M].
+
+    A caption may itself hold the padding's token, so the last EOS tells where it ends.
+    """
+    is_end = ids == EOS
+    return np.flip(np.logical_or.accumulate(np.flip(is_end, -1), axis=-1), -1)
 
 
 def load_tokenizer(folder) -> Callable[[list[str], int], np.ndarray]:
     """Tokenizer of a released folder: spiece.model, or tokenizer.json if that is all there is.
+
+    The ids are those of transformers' T5Tokenizer for the one and of T5TokenizerFast for the other.
+    In both of them tokens such as `</s>`, `<pad>` and `<extra_id_0>` that stand in a caption are
+    special ones.
 
     Args:
       folder: path of the folder.
@@ -176,7 +204,7 @@ def load_tokenizer(folder) -> Callable[[list[str], int], np.ndarray]:
 
     Raises:
       FileNotFoundError: if the folder has neither file.
-      ValueError: if the file is damaged.
+      ValueError: if a file is damaged, or asks for something that is not implemented.
     """
     folder = pathlib.Path(folder)
     model = folder / 'spiece.model'
@@ -186,16 +214,11 @@ def load_tokenizer(folder) -> Callable[[list[str], int], np.ndarray]:
             f'{folder} has neither spiece.model nor tokenizer.json: copy the tokenizer there.'
         )
 
+    settings = _tokenizer_settings(folder / 'tokenizer_config.json')
     try:
-        if model.is_file():
-            encode = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
-        else:
-            tokenizer = tokenizers.Tokenizer.from_file(str(fast))
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-
-            def encode(caption):
-                return tokenizer.encode(caption, add_special_tokens=False).ids
+        encode = (
+            _slow_encoder(model, settings) if model.is_file() else _fast_encoder(fast, settings)
+        )
     except Exception as error:  # both libraries raise exceptions of many classes
         damaged = model if model.is_file() else fast
         raise ValueError(f'{damaged} is damaged ({error}): copy it again.') from error
@@ -203,9 +226,120 @@ def load_tokenizer(folder) -> Callable[[list[str], int], np.ndarray]:
     def tokenize(captions, length):
         ids = np.full((len(captions), length), PAD, np.int32)
         for row, caption in zip(ids, captions):
-            pieces = encode(caption)[: length - 1]  # EOS needs a place
-            pieces = [*pieces, EOS]
-            row[: len(pieces)] = pieces
+            tokens = encode(caption)[: length - 1]  # EOS needs a place
+            # T5Tokenizer does not end a caption that ends with EOS already.
+            if not (model.is_file() and tokens[-1:] == [EOS]):
+                tokens = [*tokens, EOS]
+            row[: len(tokens)] = tokens
         return ids
 
     return tokenize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Special:
+    """A token that stands for itself in a caption, and whether it takes the spaces beside it."""
+
+    content: str
+    lstrip: bool
+    rstrip: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _TokenizerSettings:
+    """What tokenizer_config.json says: special tokens by id, and how many sentinels there are."""
+
+    added: dict[int, _Special]
+    extra_ids: int
+
+
+def _tokenizer_settings(path: pathlib.Path) -> _TokenizerSettings:
+    """Reads a tokenizer_config.json; without one the settings are those of the class.
+
+    Raises:
+      ValueError: naming the file, if it is damaged or has a value that is not implemented.
+    """
+    if not path.is_file():
+        return _TokenizerSettings({}, 100)
+
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        added = {}
+        for index, token in content.get('added_tokens_decoder', {}).items():
+            lstrip, rstrip = (bool(token.get(side, False)) for side in ('lstrip', 'rstrip'))
+            added[int(index)] = _Special(token['content'], lstrip, rstrip)
+        extra_ids = int(content.get('extra_ids', 100))
+        legacy = content.get('legacy')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is damaged ({error}): copy it again.') from error
+
+    if legacy not in (None, True):
+        raise ValueError(f'{path} sets legacy to {legacy!r}: only True is implemented.')
+    return _TokenizerSettings(added, extra_ids)
+
+
+def _sentinels(settings: _TokenizerSettings) -> list[str]:
+    return [f'<extra_id_{i}>' for i in range(settings.extra_ids)]
+
+
+def _slow_encoder(path: pathlib.Path, settings: _TokenizerSettings) -> Callable[[str], list[int]]:
+    """A caption's ids without the last EOS, as T5Tokenizer has them."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    # Sentinels come after the vocabulary, the last one first, and take the spaces around them.
+    num_pieces = processor.get_piece_size()
+    special = {}
+    for i, content in enumerate(reversed(_sentinels(settings))):
+        special[num_pieces + i] = _Special(content, lstrip=True, rstrip=True)
+    special |= settings.added
+    found = {token.content for token in special.values()}
+    for content in {'</s>', '<unk>', '<pad>'} - found:
+        special[processor.piece_to_id(content)] = _Special(content, lstrip=False, rstrip=False)
+
+    ids = {token.content: index for index, token in special.items()}
+    tokens = {token.content: token for token in special.values()}
+    longest_first = sorted(ids, key=len, reverse=True)
+    pattern = re.compile(f'({"|".join(map(re.escape, longest_first))})')
+
+    def encode(caption: str) -> list[int]:
+        # Text and special tokens in turn, beginning and ending with text that may be empty.
+        parts = pattern.split(caption)
+        encoded = []
+        for i, part in enumerate(parts):
+            if part in ids:
+                encoded.append(ids[part])
+                continue
+            if i > 0 and tokens[parts[i - 1]].rstrip:
+                part = part.lstrip()
+            if i + 1 < len(parts) and tokens[parts[i + 1]].lstrip:
+                part = part.rstrip()
+            encoded += processor.encode(part)
+        return encoded
+
+    return encode
+
+
+def _fast_encoder(path: pathlib.Path, settings: _TokenizerSettings) -> Callable[[str], list[int]]:
+    """A caption's ids without the last EOS, as T5TokenizerFast has them."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    # Those of the settings count more than the file's own; the class adds what both of them lack.
+    wanted = [token for _, token in sorted(settings.added.items())]
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    known |= {token.content for token in wanted}
+    for content in ('</s>', '<unk>', '<pad>', *_sentinels(settings)):
+        if content not in known:
+            wanted.append(_Special(content, lstrip=False, rstrip=False))
+    tokenizer.add_special_tokens(
+        [
+            tokenizers.AddedToken(special=True, normalized=False, **dataclasses.asdict(token))
+            for token in wanted
+        ]
+    )
+
+    def encode(caption: str) -> list[int]:
+        return tokenizer.encode(caption, add_special_tokens=False).ids
+
+    return encode

@@ -22,6 +22,9 @@ _ENCODE_CHUNK = 8  # frames
 _DECODE_CHUNK = 2  # latents
 _TILE_OVERLAP = (1 / 6, 1 / 5)  # share of a tile's height and width
 DECODE_RULES = ('reference', 'diffusers')
+# The reference fixes it for the encoder's last norm and for every spatial norm, whatever norm_eps
+# its config.json has.
+_FIXED_NORM_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class VAEConfig:
     Names are those of the released config.json.
 
     Attributes:
+      norm_eps: added to the variance in the norms of the encoder's resnets, and in no other.
       sample_height, sample_width: trained size in pixels; tiles are half of it.
       scaling_factor: the transformer works on the posterior times this factor.
       dtype: compute dtype; group norm statistics are always float32.
@@ -150,6 +154,7 @@ class _GroupNorm(nn.Module):
     """
 
     cfg: VAEConfig
+    eps: float
 
     @nn.compact
     def __call__(self, x):
@@ -162,7 +167,7 @@ class _GroupNorm(nn.Module):
         x = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, group_size)
         mean = jnp.mean(x, (1, 2, 3, 5), keepdims=True)
         var = jnp.mean(jnp.square(x - mean), (1, 2, 3, 5), keepdims=True)
-        rate = jax.lax.rsqrt(var + self.cfg.norm_eps)
+        rate = jax.lax.rsqrt(var + self.eps)
 
         mean = _per_channel(mean, group_size)  # [B, 1, 1, C]
         rate = _per_channel(rate, group_size)
@@ -206,7 +211,7 @@ class _SpatialNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, z):
-        normalise = _GroupNorm(self.cfg, name='norm_layer')(x)
+        normalise = _GroupNorm(self.cfg, _FIXED_NORM_EPS, name='norm_layer')(x)
 
         # A pointwise convolution commutes with nearest resampling, so it runs at the latents' size.
         features = x.shape[-1]
@@ -228,7 +233,8 @@ def _activation(cfg: VAEConfig, name: str, x, z):
     The norm is a spatial norm if there are latents z (decoder), and a group norm if not (encoder).
     """
     if z is None:
-        norm = _GroupNorm(cfg, name=name)(x)
+        eps = _FIXED_NORM_EPS if name == 'norm_out' else cfg.norm_eps
+        norm = _GroupNorm(cfg, eps, name=name)(x)
         extras = []
     else:
         norm, extras = _SpatialNorm(cfg, name=name)(x, z)

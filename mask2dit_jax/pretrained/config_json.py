@@ -4,10 +4,10 @@ Every network of a released folder has a config.json beside its weights, and the
 a scheduler_config.json. The functions here read them into our configurations and write them for
 exported models.
 
-Reading a network is strict. A key that is not known here is an error, because leaving it out might
-change what the network computes. For every network there are three tables: the keys whose value is
-FIXED, because we implement no other, the keys that are UNUSED in a forward pass, and the DEFAULTS
-of the reference's classes where they differ from ours.
+Reading is strict. A key that is not known here is an error, because leaving it out might change
+what is computed. There are three tables for every file: the keys whose value is FIXED, because we
+implement no other, the keys that are UNUSED where captions become videos, and the DEFAULTS that the
+reference's classes take where a file leaves a key out, if they differ from ours.
 """
 
 import dataclasses
@@ -69,13 +69,19 @@ _VAE_FIXED = {
     'latents_std': None,
     'use_quant_conv': False,
     'use_post_quant_conv': False,
-    'invert_scale_latents': False,
 }
-_VAE_UNUSED = {'force_upcast'}
+# invert_scale_latents (true in 1.5) is about the picture that an image-to-video model starts from.
+_VAE_UNUSED = {'force_upcast', 'invert_scale_latents'}
 _VAE_DEFAULTS = {'scaling_factor': 1.15258426}
 
 # A T5 config.json also describes decoding and tasks, so that its unknown keys are not refused.
-_T5_FIXED = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu'}
+# The class derives the last two from feed_forward_proj, and then takes those of the file.
+_T5_FIXED = {
+    'model_type': 't5',
+    'feed_forward_proj': 'gated-gelu',
+    'dense_act_fn': 'gelu_new',
+    'is_gated_act': True,
+}
 _T5_DEFAULTS = {
     'd_model': 512,
     'd_ff': 2048,
@@ -84,12 +90,31 @@ _T5_DEFAULTS = {
     'feed_forward_proj': 'relu',
 }
 
+# Both classes have the same noise schedule; they differ in how they step through it.
+_SCHEDULE_CLASSES = ('CogVideoXDDIMScheduler', 'CogVideoXDPMScheduler')
 _SCHEDULE_FIXED = {
     'beta_schedule': 'scaled_linear',
     'prediction_type': 'v_prediction',
     'trained_betas': None,
     'clip_sample': False,
     'set_alpha_to_one': True,
+    'thresholding': False,
+}
+# They say how far to clip, which nothing here does.
+_SCHEDULE_UNUSED = {'clip_sample_range', 'sample_max_value', 'dynamic_thresholding_ratio'}
+_SCHEDULE_DEFAULTS = {
+    'num_train_timesteps': 1000,
+    'beta_start': 0.00085,
+    'beta_end': 0.012,
+    'beta_schedule': 'scaled_linear',
+    'trained_betas': None,
+    'clip_sample': True,
+    'set_alpha_to_one': True,
+    'steps_offset': 0,
+    'prediction_type': 'epsilon',
+    'timestep_spacing': 'leading',
+    'rescale_betas_zero_snr': False,
+    'snr_shift_scale': 3.0,
 }
 
 
@@ -206,14 +231,13 @@ def vae_config(config: dict, **overrides) -> vae.VAEConfig:
     names = [field.name for field in dataclasses.fields(vae.VAEConfig)]
     fields = {name: config.pop(name) for name in names if name in config}
 
-    if 'block_out_channels' in fields:
-        fields['block_out_channels'] = tuple(fields['block_out_channels'])
-        num_levels = len(fields['block_out_channels'])
-        block_types = {
-            'down_block_types': ['CogVideoXDownBlock3D'] * num_levels,
-            'up_block_types': ['CogVideoXUpBlock3D'] * num_levels,
-        }
-        _refuse_other(config, block_types, 'VAE')
+    widths = tuple(fields.get('block_out_channels', vae.VAEConfig.block_out_channels))
+    fields['block_out_channels'] = widths
+    block_types = {
+        'down_block_types': ['CogVideoXDownBlock3D'] * len(widths),
+        'up_block_types': ['CogVideoXUpBlock3D'] * len(widths),
+    }
+    _refuse_other(config, block_types, 'VAE')
 
     _refuse_other(config, _VAE_FIXED, 'VAE')
     _refuse_unknown(config, _VAE_UNUSED, 'VAE')
@@ -285,31 +309,64 @@ def load_schedule(file) -> schedule_lib.Schedule:
       file: path of the file.
 
     Returns:
-      The noise schedule; keys that it has no field for are left out.
+      The noise schedule. Where the file leaves a key out, it has the value that diffusers' class
+      takes.
 
     Raises:
-      ValueError: if the file cannot be read, or for settings other than scaled-linear betas and
-        v-prediction.
+      ValueError: naming the file, if it cannot be read, is of another class, has a key that is not
+        known here, or a value that is not implemented.
     """
     try:
-        config = dict(json.loads(pathlib.Path(file).read_text(encoding='utf-8')))
+        content = dict(json.loads(pathlib.Path(file).read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f'{file} is not a scheduler configuration ({error}).') from error
 
-    for key, value in _SCHEDULE_FIXED.items():
-        if config.get(key, value) != value:
-            raise ValueError(
-                f'{file} sets {key} to {config[key]!r}: only {value!r} is implemented.'
-            )
+    class_name = content.get('_class_name', _SCHEDULE_CLASSES[0])
+    if class_name not in _SCHEDULE_CLASSES:
+        raise ValueError(
+            f'{file} is of class {class_name}: only {" and ".join(_SCHEDULE_CLASSES)} are '
+            'implemented.'
+        )
 
-    names = {field.name for field in dataclasses.fields(schedule_lib.Schedule)}
-    fields = {key: value for key, value in config.items() if key in names}
-    return schedule_lib.Schedule(**fields)
+    config = _with_defaults(content, _SCHEDULE_DEFAULTS)
+    for key, value in _SCHEDULE_FIXED.items():
+        found = config.pop(key, value)
+        if found != value:
+            says = f'sets {key} to' if key in content else f'leaves out {key}, which then is'
+            raise ValueError(f'{file} {says} {found!r}: only {value!r} is implemented.')
+
+    fields = {}
+    for field in dataclasses.fields(schedule_lib.Schedule):
+        value = config.pop(field.name)
+        if not _is_like(value, field.default):
+            raise ValueError(
+                f'{file} sets {field.name} to {value!r}: it must be like {field.default!r}.'
+            )
+        fields[field.name] = value
+
+    unknown = sorted(set(config) - _SCHEDULE_UNUSED)
+    if unknown:
+        raise ValueError(f'{file} has keys that are not known here: {", ".join(unknown)}.')
+
+    schedule = schedule_lib.Schedule(**fields)
+    try:
+        schedule.timesteps(1)  # which a spacing that is not implemented does not have
+    except ValueError as error:
+        raise ValueError(f'{file}: {error}') from error
+    return schedule
+
+
+def _is_like(value, example) -> bool:
+    """Whether a value of a file is of an example's type; whole numbers are numbers, too."""
+    if type(example) is float:
+        return type(value) in (int, float)
+    return type(value) is type(example)
 
 
 def schedule_json(schedule: schedule_lib.Schedule) -> dict:
     """The content of scheduler_config.json for an exported model."""
     config = {'_class_name': 'CogVideoXDDIMScheduler'}
     config |= dataclasses.asdict(schedule)
-    config |= _SCHEDULE_FIXED
+    # The class does not know the others.
+    config |= {key: _SCHEDULE_FIXED[key] for key in _SCHEDULE_FIXED if key in _SCHEDULE_DEFAULTS}
     return config

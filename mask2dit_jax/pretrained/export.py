@@ -16,7 +16,7 @@ from flax import traverse_util
 
 from mask2dit_jax import checkpoint, tensor_io
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.pretrained import config_json, lora_files
+from mask2dit_jax.pretrained import config_json, lora_files, runs
 from mask2dit_jax.pretrained import names as names_lib
 
 _COPIED = ('tokenizer', 'scheduler', 'model_index.json')
@@ -132,7 +132,7 @@ def _base_tensors(config: config_lib.Config) -> dict[str, tensor_io.Tensor]:
     folder = pathlib.Path(config.init_from)
     transformer = folder / 'transformer'
     if not transformer.is_dir():
-        return _run_tensors(folder, config_lib.load_run(folder))
+        return _run_tensors(runs.good_checkpoint(folder), config_lib.load_run(folder))
 
     if (transformer / 'params').is_dir():
         return _orbax_tensors('transformer', config.model, transformer / 'params')
@@ -221,16 +221,14 @@ def convert_folder(source, target) -> dict[str, int]:
     if target.exists() and any(target.iterdir()):
         raise ValueError(f'{target} is not empty: give --to a new folder.')
 
-    # A checkpoint of a run has an item ema/; a workdir has checkpoints, of which the newest counts.
-    if (source / 'ema').is_dir():
-        return _export_run(source, target)
+    if source.absolute().parent.name == checkpoint.FOLDER:
+        return _export_run(runs.good_checkpoint(source), target)
     kinds = [kind for kind in names_lib.NETWORKS if (source / kind / 'config.json').is_file()]
     if not kinds:
-        checkpoints = checkpoint.folders(source)
-        if not checkpoints:
+        if not checkpoint.folders(source):
             networks = ', '.join(f'{kind}/' for kind in names_lib.NETWORKS)
             raise FileNotFoundError(f'{source} holds neither {networks} nor checkpoints.')
-        return _export_run(checkpoints[-1], target)
+        return _export_run(runs.good_checkpoint(source), target)
 
     counts = {}
     for kind in kinds:

@@ -64,6 +64,31 @@ def newest(workdir, config: config_lib.Config, target):
     return path, _whole_model(config, items['ema'], target)
 
 
+def good_checkpoint(folder) -> pathlib.Path:
+    """The checkpoint that a folder of a run stands for, whose EMA is whole by its checksum.
+
+    Whoever reads a run's checkpoint follows this rule: one that is named must be good; of a workdir
+    it is the newest good one, and damaged ones are passed over with a warning. `restore` and
+    `newest` follow it while they read.
+
+    Args:
+      folder: a workdir, or one checkpoint in it.
+
+    Returns:
+      The checkpoint's folder.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      ValueError: if the checkpoint, or every checkpoint of the workdir, is damaged.
+    """
+    folder = pathlib.Path(folder)
+    if folder.absolute().parent.name == checkpoint.FOLDER:
+        checkpoint.verify(folder)
+        return folder
+    path, _ = checkpoint.newest_good(folder, checkpoint.verify)
+    return path
+
+
 def load_base(config: config_lib.Config, target):
     """Reads the parameters that config.init_from names.
 
@@ -98,7 +123,7 @@ def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
     """Makes init_from of a run with LoRA name one checkpoint instead of a workdir.
 
     The base is read again whenever the run is resumed or sampled. A workdir would then mean its
-    newest checkpoint, which may be another one by that time.
+    newest good checkpoint, which may be another one by that time.
 
     Args:
       config: the run's configuration.
@@ -107,7 +132,7 @@ def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
       `config` with the checkpoint in init_from; unchanged without LoRA.
 
     Raises:
-      ValueError: if init_from is empty.
+      ValueError: if init_from is empty, or all its checkpoints are damaged.
       FileNotFoundError: if there is nothing at init_from.
     """
     if not config.lora.rank:
@@ -122,13 +147,12 @@ def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
     is_model_folder = (folder / 'transformer').is_dir()
     is_checkpoint = folder.parent.name == checkpoint.FOLDER
     if not is_model_folder and not is_checkpoint:
-        found = checkpoint.folders(folder)
-        if not found:
+        if not checkpoint.folders(folder):
             raise FileNotFoundError(
                 f'{folder}, the base of LoRA, holds no checkpoint: train it first, or give another '
                 'by --config.init_from.'
             )
-        folder = found[-1]
+        folder = good_checkpoint(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f'{folder}, the base of LoRA, does not exist: give another one by --config.init_from.'

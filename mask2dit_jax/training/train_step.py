@@ -85,6 +85,12 @@ def train_step(
     Returns:
       The new state and the metrics loss and grad_norm.
     """
+    # Scenes of whole patches, before there is noise: copies have noise of their own.
+    whole = config.model.whole_patches(frames)
+    if whole.frames != frames:
+        batch = batch | {'latents': batch['latents'][:, whole.source]}
+        frames = whole.frames
+
     # Draw.
     stream = jax.random.fold_in(jax.random.key(config.seed), _TRAIN_STREAM)
     key = jax.random.fold_in(stream, state.step)

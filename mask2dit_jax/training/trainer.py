@@ -15,6 +15,7 @@ from mask2dit_jax import checkpoint, hardware
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import latent_codec
+from mask2dit_jax.data import records as records_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import multihost, partitioning
 from mask2dit_jax.models import flops
@@ -226,19 +227,44 @@ def _num_parameters(tree) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
+# Sections and keys of the configuration that may have other values when a run continues. They say
+# on what it is computed, how long it goes on, or what is written beside its state. All others are
+# part of what the run is.
+_MAY_CHANGE = {
+    'eval',
+    'mesh',
+    'sample',
+    'model.attention_backend',
+    'model.remat',
+    # Where data lie; the data themselves are compared.
+    'data.dir',
+    'data.encoded',
+    'data.held_out',
+    # What a run that diverged is told to lower.
+    'optimizer.clip_norm',
+    'optimizer.learning_rate',
+    'train.checkpoint_every_steps',
+    'train.grad_accumulation',
+    'train.keep_checkpoints',
+    'train.keep_every_steps',
+    'train.log_every_steps',
+    'train.sample_every_steps',
+    'train.steps',
+}
+
+
 def _run_meta(config: config_lib.Config, batches: batches_lib.Batches) -> dict:
-    """Everything that must be the same for a run to continue; checkpoints hold it."""
-    return {
-        'data': batches.fingerprint,
-        'seed': config.seed,
-        'init_from': config.init_from,
-        'optimizer': config.optimizer.name,
-        # These two change speed and memory only.
-        'model': dataclasses.asdict(config.model) | {'remat': '', 'attention_backend': ''},
-        'lora': dataclasses.asdict(config.lora),
-        'batch_size': config.train.batch_size,
-        'caption_style': config.data.caption_style,
-    }
+    """Everything that must be the same for a run to continue, by name; checkpoints hold it."""
+    meta = {}
+    for key, value in checkpoint.flat(dataclasses.asdict(config)).items():
+        if key not in _MAY_CHANGE and key.partition('.')[0] not in _MAY_CHANGE:
+            meta[key] = value
+
+    # The digest below includes these settings, but would not say which of them is another one.
+    if config.data.encoded:
+        settings = records_lib.read_settings(config.data.encoded)
+        meta |= {f'encoded.{key}': settings[key] for key in settings if key != 'folder'}
+    return meta | {'data': batches.fingerprint}
 
 
 def _restore_targets(state: train_step_lib.TrainState) -> dict:

@@ -303,7 +303,8 @@ def held_out_losses(
     rows = []
     for frames in dict.fromkeys(config.data.layouts):
         stories = encoded.fixed(frames, num_stories)
-        jitted_loss = _jit_loss(config, codec.latent_frames(frames), mesh)
+        whole = config.model.whole_patches(codec.latent_frames(frames))
+        jitted_loss = _jit_loss(config, whole.frames, mesh)
 
         for task, given_scenes in _given_scenes_by_task(frames).items():
             is_given = np.arange(len(frames)) < given_scenes
@@ -312,6 +313,7 @@ def held_out_losses(
                 # The posterior's mean, as in sample grids.
                 records_of_batch = stories[first : first + batch_size]
                 examples = [encoded.example(records, None) for records in records_of_batch]
+                examples = [x | {'latents': x['latents'][whole.source]} for x in examples]
                 arguments = _loss_arguments(config, examples, is_given, first)
                 losses.append(float(jitted_loss(params, *_spread(arguments, mesh))))
 

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from conftest import child_environment, damage, moving, panned, turn, unlike_the_umask, write_times
 from PIL import Image
 
+from mask2dit_jax import checkpoint
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import clips, encoded_clips, latent_codec, precompute, video
@@ -145,6 +146,30 @@ def test_the_data_set_is_one_of_tfds(encoded):
     assert builder.info.name == 'single_scene'
     assert len(builder.as_data_source('train')) == 7
     assert tfds.builder_from_directory(str(encoded / 'stories')).info.name == 'multi_scene'
+
+
+def test_a_run_continues_on_the_same_data_alone(encoded, folder, tmp_path):
+    """Another layout or another data set is named by its settings; a data set may move."""
+
+    def meta(where, **kwargs):
+        cfg = config_of(folder, where, **kwargs)
+        return trainer._run_meta(cfg, batches_of(cfg))
+
+    before = json.loads(json.dumps(meta(encoded / 'stories')))
+    checkpoint_folder = tmp_path / 'checkpoints/6'
+    shutil.copytree(encoded / 'stories', tmp_path / 'moved')
+    checkpoint._check_same_run(checkpoint_folder, before, meta(tmp_path / 'moved'))
+
+    for now, named in (
+        (meta(encoded / 'stories', layouts=((5,),)), ['data.layouts ([[5, 5]], now [[5]])']),
+        (
+            meta(encoded / 'clips', scenes='unrelated'),
+            ['data.scenes (consecutive, now unrelated)', 'encoded.kind (multi_scene, now single'],
+        ),
+    ):
+        with pytest.raises(checkpoint.OtherRunError) as raised:
+            checkpoint._check_same_run(checkpoint_folder, before, now)
+        assert all(name in str(raised.value) for name in named)
 
 
 def test_data_sets_are_as_readable_as_new_files(encoded):

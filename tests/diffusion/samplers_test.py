@@ -52,6 +52,68 @@ def test_second_order_beats_first_order():
     assert dpm < ddim / 2
 
 
+def gaussian_flow(alpha, sigma, z):
+    """The exact flow of a Gaussian at (alpha, sigma) from noise z, and its x0 and v, in float64."""
+    std = np.sqrt(alpha**2 * STD**2 + sigma**2)
+    x = alpha * MEAN + std * z
+    x0 = MEAN + alpha * STD**2 / std**2 * (x - alpha * MEAN)
+    return x, x0, (alpha * x - x0) / sigma
+
+
+def error_of_uneven_steps(rule, lengths, z):
+    """Error of a rule after steps of these lengths in log(alpha/sigma), centred at 0.
+
+    It starts from exact values; neither the first step, which has no step before it, nor the last,
+    which is always of first order, is taken.
+    """
+    ends = np.cumsum([0, *lengths]) - sum(lengths) / 2
+    alpha = 1 / np.sqrt(1 + np.exp(-2 * ends))
+    sigma = np.sqrt(1 - alpha**2)
+    cx, cv, cp = rule(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:])
+
+    _, x0_prev, _ = gaussian_flow(alpha[0], sigma[0], z)
+    x, _, _ = gaussian_flow(alpha[1], sigma[1], z)
+    for i in range(1, len(lengths) - 1):
+        std = np.sqrt(alpha[i] ** 2 * STD**2 + sigma[i] ** 2)
+        _, x0, v = gaussian_flow(alpha[i], sigma[i], (x - alpha[i] * MEAN) / std)
+        x = cx[i] * x + cv[i] * v + cp[i] * x0_prev
+        x0_prev = x0
+    return np.abs(x - gaussian_flow(alpha[-2], sigma[-2], z)[0]).max()
+
+
+@pytest.mark.parametrize('sampler, order', [('ddim', 1), ('dpm++2m', 2)])
+def test_order_of_convergence(sampler, order):
+    """Of uneven steps, from the second one on, down to errors of one step.
+
+    The order of one step is what tells h/(2·h_prev) from h_prev/(2·h): over many steps the errors
+    of the latter cancel out but for second order.
+    """
+    z = np.linspace(-2, 2, 9)
+    rule = samplers.SAMPLERS[sampler]
+
+    def error(pattern, times, whole):
+        lengths = np.tile(pattern, times) * whole / times
+        return error_of_uneven_steps(rule, lengths, z)
+
+    many = error((3, 1), 100, 1) / error((3, 1), 200, 1)
+    assert np.log2(many) == pytest.approx(order, abs=0.1)
+    for pattern in ((3, 1, 1), (1, 3, 1)):
+        one = error(pattern, 1, 0.01) / error(pattern, 1, 0.005)
+        assert np.log2(one) == pytest.approx(order + 1, abs=0.1)
+
+
+def test_dpm_is_of_second_order_from_the_third_step_on_at_zero_terminal_snr():
+    """The first step is infinitely long, so it tells the second one nothing; the last is, too."""
+    for rescale, first_order in ((True, [0, 1, 9]), (False, [0, 9])):
+        schedule = schedule_lib.Schedule(rescale_betas_zero_snr=rescale)
+        _, table = samplers.sampler_table('dpm++2m', schedule, 10)
+        assert list(np.flatnonzero(table[:, 2] == 0)) == first_order
+
+        # First order is DDIM.
+        _, ddim = samplers.sampler_table('ddim', schedule, 10)
+        np.testing.assert_array_equal(table[first_order], ddim[first_order])
+
+
 @pytest.mark.parametrize('sampler', samplers.SAMPLERS)
 @pytest.mark.parametrize('steps', [1, 2, 7])
 def test_few_steps_are_finite(sampler, steps):

@@ -414,6 +414,57 @@ def test_export_is_merged_and_alone(finished, base, tmp_path):
     assert lora.scale(cfg) == lora.scale(LORA)
 
 
+@pytest.fixture
+def damaged(tmp_path):
+    """Workdir of a run of the whole model with the checkpoints 3 and 6, of which 6 is damaged."""
+    params = random_tree(names.abstract_params(MODEL))
+    workdir = write_run(tmp_path / 'damaged', run_config(), params)
+    state = train_step.TrainState(np.int32(6), params, params, {'unused': np.ones(1)})
+    checkpoints = checkpoint.manager(workdir, 2, 0, 3)
+    checkpoint.save(checkpoints, 6, state, {})
+    checkpoint.finish(checkpoints)
+
+    files = (path for path in (workdir / 'checkpoints/6/ema').rglob('*') if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    largest.write_bytes(content)
+    return workdir
+
+
+def test_every_reader_of_a_run_passes_over_a_damaged_checkpoint(damaged, tmp_path):
+    good = damaged / 'checkpoints/3'
+    want = random_tree(names.abstract_params(MODEL))
+    path, _ = runs.newest(damaged, run_config(), target(run_config()))
+    assert path == good
+
+    # The base of LoRA.
+    cfg = runs.resolve_base_checkpoint(run_config(init_from=str(damaged), lora=LORA))
+    assert cfg.init_from == str(good)
+
+    # Export, also of LoRA on it.
+    export.convert_folder(damaged, tmp_path / 'out')
+    assert_equal(load_lib.load_transformer(tmp_path / 'out/transformer')[1], want)
+    low_rank = write_run(tmp_path / 'lora', cfg, random_lora())
+    export.convert_folder(low_rank, tmp_path / 'out_lora')
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused_by_every_reader(damaged, tmp_path):
+    bad = damaged / 'checkpoints/6'
+    cfg = run_config(init_from=str(bad), lora=LORA)
+    low_rank = write_run(tmp_path / 'lora', cfg, random_lora())
+    readers = (
+        lambda: runs.restore(bad, run_config(), target(run_config())),
+        lambda: runs.load_base(cfg, target(cfg)),
+        lambda: export.convert_folder(bad, tmp_path / 'out'),
+        lambda: export.convert_folder(low_rank, tmp_path / 'out'),
+    )
+    for read in readers:
+        with pytest.raises(ValueError, match='checkpoints/6 is damaged'):
+            read()
+    assert not list(tmp_path.glob('out/**/*.safetensors'))
+
+
 def run_sample(out, **flags):
     """Frames of the video that the command `sample` writes with these flags."""
     prompt = ['red ring on gray moves left', 'it grows']
@@ -548,7 +599,9 @@ def test_bases_that_cannot_be_are_named(finished, base, tmp_path):
         start(model=dataclasses.replace(MODEL, num_layers=3))
 
     # A run that continues keeps its settings.
-    with pytest.raises(ValueError, match='trained with another lora'):
+    with pytest.raises(
+        ValueError, match=r'trained with another lora\.alpha .* lora\.rank \(8, now 4'
+    ):
         start(finished[0], lora=lora.LoraConfig(4))
     with pytest.raises(ValueError, match='trained with another init_from'):
         start(finished[0], init_from=str(finished[0]))

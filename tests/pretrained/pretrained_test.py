@@ -17,8 +17,9 @@ from safetensors.numpy import load_file
 from mask2dit_jax import checkpoint, sample, tensor_io
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import latent_codec, video
+from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.models import lora, t5, vae
+from mask2dit_jax.models import dit, lora, t5, vae
 from mask2dit_jax.pretrained import config_json, export, lora_files, names
 from mask2dit_jax.pretrained import load as load_lib
 from mask2dit_jax.tools import random_model
@@ -262,6 +263,164 @@ def test_configurations_that_cannot_be_read_are_named(content, message, tmp_path
         config_json.read_config('transformer', tmp_path)
 
 
+@pytest.mark.parametrize(
+    'kind, content, message',
+    [
+        (
+            'text_encoder',
+            {'dense_act_fn': 'relu'},
+            "dense_act_fn to something other than 'gelu_new'",
+        ),
+        ('text_encoder', {'is_gated_act': False}, 'is_gated_act to something other than True'),
+        ('vae', {'down_block_types': ['DownBlock3D']}, 'down_block_types to something other than'),
+        ('vae', {'use_quant_conv': True}, 'use_quant_conv to something other than False'),
+    ],
+)
+def test_what_no_network_here_computes_is_refused(kind, content, message, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps({'feed_forward_proj': 'gated-gelu'} | content))
+    if kind == 'vae':
+        (tmp_path / 'config.json').write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        config_json.read_config(kind, tmp_path)
+
+
+# What stands in the released folders' files beside sizes, under the names that they have there.
+RELEASED_VAE = {
+    '_class_name': 'AutoencoderKLCogVideoX',
+    '_diffusers_version': '0.32.0.dev0',
+    'act_fn': 'silu',
+    'block_out_channels': [128, 256, 256, 512],
+    'down_block_types': ['CogVideoXDownBlock3D'] * 4,
+    'force_upcast': True,
+    'in_channels': 3,
+    'latent_channels': 16,
+    'latents_mean': None,
+    'latents_std': None,
+    'layers_per_block': 3,
+    'norm_eps': 1e-06,
+    'norm_num_groups': 32,
+    'out_channels': 3,
+    'sample_height': 480,
+    'sample_width': 720,
+    'scaling_factor': 0.7,
+    'shift_factor': None,
+    'temporal_compression_ratio': 4,
+    'up_block_types': ['CogVideoXUpBlock3D'] * 4,
+    'use_post_quant_conv': False,
+    'use_quant_conv': False,
+}
+RELEASED_TRANSFORMER = {
+    '_class_name': 'CogVideoXTransformer3DModel',
+    '_diffusers_version': '0.32.0.dev0',
+    'activation_fn': 'gelu-approximate',
+    'attention_bias': True,
+    'attention_head_dim': 64,
+    'dropout': 0.0,
+    'flip_sin_to_cos': True,
+    'freq_shift': 0,
+    'in_channels': 16,
+    'max_text_seq_length': 226,
+    'norm_elementwise_affine': True,
+    'norm_eps': 1e-05,
+    'num_attention_heads': 48,
+    'num_layers': 42,
+    'out_channels': 16,
+    'patch_size': 2,
+    'sample_frames': 49,
+    'sample_height': 60,
+    'sample_width': 90,
+    'spatial_interpolation_scale': 1.875,
+    'temporal_compression_ratio': 4,
+    'temporal_interpolation_scale': 1.0,
+    'text_embed_dim': 4096,
+    'time_embed_dim': 512,
+    'timestep_activation_fn': 'silu',
+    'use_rotary_positional_embeddings': True,
+}
+LATER_KEYS = {'ofs_embed_dim': None, 'use_learned_positional_embeddings': False}
+
+
+@pytest.mark.parametrize(
+    'changes, expected',
+    [
+        ({}, {}),
+        (
+            {
+                'num_attention_heads': 30,
+                'num_layers': 30,
+                'use_rotary_positional_embeddings': False,
+            },
+            {'num_attention_heads': 30, 'num_layers': 30, 'rotary': False},
+        ),
+        (
+            LATER_KEYS | {'patch_size_t': 2, 'patch_bias': False, 'sample_frames': 81},
+            {'patch_size_t': 2, 'patch_bias': False, 'sample_frames': 81},
+        ),
+    ],
+    ids=['5B', '2B', '1.5-5B'],
+)
+def test_released_transformers_are_read(changes, expected):
+    ours = config_json.transformer_config(RELEASED_TRANSFORMER | changes)
+    sizes = dataclasses.replace(dit.DiTConfig(), position_rule='reference', **expected)
+    assert ours == sizes
+
+
+@pytest.mark.parametrize('inverted', [None, False, True])
+def test_released_vaes_are_read(inverted):
+    """invert_scale_latents, true in 1.5, says nothing about text to video."""
+    content = dict(RELEASED_VAE)
+    if inverted is not None:
+        content['invert_scale_latents'] = inverted
+    assert config_json.vae_config(content) == vae.VAEConfig()
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        ({}, 'leaves out clip_sample, which then is True: only False is implemented'),
+        ({'clip_sample': True}, 'sets clip_sample to True: only False'),
+        ({'prediction_type': 'epsilon'}, "sets prediction_type to 'epsilon': only 'v_prediction'"),
+        ({'beta_schedule': 'linear'}, "sets beta_schedule to 'linear': only 'scaled_linear'"),
+        ({'trained_betas': [0.1, 0.2]}, r'sets trained_betas to \[0\.1, 0\.2\]: only None'),
+        ({'set_alpha_to_one': False}, 'sets set_alpha_to_one to False: only True'),
+        ({'thresholding': True}, 'sets thresholding to True: only False is implemented'),
+        ({'timestep_spacing': 'random'}, "json: Unknown timestep_spacing 'random': use trailing"),
+        ({'snr_shift_scale': '3'}, "sets snr_shift_scale to '3': it must be like 1.0"),
+        ({'steps_offset': None}, 'sets steps_offset to None: it must be like 0'),
+        ({'rescale_betas_zero_snr': 1}, 'sets rescale_betas_zero_snr to 1: it must be like True'),
+        ({'snr_shift': 3.0, 'shift': 1}, 'keys that are not known here: shift, snr_shift'),
+        (
+            {'_class_name': 'DDIMScheduler'},
+            'is of class DDIMScheduler: only CogVideoXDDIMScheduler',
+        ),
+    ],
+)
+def test_schedules_that_are_not_implemented_are_refused(content, message, tmp_path):
+    whole = config_json.schedule_json(schedule_lib.Schedule())
+    if not content:
+        del whole['clip_sample']
+    file = tmp_path / 'scheduler_config.json'
+    file.write_text(json.dumps(whole | content))
+    with pytest.raises(ValueError, match=message) as raised:
+        config_json.load_schedule(file)
+    assert str(file) in str(raised.value)
+
+    # What only says how far something would be clipped that is not clipped changes nothing.
+    file.write_text(
+        json.dumps(
+            config_json.schedule_json(schedule_lib.Schedule())
+            | {'thresholding': False, 'clip_sample_range': 2.0, 'dynamic_thresholding_ratio': 0.9}
+        )
+    )
+    assert config_json.load_schedule(file) == schedule_lib.Schedule()
+
+
+def test_a_token_without_an_embedding_is_named(folder):
+    codec = latent_codec.PretrainedCodec(folder, TRANSFORMER, (32, 32))
+    with pytest.raises(ValueError, match=r'has token \d+, and the text encoder knows 384'):
+        codec.encode_text(['it grows <extra_id_0>'])
+
+
 def test_tokenizer(folder, tmp_path):
     import tokenizers
 
@@ -294,6 +453,13 @@ def test_damaged_and_missing_tokenizers_are_named(folder, tmp_path):
         t5.load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r'neither spiece\.model nor tokenizer\.json'):
         t5.load_tokenizer(folder)
+
+    (tmp_path / 'tokenizer_config.json').write_text('{"legacy": false}')
+    with pytest.raises(ValueError, match=r'json sets legacy to False: only True is implemented'):
+        t5.load_tokenizer(tmp_path)
+    (tmp_path / 'tokenizer_config.json').write_text('{"added_tokens_decoder": {"a": {}}}')
+    with pytest.raises(ValueError, match=r'tokenizer_config\.json is damaged'):
+        t5.load_tokenizer(tmp_path)
 
 
 def test_padding_can_be_hidden_from_the_text_encoder(folder):

@@ -317,3 +317,23 @@ def test_remat_computes_again_what_it_says_and_the_same(remat):
 
     assert products == least_products + AGAIN[remat]
     chex.assert_trees_all_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_scenes_are_filled_up_to_whole_patches_before_noise_is_drawn():
+    """Under a temporal patch, by a copy of a scene's first latent, which has noise of its own."""
+    cfg = step_config(conditional_probability=0.5)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(MODEL, patch_size_t=2))
+    state = random_state(cfg)
+
+    def losses(latents, frames):
+        batch = BATCH | {'latents': latents}
+        step = jax.jit(functools.partial(train_step.train_step, config=cfg, frames=frames))
+        return step(state, batch, NULL)[1]['loss']
+
+    # Scenes of 1 and 2 latents.
+    latents = BATCH['latents']
+    found = losses(latents, FRAMES)
+    filled = np.concatenate([latents[:, :1], latents], axis=1)
+    np.testing.assert_allclose(found, losses(filled, (2, 2)), rtol=1e-6)
+    with_zeros = np.concatenate([latents[:, :1], 0 * latents[:, :1], latents[:, 1:]], axis=1)
+    assert abs(found - losses(with_zeros, (2, 2))) > 1e-3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import types
 
@@ -15,6 +16,7 @@ from conftest import unlike_the_umask
 from mask2dit_jax import checkpoint, pipeline, sample
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import latent_codec, story_file, video
+from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
@@ -239,8 +241,121 @@ def test_steps_that_are_not_run_cannot_be_recorded(finished):
 
 
 def test_resuming_another_run_is_refused(finished):
-    with pytest.raises(ValueError, match='trained with another seed'):
-        trainer.train_and_evaluate(smoke_config(seed=1), finished[0])
+    other = smoke_config(seed=1, schedule=schedule_lib.Schedule(snr_shift_scale=3.0))
+    message = (
+        r'another schedule\.snr_shift_scale \(1\.0, now 3\.0\), seed \(0, now 1\): use the same'
+    )
+    with pytest.raises(checkpoint.OtherRunError, match=message):
+        trainer.train_and_evaluate(other, finished[0])
+
+
+def check_resuming(folder, **changes):
+    """Asks for a checkpoint of `finished`, as a run with these changed settings does."""
+    config = smoke_config()
+    for key, value in changes.items():
+        section, _, name = key.partition('__')
+        new = dataclasses.replace(getattr(config, section), **{name: value}) if name else value
+        config = dataclasses.replace(config, **{section: new})
+
+    saved = json.loads((folder / 'meta/metadata').read_text())
+    batches = types.SimpleNamespace(fingerprint=saved['data'])
+    checkpoint.restore(folder, {}, trainer._run_meta(config, batches))
+
+
+@pytest.mark.parametrize(
+    'changes, named',
+    [
+        ({'schedule__rescale_betas_zero_snr': False}, 'schedule.rescale_betas_zero_snr (True, now'),
+        (
+            {'schedule__timestep_spacing': 'leading'},
+            'schedule.timestep_spacing (trailing, now lead',
+        ),
+        ({'data__layouts': ((4, 4),)}, 'data.layouts ([[4, 4], [4, 8]], now [[4, 4]])'),
+        ({'data__codec_components': 24}, 'data.codec_components (48, now 24)'),
+        ({'data__height_px': 32}, 'data.height_px (16, now 32)'),
+        ({'data__caption_style': 'every'}, 'data.caption_style (first, now every)'),
+        ({'optimizer__b2': 0.95}, 'optimizer.b2 (0.999, now 0.95)'),
+        ({'optimizer__name': 'adamw'}, 'optimizer.name (muon, now adamw)'),
+        ({'train__caption_dropout': 0.5}, 'train.caption_dropout (0.1, now 0.5)'),
+        ({'train__conditional_probability': 0.0}, 'train.conditional_probability (0.5, now 0.0)'),
+        ({'train__given': 'any'}, 'train.given (leading, now any)'),
+        ({'train__ema_decay': 0.5}, 'train.ema_decay (0.9, now 0.5)'),
+        ({'train__batch_size': 16}, 'train.batch_size (8, now 16)'),
+        ({'model__dtype': 'bfloat16'}, 'model.dtype (float32, now bfloat16)'),
+        ({'model__pattern': 'full', 'seed': 3}, 'model.pattern (dual, now full), seed (0, now 3)'),
+        ({'init_from': 'runs/other'}, 'init_from (, now runs/other)'),
+        ({'lora__alpha': 2.0}, 'lora.alpha (0.0, now 2.0)'),
+    ],
+)
+def test_what_a_run_is_may_not_change(finished, changes, named):
+    with pytest.raises(checkpoint.OtherRunError, match=re.escape(f'trained with another {named}')):
+        check_resuming(finished[0] / 'checkpoints/6', **changes)
+
+
+def test_what_a_run_does_may_change(finished):
+    changes = {
+        'train__steps': 12,
+        'train__grad_accumulation': 2,
+        'train__log_every_steps': 7,
+        'train__checkpoint_every_steps': 4,
+        'train__sample_every_steps': 5,
+        'train__keep_checkpoints': 9,
+        'train__keep_every_steps': 8,
+        'optimizer__learning_rate': 1e-4,
+        'optimizer__clip_norm': 0.5,
+        'model__remat': 'full',
+        'model__attention_backend': 'blockwise',
+        'data__dir': 'elsewhere',
+        'mesh': mesh_lib.MeshConfig(fsdp=2),
+        'sample': config_lib.SampleConfig('euler', 3, 2.0, 8),
+        'eval': config_lib.EvalConfig(16, 16),
+    }
+    check_resuming(finished[0] / 'checkpoints/6', **changes)
+
+
+def test_all_that_is_not_declared_to_change_is_compared():
+    """So are keys that the configuration will have one day."""
+    keys = checkpoint.flat(dataclasses.asdict(config_lib.Config()))
+    sections = {key.partition('.')[0] for key in keys}
+    assert {*keys, *sections} >= trainer._MAY_CHANGE
+
+    meta = trainer._run_meta(config_lib.Config(), types.SimpleNamespace(fingerprint=''))
+    changing = {key for key in keys if {key, key.partition('.')[0]} & trainer._MAY_CHANGE}
+    assert meta.keys() == keys.keys() - changing | {'data'}
+    assert sum(key.startswith('schedule.') for key in meta) == len(
+        dataclasses.fields(schedule_lib.Schedule)
+    )
+
+
+def test_checkpoints_of_earlier_versions_are_compared_by_what_they_hold(finished, tmp_path):
+    folder = tmp_path / 'checkpoints/6'
+    shutil.copytree(finished[0] / 'checkpoints/6', folder)
+    config = smoke_config()
+    now = json.loads((folder / 'meta/metadata').read_text())
+    earlier = {
+        'data': now['data'],
+        'seed': 0,
+        'init_from': '',
+        'optimizer': 'muon',
+        'model': dataclasses.asdict(config.model) | {'remat': '', 'attention_backend': ''},
+        'lora': dataclasses.asdict(config.lora),
+        'batch_size': 8,
+        'caption_style': 'first',
+        'checksums': now['checksums'],
+    }
+    (folder / 'meta/metadata').write_text(json.dumps(earlier))
+
+    check_resuming(folder)
+    check_resuming(folder, train__ema_decay=0.5)  # they do not tell
+    for changes, named in (
+        ({'optimizer__name': 'adamw'}, 'optimizer.name (muon, now adamw)'),
+        ({'train__batch_size': 16}, 'train.batch_size (8, now 16)'),
+        ({'data__caption_style': 'every'}, 'data.caption_style (first, now every)'),
+        ({'model__num_layers': 2}, 'model.num_layers (1, now 2)'),
+        ({'lora__rank': 2}, 'lora.rank (0, now 2)'),
+    ):
+        with pytest.raises(checkpoint.OtherRunError, match=re.escape(named)):
+            check_resuming(folder, **changes)
 
 
 def test_divergence_stops_and_saves_nothing(tmp_path):
