@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
 
 # The same as columns of an array.
-_ROW_DTYPE = np.dtype([(name, np.int64) for name in Row._fields])
+ROW_DTYPE = np.dtype([(name, np.int64) for name in Row._fields])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _write_records(path: pathlib.Path, settings: dict, examples: Iterable[dict])
         writer.write(serializer.serialize_example(encoded))
         rows.append(Row(int(example['story']), int(example['scene']), int(example['frames'])))
     writer.close()
-    return np.array(rows, _ROW_DTYPE)
+    return np.array(rows, ROW_DTYPE)
 
 
 def _write_part_index(folder, part: int, content: Part) -> None:
@@ -224,7 +224,7 @@ def read_part(folder, part: int) -> Part:
         problems = [manifest.Problem(**problem) for problem in content['problems']]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged ({error!r}): {_ENCODE_AGAIN}') from error
-    return Part(rows.view(_ROW_DTYPE).reshape(-1), problems)
+    return Part(rows.view(ROW_DTYPE).reshape(-1), problems)
 
 
 def write_settings(folder, settings: dict) -> None:
@@ -465,7 +465,7 @@ class Records:
             found = _digest_of_rows(rows)
         except (FileNotFoundError, ValueError, EOFError) as error:
             raise ValueError(f'{path} is damaged ({error}): {_ENCODE_AGAIN}') from error
-        if found != digest or rows.dtype != _ROW_DTYPE:
+        if found != digest or rows.dtype != ROW_DTYPE:
             raise ValueError(f'{path} is damaged (checksum): {_ENCODE_AGAIN}')
 
         identity = self._identity() + digest
