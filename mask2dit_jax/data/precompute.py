@@ -137,8 +137,9 @@ def plan(job: Job) -> Plan:
         size_px = (job.height_px, job.width_px)
         codec = latent_codec.PretrainedCodec(folder, model, size_px, tiling=job.tiling)
         check_frames = codec.scene_latents
+        num_latents = check_frames(job.frames)
         settings |= _network_settings(job, model, codec.latent_shape)
-        moments_shape = (check_frames(job.frames), *settings['moments_shape'])
+        moments_shape = (num_latents, *settings['moments_shape'])
         clip_bytes = 2 * (math.prod(moments_shape) + math.prod(settings['text_shape']))  # bfloat16
     part_clips = job.part_clips or _default_part_clips(len(windows), clip_bytes)
     settings['part_clips'] = part_clips
@@ -171,7 +172,7 @@ def _network_settings(job: Job, model: dit.DiTConfig, latent_shape: tuple[int, i
 
 
 def _files_digest(folder: pathlib.Path, pattern: str) -> str:
-    """Digest of the names and the content of files."""
+    """Digest of the names and the content of files, which takes as long as reading them."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob(pattern)):
         digest.update(f'{path.name} {path.stat().st_size} '.encode())
