@@ -27,7 +27,9 @@ VAE's posterior (mean and log-variance, from which training draws latents anew e
 states of the text encoder, both in bfloat16.
 
 The data set is written in parts. After a kill the same command continues with the parts that are
-missing. The hosts of a TPU slice share the parts; so do several processes that are started with
+missing, and looks again at the clips that were left out: a video that is there now, or was mended,
+gets its place in the data set. Other settings than those that a data set was begun with are
+refused. The hosts of a TPU slice share the parts; so do several processes that are started with
 --num_workers=N and --worker=0 to N-1. The last process to finish completes the data set. report.md
 in the data set counts and lists every clip that was left out, and everything unusual about the
 others.
@@ -105,13 +107,11 @@ def main(argv):
     if not complete:
         return
 
-    records = records_lib.Records(_OUT.value)
     report = (pathlib.Path(_OUT.value) / 'report.md').read_text(encoding='utf-8')
     summary = report.splitlines()[2]
     seconds = time.monotonic() - started
     print(f'{_OUT.value}: {summary} {seconds:.1f} s. See report.md there.')
-    if not len(records):
-        raise ValueError(f'{_OUT.value} is empty: see report.md there.')
+    records_lib.Records(_OUT.value)  # raises if it is empty
 
 
 if __name__ == '__main__':
@@ -170,7 +170,10 @@ if __name__ == '__main__':
         lower_bound=1,
     )
     _SEED = flags.DEFINE_integer(
-        'seed', 0, 'The seed of the random starts of the clips in their videos.'
+        'seed',
+        0,
+        'The seed of the random starts of the clips in their videos.',
+        lower_bound=0,
     )
     _STORE = flags.DEFINE_enum(
         'store',
@@ -193,9 +196,9 @@ if __name__ == '__main__':
     )
     _PART = flags.DEFINE_integer(
         'part_clips',
-        64,
+        None,
         'The number of clips in a part. A kill costs at most the part in work, and hosts share '
-        'whole parts.',
+        'whole parts. The default makes parts of about 2 GB, or smaller ones so that there are 64.',
         lower_bound=1,
     )
     _WORKER = flags.DEFINE_integer(

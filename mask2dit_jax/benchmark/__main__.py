@@ -8,6 +8,7 @@ Required: the name of a task; there are no required flags.
   python -m mask2dit_jax.benchmark scenes
   python -m mask2dit_jax.benchmark compile
   python -m mask2dit_jax.benchmark loader
+  python -m mask2dit_jax.benchmark index --clips=10000000
   python -m mask2dit_jax.benchmark checkpoint --gb=4
 
 `attention`: forward pass and gradients of q, k and v under the dual mask, for three scenes of equal
@@ -31,6 +32,11 @@ visible and for blocks whose mask is evaluated. A bundle takes about a cycle whe
 encoded clips have the size of CogVideoX-5B's and random values; they are written to --out, or to
 temporary files.
 
+`index`: what a data set of --clips clips costs every host before a clip is read. The columns are
+seconds to open it and to list what examples may begin with, milliseconds to draw the clips of a
+batch of 8 stories, and the memory at most, beyond what importing had taken (Linux only). The index
+is written to --out, or to temporary files; there are no records.
+
 `checkpoint`: seconds per GB for saving and restoring a state of random values by the trainer's
 functions: how long the training loop waits, how long it takes until everything is written, and how
 long restoring takes, checksums included. Files are in --out, or temporary. What was just written is
@@ -48,9 +54,9 @@ from absl import app, flags
 
 from mask2dit_jax import logs
 from mask2dit_jax import tables as tables_lib
-from mask2dit_jax.benchmark import attention, checkpoints, kernels, loader, model
+from mask2dit_jax.benchmark import attention, checkpoints, index, kernels, loader, model
 
-NAMES = ('attention', *model.TASKS, 'compile', 'loader', 'checkpoint')
+NAMES = ('attention', *model.TASKS, 'compile', 'loader', 'index', 'checkpoint')
 
 COLUMNS = {
     'attention': (
@@ -76,6 +82,7 @@ COLUMNS = {
     ),
     'profile': ('scenes', 'what', 'formulation', 'remat', 'attention', 'matmuls', 'rest'),
     'loader': ('scenes/s', 'spread scenes/s', 'MB/s'),
+    'index': ('clips', 'scenes', 'open s', 'list s', 'ms/batch', 'MB'),
     'checkpoint': ('what', 'GB', 's/GB', 'spread s/GB'),
     'compile': ('chip', 'kernel', 'head size', 'direction', 'visible', 'masked'),
 }
@@ -102,6 +109,14 @@ def _measure(task: str, runs: int, device: str) -> tuple[dict[str, list[dict]], 
             'Batches of 8 stories of 3 scenes of 49 frames at 480x720; '
             f'{os.cpu_count()} processors; median of {runs} batches, after one that does not '
             'count; files are in the page cache.'
+        )
+        return {task: rows}, note
+
+    if task == 'index':
+        rows = index.bench_index(_CLIPS.value, _OUT.value)
+        note = (
+            f'Stories of {loader.SCENES} scenes; {os.cpu_count()} processors; files are in the '
+            'page cache.'
         )
         return {task: rows}, note
 
@@ -160,6 +175,9 @@ if __name__ == '__main__':
     _RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=5)
     _GB = flags.DEFINE_float(
         'gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.0
+    )
+    _CLIPS = flags.DEFINE_integer(
+        'clips', 1_000_000, 'Number of clips in the index.', lower_bound=3
     )
     _OUT = flags.DEFINE_string(
         'out', None, 'Folder for TASK.json and TASK.md. Without it tables are only printed.'

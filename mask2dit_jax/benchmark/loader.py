@@ -20,17 +20,15 @@ BATCH_SIZE = 8  # stories
 CLIPS = 48
 
 
-def write_random_clips(folder: pathlib.Path, count: int) -> config_lib.Config:
-    """Writes a data set of random values.
-
-    Clips and captions have the shapes that 49 frames at 480x720 have with CogVideoX-5B.
+def begin_data_set(folder: pathlib.Path, parts: int) -> tuple[config_lib.Config, dict]:
+    """Begins a data set of clips that have the size of CogVideoX-5B's, 49 frames at 480x720.
 
     Args:
-      folder: where to write.
-      count: number of clips, three to a story.
+      folder: the data set becomes the folder `data` in it.
+      parts: number of its parts.
 
     Returns:
-      A configuration that trains on the data set.
+      A configuration that trains on the data set, and the data set's settings.
     """
     # The data set refers to the VAE that encoded it.
     (folder / 'vae').mkdir(parents=True)
@@ -45,21 +43,36 @@ def write_random_clips(folder: pathlib.Path, count: int) -> config_lib.Config:
             width_px=720,
         )
     )
-    latent_frames, (height, width, channels) = latent_codec.latent_shape(config, (FRAMES,))
-    moments_shape = [height, width, 2 * channels]
-    text_shape = [config.model.max_text_seq_length, config.model.text_embed_dim]
+    _, (height, width, channels) = latent_codec.latent_shape(config, (FRAMES,))
     settings = {
         'kind': manifest.MULTI_SCENE,
         'store': 'moments',
-        'parts': 1,
-        'moments_shape': moments_shape,
-        'text_shape': text_shape,
+        'parts': parts,
+        'moments_shape': [height, width, 2 * channels],
+        'text_shape': [config.model.max_text_seq_length, config.model.text_embed_dim],
         'scaling_factor': 0.7,
         'folder': str(folder),
         'vae': latent_codec.network_digest(folder / 'vae'),
     }
     records.write_settings(folder / 'data', settings)
+    return config, settings
 
+
+def write_random_clips(folder: pathlib.Path, count: int) -> config_lib.Config:
+    """Writes a data set of random values.
+
+    Clips and captions have the shapes that 49 frames at 480x720 have with CogVideoX-5B.
+
+    Args:
+      folder: where to write.
+      count: number of clips, three to a story.
+
+    Returns:
+      A configuration that trains on the data set.
+    """
+    config, settings = begin_data_set(folder, 1)
+    latent_frames, _ = latent_codec.latent_shape(config, (FRAMES,))
+    moments_shape, text_shape = settings['moments_shape'], settings['text_shape']
     rng = np.random.default_rng(0)
 
     def random(*shape):

@@ -296,7 +296,7 @@ def profile(once, text: str) -> dict[str, float]:
     return dict(milliseconds)
 
 
-def _status_mb(field: str) -> float:
+def status_mb(field: str) -> float:
     """A field of /proc/self/status in MB; nan on systems without that file."""
     try:
         status = pathlib.Path('/proc/self/status').read_text()
@@ -320,7 +320,7 @@ def main(case: dict):
     if case['formulation'] == 'diffusers':
         import diffusers.models.transformers.cogvideox_transformer_3d  # noqa: F401
     jnp.zeros(()).block_until_ready()
-    base = _status_mb('VmRSS')
+    base = status_mb('VmRSS')
 
     prepare = diffusers_with_two_calls if case['formulation'] == 'diffusers' else ours
     once, text = prepare(case)
@@ -340,7 +340,7 @@ def main(case: dict):
         start = time.perf_counter()
         once()
         seconds = time.perf_counter() - start
-        _answer({'seconds': seconds, 'mb': _status_mb('VmHWM') - base})
+        _answer({'seconds': seconds, 'mb': status_mb('VmHWM') - base})
 
 
 if __name__ == '__main__':

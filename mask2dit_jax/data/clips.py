@@ -76,6 +76,9 @@ def cut(
 
     Returns:
       Frames uint8 [F, H, W, 3], or None if the clip cannot be used; and the problems of the clip.
+
+    Raises:
+      OSError: if this process has too many open files or no memory.
     """
     problems = []
 
@@ -106,6 +109,8 @@ def cut(
         note('missing', str(error), used=False)
         return None, problems
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in video.EXHAUSTED:
+            raise
         note(failure, str(error), used=False)
         return None, problems
     return pixels, problems

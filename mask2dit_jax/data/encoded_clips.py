@@ -4,7 +4,9 @@ clips.py cuts the clips out of videos, and precompute.py encodes them.
 """
 
 import dataclasses
+import functools
 import hashlib
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -26,6 +28,28 @@ def with_data_from(config: config_lib.Config) -> config_lib.Config:
         width_px=settings['width_px'],
     )
     return dataclasses.replace(config, data=data)
+
+
+class Groups(Sequence):
+    """Arrays of record numbers, cut out of one array: a list of them would take 100 bytes each.
+
+    Attributes:
+      size: the number of records in all arrays.
+    """
+
+    def __init__(self, records: np.ndarray, ends: np.ndarray):
+        """Cuts `records`, all arrays one after another; `ends` says where each of them ends."""
+        self._records = records
+        self._ends = ends
+        self.size = len(records)
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, index) -> np.ndarray:
+        index = range(len(self))[index]
+        first = self._ends[index - 1] if index else 0
+        return self._records[first : self._ends[index]]
 
 
 class EncodedClips:
@@ -91,7 +115,7 @@ class EncodedClips:
                 'again with it.'
             )
 
-    def candidates(self, layout: tuple[int, ...]) -> list[np.ndarray]:
+    def candidates(self, layout: tuple[int, ...]) -> Groups | np.ndarray:
         """Records that an example of this layout may begin with, in groups.
 
         An epoch takes one example from every group; its first record is drawn from the group.
@@ -111,7 +135,7 @@ class EncodedClips:
             groups = self._single_clips(layout)
         else:
             groups = self._story_windows(layout)
-        if groups:
+        if len(groups):
             return groups
 
         rows = self._records.rows
@@ -123,31 +147,40 @@ class EncodedClips:
             'config.data.layouts or config.data.scenes, or encode other clips.'
         )
 
-    def _single_clips(self, layout: tuple[int, ...]) -> list[np.ndarray]:
-        """Clips that fit the first scene, if there are enough clips for all scenes."""
-        lengths = self._records.rows['frames']
-        for frames in layout:
-            if np.sum(lengths == frames) < layout.count(frames):
-                return []
-        return [np.array([i]) for i in np.flatnonzero(lengths == layout[0])]
+    @functools.cached_property
+    def _clips_by_length(self) -> dict[int, np.ndarray]:
+        """Numbers of the records of each length in pixel frames, ascending."""
+        lengths = np.ascontiguousarray(self._records.rows['frames'])
+        return {int(frames): np.flatnonzero(lengths == frames) for frames in np.unique(lengths)}
 
-    def _story_windows(self, layout: tuple[int, ...]) -> list[np.ndarray]:
+    def _single_clips(self, layout: tuple[int, ...]) -> np.ndarray:
+        """Clips that fit the first scene, if there are enough clips for all scenes."""
+        nothing = np.zeros(0, np.int64)
+        for frames in layout:
+            if len(self._clips_by_length.get(frames, nothing)) < layout.count(frames):
+                return nothing[:, None]
+        return self._clips_by_length[layout[0]][:, None]
+
+    def _story_windows(self, layout: tuple[int, ...]) -> Groups:
         """Per story the first records of its windows that fit the layout."""
         rows = self._records.rows
-        starts = np.arange(len(rows) - len(layout) + 1)
+        num_windows = max(0, len(rows) - len(layout) + 1)
+        first = rows[:num_windows]
+
+        fits = np.ones(num_windows, bool)
         for i, frames in enumerate(layout):
             # The i-th record of a window is of the same story, i scenes later, and long enough.
-            first = rows[starts]
-            here = rows[starts + i]
-            fits = (
-                (here['story'] == first['story'])
-                & (here['scene'] == first['scene'] + i)
-                & (here['frames'] == frames)
-            )
-            starts = starts[fits]
+            here = rows[i : i + num_windows]
+            fits &= here['story'] == first['story']
+            fits &= here['scene'] == first['scene'] + i
+            fits &= here['frames'] == frames
 
+        starts = np.flatnonzero(fits)
         stories = rows['story'][starts]
-        return [starts[stories == story] for story in np.unique(stories)]
+        order = np.argsort(stories, kind='stable')  # they are sorted in what encode wrote
+        starts, stories = starts[order], stories[order]
+        is_last = np.append(stories[1:] != stories[:-1], np.ones(len(stories[:1]), bool))
+        return Groups(starts, np.flatnonzero(is_last) + 1)
 
     def _draw_records(
         self, starts: np.ndarray, rng: np.random.Generator, layout: tuple[int, ...]
@@ -157,11 +190,16 @@ class EncodedClips:
         if self._config.data.scenes == 'consecutive':
             return first + np.arange(len(layout))
 
-        lengths = self._records.rows['frames']
         picked = [first]
         for frames in layout[1:]:
-            others = np.setdiff1d(np.flatnonzero(lengths == frames), picked)
-            picked.append(int(rng.choice(others)))
+            clips = self._clips_by_length[frames]
+            taken = [record for record, length in zip(picked, layout) if length == frames]
+
+            # A place among the clips that are left, as one among all clips of this length.
+            place = int(rng.choice(len(clips) - len(taken)))
+            for taken_place in np.sort(np.searchsorted(clips, taken)):
+                place += int(place >= taken_place)
+            picked.append(int(clips[place]))
         return np.array(picked)
 
     def example(self, records, rng: np.random.Generator | None) -> dict:
@@ -200,19 +238,17 @@ class EncodedClips:
           ValueError: if no example fits the layout.
         """
         groups = self.candidates(layout)
-        num_starts = len(np.unique(np.concatenate(groups)))
         logging.info(
             '%s: %d examples of %s frames per epoch; %d of %d clips begin one.',
             self._folder,
             len(groups),
             '+'.join(map(str, layout)),
-            num_starts,
+            groups.size,
             len(self._records),
         )
 
         def draw(starts, rng):
-            records = self._draw_records(starts, rng, layout)
-            return self.example(records, rng)
+            return self.example(self._draw_records(starts, rng, layout), rng)
 
         dataset = grain.MapDataset.source(groups).seed(self._config.seed)
         return dataset.shuffle().repeat().random_map(draw)

@@ -7,9 +7,15 @@ encoder, so that neither network is needed during training. It may hold the fram
 """
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
+import heapq
+import math
+import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -21,7 +27,7 @@ import tqdm
 from absl import logging
 from safetensors.numpy import load_file
 
-from mask2dit_jax import tables, tensor_io
+from mask2dit_jax import storage, tables, tensor_io
 from mask2dit_jax.data import clips, latent_codec, records
 from mask2dit_jax.data import manifest as manifest_lib
 from mask2dit_jax.models import dit, t5, vae
@@ -29,6 +35,8 @@ from mask2dit_jax.pretrained import config_json
 from mask2dit_jax.pretrained import load as load_lib
 
 _CAPTIONS_AT_ONCE = 8
+_PART_BYTES = 2e9  # a part at most, where --part_clips does not say
+_MIN_PARTS = 64  # so that many workers share a small data set, too
 NULL_TEXT = 'null_text.safetensors'  # of the empty caption, for classifier-free guidance
 
 
@@ -48,7 +56,7 @@ class Job:
       store: what is stored, one of records.STORES.
       tiling: whether the VAE codes overlapping tiles; see vae.encode.
       dtype: dtype in which the text encoder computes; the VAE always computes in float32.
-      part_clips: number of clips in a part.
+      part_clips: number of clips in a part; None for parts of about 2 GB, but at least 64 of them.
     """
 
     manifest: str
@@ -63,7 +71,7 @@ class Job:
     store: str = 'moments'
     tiling: bool = False
     dtype: str = 'bfloat16'
-    part_clips: int = 64
+    part_clips: int | None = None
 
 
 class Window(NamedTuple):
@@ -90,6 +98,11 @@ class Plan:
     problems: list[manifest_lib.Problem]
     check_frames: Callable[[int], int]
 
+    def part(self, number: int) -> list[Window]:
+        """What is to be cut for a part."""
+        part_clips = self.settings['part_clips']
+        return self.windows[number * part_clips : (number + 1) * part_clips]
+
 
 def plan(job: Job) -> Plan:
     """Checks a job and lists what it is to make, without reading a video.
@@ -103,8 +116,10 @@ def plan(job: Job) -> Plan:
     windows = [Window(clip, i) for clip in manifest.clips for i in range(job.windows)]
     windows.sort(key=lambda item: (item.clip.story, item.window))
 
+    root = job.root or pathlib.Path(job.manifest).parent
     settings = {
         'kind': manifest.kind,
+        'root': os.path.abspath(root),
         'store': job.store,
         'stride': job.stride,
         'windows': job.windows,
@@ -114,6 +129,7 @@ def plan(job: Job) -> Plan:
         'seed': job.seed,
         'manifest': hashlib.sha256(pathlib.Path(job.manifest).read_bytes()).hexdigest(),
     }
+    clip_bytes = job.frames * job.height_px * job.width_px * 3
     check_frames = int  # any number of frames can be stored as they are
     if job.store == 'moments':
         folder = pathlib.Path(job.folder)
@@ -121,10 +137,19 @@ def plan(job: Job) -> Plan:
         size_px = (job.height_px, job.width_px)
         codec = latent_codec.PretrainedCodec(folder, model, size_px, tiling=job.tiling)
         check_frames = codec.scene_latents
-        check_frames(job.frames)
+        num_latents = check_frames(job.frames)
         settings |= _network_settings(job, model, codec.latent_shape)
-    settings['parts'] = -(-len(windows) // job.part_clips)
+        moments_shape = (num_latents, *settings['moments_shape'])
+        clip_bytes = 2 * (math.prod(moments_shape) + math.prod(settings['text_shape']))  # bfloat16
+    part_clips = job.part_clips or _default_part_clips(len(windows), clip_bytes)
+    settings['part_clips'] = part_clips
+    settings['parts'] = -(-len(windows) // part_clips)
     return Plan(settings, windows, manifest.problems, check_frames)
+
+
+def _default_part_clips(num_clips: int, clip_bytes: int) -> int:
+    """As many clips as _PART_BYTES hold, but few enough for _MIN_PARTS parts."""
+    return max(1, min(int(_PART_BYTES / clip_bytes), -(-num_clips // _MIN_PARTS)))
 
 
 def _network_settings(job: Job, model: dit.DiTConfig, latent_shape: tuple[int, int, int]) -> dict:
@@ -140,7 +165,21 @@ def _network_settings(job: Job, model: dit.DiTConfig, latent_shape: tuple[int, i
         'folder': str(folder.absolute()),
         'vae': latent_codec.network_digest(folder / 'vae'),
         'text_encoder': latent_codec.network_digest(folder / 'text_encoder'),
+        'vae_weights': _files_digest(folder / 'vae', '*.safetensors'),
+        'text_encoder_weights': _files_digest(folder / 'text_encoder', '*.safetensors'),
+        'tokenizer': _files_digest(folder / 'tokenizer', '*'),
     }
+
+
+def _files_digest(folder: pathlib.Path, pattern: str) -> str:
+    """Digest of the names and the content of files, which takes as long as reading them."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        digest.update(f'{path.name} {path.stat().st_size} '.encode())
+        with path.open('rb') as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list[Window]]) -> None:
@@ -152,9 +191,9 @@ def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list[Window]]) -> 
     Args:
       job: the job.
       out: folder of the data set.
-      parts: the windows of each part.
+      parts: the windows of each part that are to be encoded.
     """
-    missing = [part for part in parts if not _text_path(out, part).exists()]
+    missing = [part for part in parts if not _text_path(out, part, parts[part]).exists()]
     if not missing and (out / NULL_TEXT).exists():
         return
 
@@ -164,13 +203,13 @@ def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list[Window]]) -> 
         folder / 'text_encoder', param_dtype=job.dtype, dtype=job.dtype
     )
     tokenize = t5.load_tokenizer(folder / 'tokenizer')
-    known = {}  # states by caption, since captions repeat
 
     def encode(captions: list[str]) -> np.ndarray:
         """Text states bfloat16 [N, M, E]."""
-        new = [c for c in dict.fromkeys(captions) if c not in known]
-        for first in range(0, len(new), _CAPTIONS_AT_ONCE):
-            some = new[first : first + _CAPTIONS_AT_ONCE]
+        known = {}  # states by caption, since captions repeat
+        distinct = list(dict.fromkeys(captions))
+        for first in range(0, len(distinct), _CAPTIONS_AT_ONCE):
+            some = distinct[first : first + _CAPTIONS_AT_ONCE]
             # Every call has the same shape, so that the network is compiled once.
             padded = some + [''] * (_CAPTIONS_AT_ONCE - len(some))
             ids = tokenize(padded, model.max_text_seq_length)
@@ -178,14 +217,20 @@ def encode_text(job: Job, out: pathlib.Path, parts: dict[int, list[Window]]) -> 
             known.update(zip(some, np.asarray(states, ml_dtypes.bfloat16)))
         return np.stack([known[caption] for caption in captions])
 
-    _save_text(out / NULL_TEXT, encode([''])[0])
+    if not (out / NULL_TEXT).exists():
+        null_text = encode([''])[0]
+        with storage.claim(out, waits=True):  # other workers write the same file
+            _save_text(out / NULL_TEXT, null_text)
     for part in tqdm.tqdm(missing, desc='captions', unit='part'):
         captions = [item.clip.caption for item in parts[part]]
-        _save_text(_text_path(out, part), encode(captions))
+        _save_text(_text_path(out, part, parts[part]), encode(captions))
 
 
-def _text_path(out: pathlib.Path, part: int) -> pathlib.Path:
-    return out / f'text-{part:05d}.safetensors'
+def _text_path(out: pathlib.Path, part: int, windows: list[Window]) -> pathlib.Path:
+    # Named by the captions too: what a kill leaves may be for other clips of the part.
+    captions = [item.clip.caption for item in windows]
+    digest = hashlib.sha256(repr(captions).encode()).hexdigest()[:16]
+    return out / f'text-{part:05d}-{digest}.safetensors'
 
 
 def _save_text(path: pathlib.Path, text: np.ndarray) -> None:
@@ -245,6 +290,8 @@ def in_batches(cuts: Iterable[Cut], size: int) -> Iterator[list[Cut]]:
 def precompute(job: Job, out, worker: int = 0, num_workers: int = 1, threads: int = 4) -> bool:
     """Makes a data set, or this worker's share of it; continues where it was stopped.
 
+    Clips that could not be used before are looked at again.
+
     Args:
       job: what to make.
       out: folder of the data set.
@@ -258,45 +305,156 @@ def precompute(job: Job, out, worker: int = 0, num_workers: int = 1, threads: in
     Raises:
       FileNotFoundError, ValueError: naming what is missing or does not fit, before anything is
         read.
+      storage.ClaimedError: if another process has this share, or one with another num_workers has
+        any.
     """
     out = pathlib.Path(out)
     planned = plan(job)
-    settings = planned.settings
-    records.write_settings(out, settings)
+    with _claimed_share(out, planned.settings, worker, num_workers) as share:
+        # Worker w takes every num_workers-th part, and leaves out those that are there already.
+        mine = range(worker, planned.settings['parts'], num_workers)
+        todo = _work_of(job, out, planned, mine, threads, share)
+        logging.info(
+            '%d clips in %d parts; this worker has %d parts, and %d of them are to do.',
+            len(planned.windows),
+            planned.settings['parts'],
+            len(mine),
+            len(todo),
+        )
+        if job.store == 'moments':
+            encode_text(job, out, todo)
+        if todo:
+            _encode_parts(job, out, planned, todo, threads, share)
+        _remove_leftovers(out, worker, num_workers)
 
-    # Worker w takes every num_workers-th part, and leaves out those that are there already.
+        with storage.claim(out, waits=True):
+            parts = records.write_info(out, planned.settings)
+            if parts is None:
+                logging.info('This worker is done; the last one to finish completes %s.', out)
+                return False
+            problems = planned.problems + [problem for part in parts for problem in part.problems]
+            frames = np.concatenate([part.rows['frames'] for part in parts])
+            text = report(planned.settings, len(planned.windows), frames, problems)
+            storage.write_text(out / 'report.md', text)
+            return True
+
+
+@contextlib.contextmanager
+def _claimed_share(
+    out: pathlib.Path, settings: dict, worker: int, num_workers: int
+) -> Iterator[storage.Claim]:
+    """Begins or continues a data set, and makes this process the only one with its share.
+
+    The data set itself is claimed only for moments, in which workers wait for each other.
+    """
+    shares = out / 'workers'
+    mine = shares / f'{worker}-of-{num_workers}'
+
+    def remove_folders() -> None:
+        with storage.claim(out, waits=True), contextlib.suppress(OSError):
+            mine.rmdir()
+            shares.rmdir()  # not empty while others work
+
+    with contextlib.ExitStack() as stack:
+        with storage.claim(out, waits=True):
+            records.write_settings(out, settings)
+
+            # Shares of another number of workers have parts in common with this one.
+            others = set(shares.glob('*-of-*')) - set(shares.glob(f'*-of-{num_workers}'))
+            with concurrent.futures.ThreadPoolExecutor(len(others) + 1) as pool:
+                list(pool.map(_remove_dead_share, others))
+
+            stack.callback(remove_folders)
+            share = stack.enter_context(storage.claim(mine))
+        yield share
+
+
+def _remove_dead_share(path: pathlib.Path) -> None:
+    """Removes a share that a killed process left behind.
+
+    Raises:
+      storage.ClaimedError: if its process lives.
+    """
+    with storage.claim(path):
+        pass
+    path.rmdir()
+
+
+def _work_of(
+    job: Job,
+    out: pathlib.Path,
+    planned: Plan,
+    mine: Iterable[int],
+    threads: int,
+    share: storage.Claim,
+) -> dict[int, list[Window]]:
+    """The clips that are to be encoded, by part.
+
+    They are all clips of the parts that are missing, and the clips of the others that could not be
+    used before but can be now.
+    """
+    there = records.parts_there(out, planned.settings)
+
     todo = {}
-    mine = range(worker, settings['parts'], num_workers)
     for part in mine:
-        if not records.part_path(out, settings, part).exists():
-            first = part * job.part_clips
-            todo[part] = planned.windows[first : first + job.part_clips]
-    logging.info(
-        '%d clips in %d parts; this worker has %d parts, and %d of them are to do.',
-        len(planned.windows),
-        settings['parts'],
-        len(mine),
-        len(todo),
-    )
+        windows = planned.part(part)
+        if part not in there:
+            todo[part] = windows
+            continue
 
-    if job.store == 'moments':
-        encode_text(job, out, todo)
-    if todo:
-        _encode_parts(job, out, planned, todo, threads)
+        try:
+            before = records.read_part(out, part)
+        except ValueError as error:
+            logging.warning('%s The part is encoded anew.', error)
+            todo[part] = windows
+            continue
 
-    parts = records.write_info(out, settings)
-    if parts is None:
-        logging.info('This worker is done; the last worker to finish completes %s.', out)
-        return False
-    problems = planned.problems + [problem for part in parts for problem in part.problems]
-    rows = [row for part in parts for row in part.rows]
-    text = report(settings, len(planned.windows), rows, problems)
-    (out / 'report.md').write_text(text, encoding='utf-8')
-    return True
+        again = _unused(job, windows, before)
+        if not again:
+            continue
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            results = pool.map(lambda item: _mended(item, job, planned), again)
+            mended, found = zip(*results)
+        problems = _kept_problems(before, again) + [p for problems in found for p in problems]
+        if any(mended):
+            todo[part] = again
+        elif set(problems) != set(before.problems):
+            records.replace_problems(out, part, problems, share)
+    return todo
+
+
+def _place(job: Job, item: Window) -> tuple[int, int]:
+    """Story and scene of a record; every window makes a story of its own."""
+    return item.clip.story * job.windows + item.window, item.clip.scene
+
+
+def _unused(job: Job, windows: list[Window], part: records.Part) -> list[Window]:
+    """The windows of all clips of which a window has no record."""
+    used = {(row['story'], row['scene']) for row in part.rows}
+    failed = {item.clip.where for item in windows if _place(job, item) not in used}
+    return [item for item in windows if item.clip.where in failed]
+
+
+def _mended(item: Window, job: Job, planned: Plan) -> tuple[bool, list[manifest_lib.Problem]]:
+    """Whether a clip can be used now, and its problems."""
+    kind = planned.settings['kind']
+    frames, problems = clips.cut(item.clip, item.window, job, kind, planned.check_frames)
+    return frames is not None, problems
+
+
+def _kept_problems(part: records.Part, again: list[Window]) -> list[manifest_lib.Problem]:
+    """The problems of the clips of a part that are not encoded again."""
+    places = {item.clip.where for item in again}
+    return [problem for problem in part.problems if problem.where not in places]
 
 
 def _encode_parts(
-    job: Job, out: pathlib.Path, planned: Plan, todo: dict[int, list[Window]], threads: int
+    job: Job,
+    out: pathlib.Path,
+    planned: Plan,
+    todo: dict[int, list[Window]],
+    threads: int,
+    share: storage.Claim,
 ) -> None:
     """Reads, encodes and writes parts, one after another."""
     kind = planned.settings['kind']
@@ -323,33 +481,64 @@ def _encode_parts(
                 yield Cut(position, frames)
 
     def examples(part: int, problems: list) -> Iterator[dict]:
-        """Records of a part."""
+        """New records of a part."""
         cuts = usable_cuts(len(todo[part]), problems)
         if job.store == 'frames':
             for item in cuts:
                 yield _example(job, todo[part], item, {'video': item.frames})
             return
 
-        text = load_file(_text_path(out, part))['text']  # [clips of the part, M, E]
+        text = load_file(_text_path(out, part, todo[part]))['text']  # [clips of the part, M, E]
         for batch in in_batches(cuts, batch_size):
             moments = encode(np.stack([item.frames for item in batch]))
             for item, own_moments in zip(batch, moments):
                 content = {'moments': own_moments, 'text': text[item.position]}
                 yield _example(job, todo[part], item, content)
 
+    there = records.parts_there(out, planned.settings)
     for part in todo:
         problems = []  # filled while the examples are written
-        records.write_part(out, planned.settings, part, examples(part, problems), problems)
-        _text_path(out, part).unlink(missing_ok=True)
+        new = examples(part, problems)
+        if part in there and len(todo[part]) < len(planned.part(part)):
+            problems += _kept_problems(records.read_part(out, part), todo[part])
+            kept = _kept_records(job, out, planned.settings, part, todo[part])
+            new = heapq.merge(kept, new, key=_order)
+        records.write_part(out, planned.settings, part, new, problems, share)
+        if job.store == 'moments':
+            _text_path(out, part, todo[part]).unlink()
     bar.close()
 
 
+def _kept_records(
+    job: Job, out: pathlib.Path, settings: dict, part: int, again: list[Window]
+) -> Iterator[dict]:
+    """The records of a part, without those of the clips that are encoded again."""
+    places = {_place(job, item) for item in again}
+    for record in records.read_records(out, settings, part):
+        if _order(record) not in places:
+            yield record
+
+
+def _remove_leftovers(out: pathlib.Path, worker: int, num_workers: int) -> None:
+    """Removes what killed processes left of this worker's parts."""
+    pattern = re.compile(r'text-(\d+)-.*|.*\.array_record-(\d+)-of-\d+\.unfinished')
+    for path in out.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found and int(found[1] or found[2]) % num_workers == worker:
+            path.unlink()
+
+
+def _order(example: dict) -> tuple[int, int]:
+    return int(example['story']), int(example['scene'])
+
+
 def _example(job: Job, windows: list[Window], item: Cut, content: dict) -> dict:
-    """One record with the keys of records.features; every window makes a story of its own."""
-    clip, window = windows[item.position]
+    """One record with the keys of records.features."""
+    clip = windows[item.position].clip
+    story, scene = _place(job, windows[item.position])
     return {
-        'story': clip.story * job.windows + window,
-        'scene': clip.scene,
+        'story': story,
+        'scene': scene,
         'frames': len(item.frames),
         'caption': clip.caption,
         'path': str(clip.path),
@@ -360,7 +549,7 @@ def _example(job: Job, windows: list[Window], item: Cut, content: dict) -> dict:
 def report(
     settings: dict,
     listed: int,
-    rows: list[records.Row],
+    frames: np.ndarray,
     problems: list[manifest_lib.Problem],
 ) -> str:
     """Text of report.md: what is in a data set, and everything that was wrong.
@@ -368,16 +557,16 @@ def report(
     Args:
       settings: how the data set was made.
       listed: number of clips that were to be made.
-      rows: one per record.
+      frames: the number of frames of each record.
       problems: those of the manifest's rows and of the clips.
     """
-    lengths = collections.Counter(row.frames for row in rows)
-    per_length = ', '.join(f'{frames} ({n} clips)' for frames, n in sorted(lengths.items()))
+    counts = zip(*np.unique(frames, return_counts=True))
+    per_length = ', '.join(f'{length} ({count} clips)' for length, count in counts)
     malformed = sum(problem.kind == 'malformed row' for problem in problems)
     lines = [
         f'# {settings["kind"]}',
         '',
-        f'{len(rows)} of {listed} clips are in the data set; {listed - len(rows)} are not, and '
+        f'{len(frames)} of {listed} clips are in the data set; {listed - len(frames)} are not, and '
         f'{malformed} rows of the manifest are malformed. '
         f'Frames per clip: {per_length or "none"}.',
         '',

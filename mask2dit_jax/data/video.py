@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fractions
 import os
 import pathlib
@@ -11,6 +12,9 @@ import av
 import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
+
+# Errors of this process, which say nothing about the file that it tried to open.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def to_uint8(frames) -> np.ndarray:
@@ -106,6 +110,7 @@ def _opened(path):
 
     Raises:
       FileNotFoundError, ValueError: as read_video.
+      OSError: with an errno of EXHAUSTED.
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f'{path} is not a file: check the path of the video.')
@@ -124,6 +129,8 @@ def _opened(path):
             stream.codec_context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
+        if error.errno in EXHAUSTED:
+            raise
         raise ValueError(
             f'{path} cannot be decoded ({error.strerror}): replace or re-encode the file.'
         ) from error

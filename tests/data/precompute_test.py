@@ -8,10 +8,9 @@ import csv
 import dataclasses
 import json
 import shutil
-import signal
+import socket
 import subprocess
 import sys
-import time
 import wave
 
 import jax
@@ -21,7 +20,7 @@ import tensorflow_datasets as tfds
 from conftest import child_environment, damage, moving, panned, turn, unlike_the_umask, write_times
 from PIL import Image
 
-from mask2dit_jax import checkpoint
+from mask2dit_jax import checkpoint, storage
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import clips, encoded_clips, latent_codec, precompute, video
@@ -198,49 +197,241 @@ def test_workers_share_the_parts(encoded, folder, videos, tmp_path):
         np.testing.assert_array_equal(shared[i]['moments'], alone[i]['moments'])
 
 
-def test_going_on_after_a_kill(encoded, folder, videos, tmp_path):
-    """A kill after the first part: that part stays as it is, and the whole is what it would have
-    been."""
-    out = tmp_path / 'out'
-    command = [
-        sys.executable,
-        '-m',
-        'mask2dit_jax.encode',
-        f'--manifest={videos}/clips.csv',
-        f'--checkpoint={folder}',
-        f'--out={out}',
-        '--frames=5',
-        '--dtype=float32',
-        '--part_clips=3',
-        f'--height={SIZE}',
-        f'--width={SIZE}',
-    ]
-    process = subprocess.Popen(
-        command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+# What another value of each field of a job is called in the settings. Places do not count.
+SETTINGS = {
+    'manifest': ('manifest', lambda work: changed_manifest(work)),
+    'root': ('root', lambda work: {'root': '/elsewhere'}),
+    'folder': ('vae_weights', lambda work: changed_weights(work)),
+    'frames': ('frames', lambda work: {'frames': 9}),
+    'height_px': ('height_px', lambda work: {'height_px': 64}),
+    'width_px': ('width_px', lambda work: {'width_px': 64}),
+    'stride': ('stride', lambda work: {'stride': 2}),
+    'windows': ('windows', lambda work: {'windows': 2}),
+    'seed': ('seed', lambda work: {'seed': 1}),
+    'store': ('store', lambda work: {'store': 'frames'}),
+    'tiling': ('tiling', lambda work: {'tiling': True}),
+    'dtype': ('dtype', lambda work: {'dtype': 'bfloat16'}),
+    'part_clips': ('part_clips', lambda work: {'part_clips': 4}),
+}
+
+
+def changed_manifest(work):
+    path = work / 'clips.csv'
+    path.write_text(path.read_text().replace('shot 3', 'another caption'))
+    return {}
+
+
+def changed_weights(work, network='vae'):
+    """The same network with another number in its weights."""
+    path = next((work / 'tiny' / network).glob('*.safetensors'))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return {}
+
+
+@pytest.fixture
+def work(folder, videos, encoded, tmp_path):
+    """A copy of a manifest, its networks and its data set, in one folder."""
+    for source in (folder, encoded / 'clips'):
+        shutil.copytree(source, tmp_path / source.name)
+    shutil.copy(videos / 'clips.csv', tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize('field', [field.name for field in dataclasses.fields(precompute.Job)])
+def test_every_setting_must_stay(field, work, videos):
+    setting, change = SETTINGS[field]
+    before = records_lib.read_settings(work / 'clips').get(setting)
+    own = {'root': str(videos)} | change(work)
+    changed = job(work / 'clips.csv', work / 'tiny', **own)
+    now = precompute.plan(changed).settings.get(setting)
+
+    message = (
+        rf'begun with another .*\b{setting}\b.*: use the same to continue it, or another --out'
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        precompute.precompute(changed, work / 'clips')
+    assert before != now
+    assert f'{setting} was {before} and is {now} now' in str(caught.value)
+    assert 'manifest was' not in str(caught.value) or field == 'manifest'
+
+
+@pytest.mark.parametrize('network', ['text_encoder', 'tokenizer'])
+def test_other_networks_do_not_go_on(network, work, videos):
+    if network == 'tokenizer':
+        (work / 'tiny/tokenizer/more.json').write_text('{}')
+    else:
+        changed_weights(work, network)
+    same = job(work / 'clips.csv', work / 'tiny', root=str(videos))
+    with pytest.raises(ValueError, match=f'begun with another {network}[a-z_]*: use the same'):
+        precompute.precompute(same, work / 'clips')
+
+
+def test_networks_may_be_mounted_elsewhere(work, videos):
+    assert precompute.precompute(
+        job(work / 'clips.csv', work / 'tiny', root=str(videos)), work / 'clips'
     )
 
-    deadline = time.monotonic() + 300
-    while not list(out.glob('*-00000-of-00003')):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
-    kept = {p: p.stat().st_mtime_ns for p in out.glob('*-of-00003')}
-    assert precompute.precompute(job(videos / 'clips.csv', folder), out)
-    assert {p: p.stat().st_mtime_ns for p in kept} == kept
-    resumed = records_lib.Records(out)
-    undisturbed = records_lib.Records(encoded / 'clips')
-    for i in range(7):
-        np.testing.assert_array_equal(resumed[i]['moments'], undisturbed[i]['moments'])
-        assert resumed[i]['path'] == undisturbed[i]['path']
+def test_parts_by_default_are_neither_many_nor_huge(folder, videos):
+    clip_bytes = 2 * 13 * 60 * 90 * 32
+    assert precompute._default_part_clips(7, clip_bytes) == 1
+    assert precompute._default_part_clips(640, clip_bytes) == 10
+    assert 1e9 < precompute._default_part_clips(10**7, clip_bytes) * clip_bytes < 2e9
+    assert precompute._default_part_clips(10**7, 10**10) == 1
+    settings = precompute.plan(job(videos / 'clips.csv', folder, part_clips=None)).settings
+    assert (settings['part_clips'], settings['parts']) == (1, 7)
 
 
-def test_other_settings_do_not_go_on(encoded, folder, videos):
-    with pytest.raises(ValueError, match='begun with another seed, stride: use the same'):
-        precompute.precompute(
-            job(videos / 'clips.csv', folder, stride=2, seed=1), encoded / 'clips'
-        )
+# Clips that come later.
+
+
+def test_a_mended_clip_gets_its_place(folder, videos, tmp_path):
+    """The same command makes what it would have made, had all clips been there from the start."""
+    shutil.copytree(videos, tmp_path / 'videos')
+    work, out = job(tmp_path / 'videos/stories.json', folder), tmp_path / 'out'
+    missing, broken = tmp_path / 'videos/4.mp4', tmp_path / 'videos/0.mp4'
+    missing.unlink()
+    damage(broken, broken, 0.3)
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+
+    assert precompute.precompute(work, out)
+    before = records_lib.Records(out)
+    assert len(before) == 5
+    kept = next(out.glob('*-00002-of-00003'))
+    untouched = kept.stat().st_mtime_ns
+
+    # Nothing is mended: nothing changes, but what is wrong is told as it is now.
+    missing.write_text('no video')
+    index = next(out.glob('*-00001-of-00003')).stat().st_mtime_ns
+    assert precompute.precompute(work, out)
+    assert records_lib.Records(out).fingerprint == before.fingerprint
+    assert next(out.glob('*-00001-of-00003')).stat().st_mtime_ns == index
+    report = (out / 'report.md').read_text()
+    assert 'unreadable' in report and 'missing' not in report
+
+    for path in (missing, broken):
+        shutil.copy(videos / path.name, path)
+    assert precompute.precompute(work, out)
+    mended = records_lib.Records(out)
+    assert mended.fingerprint != before.fingerprint
+    assert kept.stat().st_mtime_ns == untouched
+    assert '7 of 7 clips are in the data set; 0 are not' in (out / 'report.md').read_text()
+    assert 'unreadable' not in (out / 'report.md').read_text()
+
+    assert precompute.precompute(work, tmp_path / 'at_once')
+    assert_same_records(mended, records_lib.Records(tmp_path / 'at_once'))
+
+
+def assert_same_records(found, expected):
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    assert found.fingerprint == expected.fingerprint
+    for i in range(len(expected)):
+        for key in expected[i]:
+            np.testing.assert_array_equal(found[i][key], expected[i][key])
+
+
+def test_all_clips_missing(folder, videos, tmp_path):
+    shutil.copy(videos / 'clips.csv', tmp_path)
+    work = job(tmp_path / 'clips.csv', None, windows=2)
+    assert precompute.precompute(work, tmp_path / 'out')
+    with pytest.raises(ValueError, match=r'is empty: see report\.md'):
+        records_lib.Records(tmp_path / 'out')
+    assert '0 of 14 clips are in the data set' in (tmp_path / 'out/report.md').read_text()
+
+    for i in (2, 6):
+        shutil.copy(videos / f'{i}.mp4', tmp_path)
+    assert precompute.precompute(work, tmp_path / 'out')
+    assert records_lib.Records(tmp_path / 'out').rows['story'].tolist() == [4, 5, 12, 13]
+
+
+def test_an_index_that_was_damaged_has_its_part_encoded_anew(encoded, folder, videos, tmp_path):
+    shutil.copytree(encoded / 'stories', tmp_path / 'out')
+    (tmp_path / 'out/index-00001.json').write_text('{"rows": [[')
+    (tmp_path / 'out/index.npy').unlink()
+    assert precompute.precompute(job(videos / 'stories.json', folder), tmp_path / 'out')
+    assert_same_records(
+        records_lib.Records(tmp_path / 'out'), records_lib.Records(encoded / 'stories')
+    )
+
+
+NO_DESCRIPTORS = """
+import resource, sys
+from mask2dit_jax.data import clips, precompute
+job = precompute.Job(sys.argv[1], None, None, 5, 32, 32, store='frames')
+planned = precompute.plan(job)
+item = planned.windows[0]
+clips.cut(item.clip, item.window, job, 'single_scene', int)
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+held = []
+try:
+    while True:
+        held.append(open('/dev/null'))
+except OSError:
+    pass
+try:
+    clips.cut(item.clip, item.window, job, 'single_scene', int)
+except OSError as error:
+    assert 'Too many open files' in str(error)
+else:
+    raise AssertionError('a whole video was left out')
+"""
+
+
+def test_no_file_left_to_open_is_no_fault_of_a_video(videos):
+    done = subprocess.run(
+        [sys.executable, '-c', NO_DESCRIPTORS, str(videos / 'clips.csv')],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# One process for every share.
+
+
+def test_a_share_has_one_process(videos, tmp_path):
+    work, out = job(videos / 'clips.csv', None), tmp_path / 'out'
+    for share in ('0-of-2', '0-of-1', '2-of-3'):
+        refused = pytest.raises(storage.ClaimedError, match='is being written by process')
+        with storage.claim(out / 'workers' / share), refused:
+            precompute.precompute(work, out, 0, 2)
+        assert not list(out.glob('*array_record*'))
+
+    with storage.claim(out / 'workers/1-of-2'):
+        assert not precompute.precompute(work, out, 0, 2)
+    assert precompute.precompute(work, out, 1, 2)
+    assert not (out / 'workers').exists()
+
+
+def test_what_a_killed_process_left_of_its_share_does_not_stop_others(videos, tmp_path):
+    owner = {'host': socket.gethostname(), 'pid': 1, 'started': 'x 1', 'token': 'a'}
+    for share in ('workers/0-of-1', 'workers/5-of-8', '.'):
+        (tmp_path / share).mkdir(parents=True, exist_ok=True)
+        (tmp_path / share / storage.OWNER_FILE).write_text(json.dumps(owner))
+    assert precompute.precompute(job(videos / 'clips.csv', None), tmp_path)
+    assert not (tmp_path / 'workers').exists()
+
+
+def test_nothing_else_is_left(encoded):
+    for data in ('clips', 'stories'):
+        names = {path.name for path in (encoded / data).iterdir()}
+        kind = {'clips': 'single_scene', 'stories': 'multi_scene'}[data]
+        parts = {f'{kind}-train.array_record-0000{i}-of-00003' for i in range(3)}
+        assert names == parts | {
+            'dataset_info.json',
+            'encode.json',
+            'features.json',
+            'index-00000.json',
+            'index-00001.json',
+            'index-00002.json',
+            'index.npy',
+            'null_text.safetensors',
+            'report.md',
+        }
 
 
 def test_several_devices_take_a_clip_each(folder):
@@ -459,12 +650,7 @@ BAD_DATA = {
         r'not finished \(1 of 3 parts are missing\)',
     ),
     'no description': (lambda d: (d / 'dataset_info.json').unlink(), {}, 'is not finished'),
-    'index lost': (
-        lambda d: (d / 'index-00001.json').unlink(),
-        {},
-        r'is damaged \(.*index-00001.json',
-    ),
-    'index damaged': (lambda d: (d / 'index-00002.json').write_text('{'), {}, 'is damaged'),
+    'index lost': (lambda d: (d / 'index.npy').unlink(), {}, r'index.npy is damaged'),
     'record damaged': (
         lambda d: flip(next(d.glob('*-00001-of-*')), 700),
         {},
@@ -474,11 +660,6 @@ BAD_DATA = {
         lambda d: cut(next(d.glob('*-00000-of-*')), 900),
         {},
         '-00000-of-00003 is damaged',
-    ),
-    'records of another': (
-        lambda d: (d / 'index-00002.json').write_text('{"rows": [], "problems": []}'),
-        {},
-        'holds 7 records where its index has 6',
     ),
     'no such layout': (
         None,
@@ -543,3 +724,12 @@ def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):
 
     # A finished run is scored again, at the same noise.
     assert trainer.train_and_evaluate(cfg, tmp_path / 'run') == rows
+
+    # Other data, or other stories of the same clips, would not continue the run.
+    for changes in (
+        {'encoded': str(encoded / 'clips'), 'scenes': 'unrelated'},
+        {'scenes': 'unrelated'},
+    ):
+        other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
+        with pytest.raises(checkpoint.OtherRunError, match='was trained with another data'):
+            trainer.train_and_evaluate(other, tmp_path / 'run')

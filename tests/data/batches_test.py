@@ -1,0 +1,244 @@
+"""Which examples a batch holds, and what is drawn for them, by seed and step alone."""
+
+import dataclasses
+import tracemalloc
+import types
+
+import grain
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import tiny_config
+
+from mask2dit_jax import config as config_lib
+from mask2dit_jax.data import batches as batches_lib
+from mask2dit_jax.data import encoded_clips, latent_codec, records
+
+A, B = (5, 5), (9,)
+SHAPE = (2, 2, 8)  # (h, w, C) of the latents
+
+
+def numbers(first):
+    """An endless data set of examples first, first + 1, first + 2, ..."""
+    return grain.MapDataset.range(first, first + 1000).map(lambda i: {'number': np.int64(i)})
+
+
+def batches_of_numbers(layouts, size):
+    datasets = {A: numbers(0), B: numbers(1000)}
+    return batches_lib.Batches(layouts, datasets, size, np.zeros((1, 1)), '')
+
+
+@pytest.mark.parametrize('layouts', [(A,), (A, B), (A, A, B), (A, B, A), (B, A, A, B, B)])
+def test_every_layout_goes_through_its_examples_one_after_another(layouts):
+    """However often a layout is listed: none of its examples is left out or comes twice."""
+    batches = batches_of_numbers(layouts, 3)
+    seen = {A: [], B: []}
+    for step in range(4 * len(layouts)):
+        layout, batch = batches(step, range(3))
+        assert layout == layouts[step % len(layouts)]
+        seen[layout] += batch['number'].tolist()
+
+    for layout, first in ((A, 0), (B, 1000)):
+        count = 4 * 3 * layouts.count(layout)
+        assert seen[layout] == list(range(first, first + count))
+
+
+def test_a_host_gets_the_rows_that_it_asks_for():
+    batches = batches_of_numbers((A,), 8)
+    assert batches(3, [0, 5, 7])[1]['number'].tolist() == [24, 29, 31]
+    assert batches(3, [6])[1]['number'].tolist() == [30]
+
+
+# Clips.
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory):
+    """A data set of standard normal posteriors: ten stories of one to four scenes, of which one in
+    four is of 9 frames and the others of 5."""
+    folder = tmp_path_factory.mktemp('clips')
+    (folder / 'vae').mkdir()
+    (folder / 'vae/config.json').write_text('{}')
+    rng = np.random.default_rng(0)
+    rows = [
+        records.Row(2 * story, scene, int(rng.choice([5, 5, 5, 9])))
+        for story in range(10)
+        for scene in range(1 + story % 4)
+    ]
+    settings = {
+        'kind': 'multi_scene',
+        'store': 'moments',
+        'parts': 3,
+        'moments_shape': [2, 2, 16],
+        'text_shape': [2, 8],
+        'scaling_factor': 1.0,
+        'folder': str(folder),
+        'vae': latent_codec.network_digest(folder / 'vae'),
+    }
+    out = folder / 'data'
+    records.write_settings(out, settings)
+    safetensors.numpy.save_file(
+        {'text': np.zeros((2, 8), np.float32)}, out / 'null_text.safetensors'
+    )
+
+    def example(number):
+        moments = np.zeros((1, 2, 2, 16), ml_dtypes.bfloat16)
+        text = np.full((2, 8), number, ml_dtypes.bfloat16)
+        content = {'caption': '', 'path': '', 'moments': moments, 'text': text}
+        return rows[number]._asdict() | content
+
+    for part, own in enumerate(np.array_split(np.arange(len(rows)), 3)):
+        records.write_part(out, settings, part, map(example, own), [])
+    records.write_info(out, settings)
+    return out
+
+
+def open_clips(clips, **data):
+    config = tiny_config(batch_size=4)
+    own = {'encoded': str(clips), 'codec': 'vae'} | data
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **own))
+    return encoded_clips.EncodedClips(config, SHAPE, clips)
+
+
+def seeded(encoded, seed):
+    encoded._config = dataclasses.replace(encoded._config, seed=seed)
+    return encoded
+
+
+def scenes_of(example):
+    """Numbers of the records of an example, which their text states."""
+    return example['text'][:, 0, 0].astype(int).tolist()
+
+
+def plain_draw(rows, scenes, starts, rng, layout):
+    """Records of an example, by the definition."""
+    first = int(rng.choice(starts))
+    if scenes == 'consecutive':
+        return [first + i for i in range(len(layout))]
+    picked = [first]
+    for frames in layout[1:]:
+        others = np.setdiff1d(np.flatnonzero(rows['frames'] == frames), picked)
+        picked.append(int(rng.choice(others)))
+    return picked
+
+
+def plain_groups(rows, scenes, layout):
+    """Groups of first records, by the definition."""
+    if scenes == 'unrelated':
+        return [[i] for i in range(len(rows)) if rows[i]['frames'] == layout[0]]
+    groups = {}
+    for i in range(len(rows) - len(layout) + 1):
+        window = rows[i : i + len(layout)]
+        expected = [
+            (rows[i]['story'], rows[i]['scene'] + j, frames) for j, frames in enumerate(layout)
+        ]
+        if window.tolist() == expected:
+            groups.setdefault(rows[i]['story'], []).append(i)
+    return list(groups.values())
+
+
+@pytest.mark.parametrize('scenes', config_lib.SCENES)
+@pytest.mark.parametrize('layout', [(5,), (5, 5), (9, 5), (5, 5, 5)])
+def test_draws_are_those_of_the_definition(scenes, layout, clips):
+    """To the bit, since a run that is resumed must see the data that it would have seen."""
+    encoded = open_clips(clips, scenes=scenes)
+    rows = np.array(records.Records(clips).rows)
+    groups = plain_groups(rows, scenes, layout)
+    found = encoded.candidates(layout)
+    assert [np.asarray(group).tolist() for group in found] == groups
+    assert found.size == sum(map(len, groups))
+
+    def draw(starts, rng):
+        drawn = plain_draw(rows, scenes, starts, rng, layout)
+        return drawn, rng.standard_normal((1, *SHAPE), np.float32)  # of the first scene
+
+    dataset = grain.MapDataset.source(groups).seed(encoded._config.seed)
+    expected = dataset.shuffle().repeat().random_map(draw)
+    endless = encoded.endless(layout)
+    for i in range(len(groups) + 3):
+        scenes_expected, noise = expected[i]
+        assert scenes_of(endless[i]) == scenes_expected
+        np.testing.assert_array_equal(endless[i]['latents'][:1], noise)
+
+    fixed = [
+        plain_draw(rows, scenes, groups[i % len(groups)], np.random.default_rng([1, i]), layout)
+        for i in range(20)
+    ]
+    assert [list(story) for story in encoded.fixed(layout, 20)] == fixed
+
+
+def test_every_epoch_has_every_story_in_another_order(clips):
+    encoded = open_clips(clips, scenes='unrelated')
+    count = len(encoded.candidates((5,)))
+    endless = encoded.endless((5,))
+    epochs = [[scenes_of(endless[e * count + i])[0] for i in range(count)] for e in range(5)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+def test_the_seed_changes_order_and_noise(clips):
+    firsts = [seeded(open_clips(clips), seed).endless((5, 5))[0] for seed in range(20)]
+    again = seeded(open_clips(clips), 0).endless((5, 5))[0]
+    np.testing.assert_array_equal(firsts[0]['latents'], again['latents'])
+    assert len({tuple(scenes_of(example)) for example in firsts}) > 3
+    assert len(np.unique([example['latents'].ravel()[0] for example in firsts])) == 20
+
+
+def test_no_noise_of_the_posterior_comes_twice(clips):
+    """Not in the scenes of an example, nor in the examples of a batch, nor in another epoch."""
+    endless = open_clips(clips).endless((5, 5))
+    latents = np.stack([endless[i]['latents'] for i in range(100)])  # [examples, T, h, w, C]
+    noise = latents.reshape(200, -1)  # one row per scene
+    assert len(np.unique(noise)) > 0.999 * noise.size
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    between_scenes = np.mean(latents[:, 0] * latents[:, 1])
+    between_examples = np.mean(latents[1:] * latents[:-1])
+    assert abs(between_scenes) < 0.05 and abs(between_examples) < 0.05
+
+
+def test_the_fingerprint_tells_how_stories_are_made(clips):
+    found = [open_clips(clips, scenes=scenes).fingerprint for scenes in config_lib.SCENES]
+    assert len(set(found)) == 2
+    assert open_clips(clips, scenes=config_lib.SCENES[0]).fingerprint == found[0]
+
+
+# Scale.
+
+
+def index_of(stories, scenes):
+    """Clips of which only the index is there."""
+    rows = np.zeros(3 * stories, records.ROW_DTYPE)
+    rows['story'], rows['scene'] = np.divmod(np.arange(len(rows)), 3)
+    rows['frames'] = 5
+    encoded = encoded_clips.EncodedClips.__new__(encoded_clips.EncodedClips)
+    data = config_lib.DataConfig(scenes=scenes)
+    encoded._config = config_lib.Config(data=data)
+    encoded._records = types.SimpleNamespace(rows=rows)
+    return encoded
+
+
+def peak_bytes(function):
+    tracemalloc.start()
+    try:
+        result = function()
+        return result, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize('scenes', config_lib.SCENES)
+def test_listing_stories_takes_some_bytes_for_each(scenes):
+    groups, peak = peak_bytes(lambda: index_of(20_000, scenes).candidates((5, 5)))
+    assert len(groups) == {'consecutive': 20_000, 'unrelated': 60_000}[scenes]
+    assert peak < 60_000 * (24 + 50)  # the rows themselves take 24
+
+
+@pytest.mark.parametrize('scenes', config_lib.SCENES)
+def test_drawing_an_example_does_not_look_at_all_clips(scenes):
+    encoded = index_of(100_000, scenes)
+    groups = encoded.candidates((5, 5, 5))
+    rng = np.random.default_rng(0)
+    records_drawn, peak = peak_bytes(lambda: encoded._draw_records(groups[7], rng, (5,) * 24))
+    assert len(np.unique(records_drawn)) == 24
+    assert peak < 50_000
