@@ -13,10 +13,12 @@ nothing moved on for SILENCE_SECONDS. No clock is compared with another machine'
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -32,6 +34,55 @@ _POLL_SECONDS = 0.5
 
 class ClaimedError(RuntimeError):
     """The folder belongs to another process."""
+
+
+class OutputError(RuntimeError):
+    """A file or folder cannot be written."""
+
+
+@contextlib.contextmanager
+def writing(folder, flag: str = '--out') -> Iterator[None]:
+    """Tells in one sentence what keeps files from being written, such as a full disk.
+
+    Args:
+      folder: where the files go.
+      flag: what the user chose the folder with.
+
+    Raises:
+      OutputError: in place of an OSError of the operating system.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        reason = os.strerror(error.errno)
+        if error.errno == errno.EEXIST:
+            reason = 'it is a file'
+        raise OutputError(
+            f'{folder} cannot be written ({reason}): make room or give rights there, or choose '
+            f'another folder by {flag}.'
+        ) from error
+
+
+def try_output(folder, flag: str = '--out') -> None:
+    """Makes a folder and tries to write in it, before any work is done for it.
+
+    Args:
+      folder: the folder of results.
+      flag: what the user chose the folder with.
+
+    Raises:
+      OutputError: if nothing can be written there.
+    """
+    if '://' in str(folder):
+        raise OutputError(
+            f'{folder} is not a folder of this machine: choose a local one by {flag}, and copy it.'
+        )
+    with writing(folder, flag):
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # an empty file would fit on a full disk
 
 
 @contextlib.contextmanager

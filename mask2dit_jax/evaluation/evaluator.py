@@ -166,8 +166,8 @@ def evaluate(
 
 
 def _find_reference(folder) -> list[pathlib.Path]:
-    """All mp4 files in and below a folder."""
-    paths = sorted(pathlib.Path(folder).rglob('*.mp4'))
+    """The videos in and below a folder."""
+    paths = videos_lib.whole_videos(folder)
     if not paths:
         raise FileNotFoundError(f'{folder} holds no mp4 file: check --reference.')
     return paths
