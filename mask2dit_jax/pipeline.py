@@ -533,8 +533,8 @@ class Request:
       given: the given scenes.
       negative_caption: what guidance leads away from.
       sampling: seed, sampler, steps and guidance.
-      record: what story.json holds. Its checkpoint is certain once `inputs` are there: before, it
-        is the newest of a workdir, of which nobody knows whether it is whole.
+      record: what story.json holds. Its `weights`, a checksum, and its `checkpoint` are certain
+        once `inputs` are there: before, the latter is the newest of a workdir, whole or not.
       inputs: what the transformer gets, after `Model.start`.
     """
 
@@ -664,6 +664,7 @@ class Model:
         record = {
             'scenes': _scene_records(stories[0], planned),
             'checkpoint': self.source,
+            'weights': None,
             'given': [scene.record for scene in scenes],
             'given_frames': given_frames,
             'num_videos': len(stories),
@@ -694,8 +695,9 @@ class Model:
             negative_caption=request.negative_caption,
             given_latents=_encode_given(self.codec, request.given),
         )
-        path, _ = self.params()
-        record = request.record | {'checkpoint': str(path)}
+        path, params = self.params()
+        weights = checkpoint.checksums({'params': params})['params']
+        record = request.record | {'checkpoint': str(path), 'weights': weights}
         return dataclasses.replace(request, record=record, inputs=inputs)
 
     def videos(
@@ -858,8 +860,6 @@ def load(
         'lora': str(pathlib.Path(lora_file).absolute()) if lora_file else None,
     }
     low_rank = lora_files.read_lora(lora_file, config.model) if lora_file else None
-    if lora_file:
-        record['lora_sha256'] = story_file.file_digest(lora_file)
 
     def read_params():
         source, params = read()

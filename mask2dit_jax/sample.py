@@ -295,7 +295,7 @@ def _prepare(path: pathlib.Path, record: dict) -> tuple[pipeline.Model, pipeline
     model = _load(path, record)
     request = _request(model, record)
     if not _OVERWRITE.value:
-        samples.check(_OUT.value, request.record, but=['checkpoint'])
+        samples.check(_OUT.value, request.record, but=samples.UNCERTAIN)
 
     begun = samples.begun_from(_OUT.value, request.record)
     is_workdir = not _CHECKPOINT.value and path == pathlib.Path(_WORKDIR.value or '')

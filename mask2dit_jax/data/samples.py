@@ -33,6 +33,9 @@ STORY = 'story.json'
 # The size at which small videos are written: their pixels become squares.
 _WRITTEN_SIZE_PX = 256
 
+# What a record does not say for certain before the transformer has been read.
+UNCERTAIN = ('checkpoint', 'weights')
+
 # What `overwrite` deletes: nothing but what was written here.
 _OURS = r'(video_\d+\.(mp4|gif)|sheet_\d+\.png)(\.unfinished)?|video_\d+|story\.json\.unfinished'
 _OURS_WITHIN = r'(scene_\d+\.mp4|latents\.safetensors)(\.unfinished)?'
@@ -172,15 +175,17 @@ def missing(folder, record: dict) -> list[int]:
 
 
 def is_done(folder, record: dict) -> bool:
-    """Whether a folder has all the videos of a story."""
+    """Whether a folder has all the videos of a story, as far as that is known before its weights
+    are read."""
     found = read(folder)
-    return isinstance(found, dict) and not compare(found, record) and not missing(folder, record)
+    is_same = isinstance(found, dict) and not compare(found, record, ['weights'])
+    return is_same and not missing(folder, record)
 
 
 def begun_from(folder, record: dict) -> str | None:
     """The checkpoint from which a part of a story's videos has been made, if others are missing."""
     found = read(folder)
-    if not isinstance(found, dict) or compare(found, record, ['checkpoint', 'num_videos']):
+    if not isinstance(found, dict) or compare(found, record, (*UNCERTAIN, 'num_videos')):
         return None
     return found.get('checkpoint') if missing(folder, found) else None
 

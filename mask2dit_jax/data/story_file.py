@@ -200,5 +200,5 @@ SETTINGS = {
     'decode_rule': _TEXT,
     'mask_padding': _FLAG,
     'lora': _or_null(_TEXT),
-    'lora_sha256': _TEXT,
+    'weights': _whole(0),
 }
