@@ -97,7 +97,8 @@ if __name__ == '__main__':
     flags.DEFINE_string(
         'reference',
         None,
-        'Folder of real mp4 files for the Fréchet distance; those in folders below it count too.',
+        'Folder of real mp4 files for the Fréchet distance; those in folders below it count too, '
+        'but for the clips of single scenes that sample wrote.',
     )
     flags.DEFINE_integer(
         'frames',

@@ -177,7 +177,7 @@ def test_extending_latents_needs_no_codec(model, tmp_path):
 
     by_pixels = model.generate(captions, steps=2, given=first.scenes)
     difference = np.abs(by_pixels.latents.scenes[2] - by_memory.latents.scenes[2]).max()
-    assert by_pixels.num_given == 2 and 0 < difference
+    assert by_pixels.num_given == 2 and difference > 0
 
     # One scene of pixels between scenes of latents.
     mixed = model.generate(

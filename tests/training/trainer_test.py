@@ -297,7 +297,7 @@ def test_sampling_and_fine_tuning_take_the_newest_good_checkpoint(finished, tmp_
     # A damaged checkpoint that is named is not replaced by another.
     damaged = str(workdir / 'checkpoints/6')
     with pytest.raises(ValueError, match='checkpoints/6 is damaged'):
-        sample_run(tmp_path, None, checkpoint=damaged, prompt=['it grows', 'it blinks'])
+        sample_run(tmp_path / 'named', None, checkpoint=damaged, prompt=['it grows', 'it blinks'])
 
 
 def test_sample_writes_reproducible_videos(finished, tmp_path):
