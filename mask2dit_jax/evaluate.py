@@ -31,8 +31,8 @@ features.safetensors in --out, in the same form. Such a file knows its videos an
 the same name are refused.
 
 --out receives evaluation.md and evaluation.json: means over the videos with 95 % bootstrap
-intervals. They replace those of an earlier evaluation. The paper does not say which pairs of scenes, which frames and which encoder it takes:
-compare only numbers of one protocol.
+intervals. They replace those of an earlier evaluation. The paper does not say which pairs of
+scenes, which frames and which encoder it takes: compare only numbers of one protocol.
 """
 
 from absl import app, flags
@@ -98,7 +98,8 @@ if __name__ == '__main__':
     flags.DEFINE_string(
         'reference',
         None,
-        'Folder of real mp4 files for the Fréchet distance; those in folders below it count too.',
+        'Folder of real mp4 files for the Fréchet distance; those in folders below it count too, '
+        'but for the clips of single scenes that sample wrote.',
     )
     flags.DEFINE_integer(
         'frames',

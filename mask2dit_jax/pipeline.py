@@ -9,12 +9,13 @@ and scores.
 `sample_latents`, and both with decoding, `generate`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
+import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from mask2dit_jax import checkpoint
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import clips, latent_codec, manifest, sheets, story_file
+from mask2dit_jax.data import clips, latent_codec, latent_file, manifest, samples, story_file
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -32,19 +34,44 @@ from mask2dit_jax.models import dit, lora
 from mask2dit_jax.pretrained import config_json, lora_files, names, runs
 from mask2dit_jax.pretrained import load as load_lib
 
-# The size at which small videos are written: their pixels become squares.
-_WRITTEN_SIZE_PX = 256
+# Functions that hear of every denoising step that is done, by a number of their own. The compiled
+# loops get the number as an input and call `_report_step` with it, so that a loop need not be
+# compiled anew for each of them.
+_step_listeners: dict[int, Callable[[], None]] = {}
+_listener_numbers = itertools.count()
 
 
-# Functions that hear of every denoising step that is done. The compiled loops call them through
-# `_report_step`, so that a loop need not be compiled anew for each of them.
-_step_listeners: list[Callable[[], None]] = []
-
-
-def _report_step(timestep) -> None:
+def _report_step(timestep, number) -> None:
     del timestep  # listeners count
-    for listener in _step_listeners:
-        listener()
+    _step_listeners[int(number)]()
+
+
+@contextlib.contextmanager
+def _listening(listener: Callable[[], None]) -> Iterator[int]:
+    """Yields the number under which a listener hears of steps; what it raises, this raises.
+
+    The loop calls from inside of XLA, in whose hands an exception becomes another one or ends the
+    process; and where the main thread runs the loop, Ctrl-C is such an exception.
+    """
+    raised = []
+
+    def safe_listener():
+        if raised:
+            return
+        try:
+            listener()
+        except BaseException as error:
+            raised.append(error)
+
+    number = next(_listener_numbers)
+    _step_listeners[number] = safe_listener
+    try:
+        yield number
+    finally:
+        jax.effects_barrier()  # the last calls may come after the result
+        del _step_listeners[number]
+    if raised:
+        raise raised[0]
 
 
 @functools.cache
@@ -59,11 +86,23 @@ def jit_sample(
 
     The two halves of classifier-free guidance are rows of one batch, spread over the batch axes of
     the mesh; tokens are spread over context. Everything but the parameters comes in whole on every
-    device. With `reports_steps` the loop tells `_step_listeners` of every step that is done.
+    device. With `reports_steps` the loop gets the number of one of `_step_listeners` as its last
+    input, and tells it of every step that is done.
     """
     model = dit.DiT(config.model)
 
-    def run(params, noise, text, null_text, given, given_scenes, timesteps, table, guidance):
+    def run(
+        params,
+        noise,
+        text,
+        null_text,
+        given,
+        given_scenes,
+        timesteps,
+        table,
+        guidance,
+        listener=None,
+    ):
         layout = config.model.layout(frames, *noise.shape[2:4])
         both = jnp.concatenate([jnp.broadcast_to(null_text, text.shape), text])
 
@@ -87,12 +126,13 @@ def jit_sample(
                 given,
                 given_scenes,
                 callback=_report_step if reports_steps else None,
+                callback_data=listener,
             )
         return out.reshape(-1, *shape)
 
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = partitioning.shardings(names.abstract_params(config.model), mesh)
-    return jax.jit(run, in_shardings=(params, *[whole] * 8), out_shardings=whole)
+    return jax.jit(run, in_shardings=(params, *[whole] * (8 + reports_steps)), out_shardings=whole)
 
 
 def story_noise(seed: int, index: int, shape: tuple[int, ...]):
@@ -137,6 +177,7 @@ def encode_inputs(
     frames: tuple[int, ...],
     given_videos=None,
     negative_caption: str = '',
+    given_latents: Sequence[np.ndarray] = (),
 ) -> Inputs:
     """Encodes captions and given scenes.
 
@@ -147,6 +188,8 @@ def encode_inputs(
       given_videos: None, or pixels [B, F', H, W, 3] of the leading scenes, which are given; B may
         be 1 where all stories share them.
       negative_caption: what classifier-free guidance leads away from, in every scene.
+      given_latents: instead of given_videos, latents [T', h, w, C] of each leading scene that is
+        given, which all stories share.
 
     Raises:
       ValueError: if captions, frames and given scenes do not fit each other.
@@ -168,6 +211,10 @@ def encode_inputs(
         latents = codec.encode_video(given_videos, frames[:count])
         given[:, : latents.shape[1]] = latents
         given_scenes[:, :count] = True
+    elif len(given_latents):
+        latents = np.concatenate(given_latents)  # [T', h, w, C]
+        given[:, : len(latents)] = latents
+        given_scenes[:, : len(given_latents)] = True
     text = np.reshape(text, (batch, num_scenes, *null_text.shape))
     return Inputs(latent_frames, text, null_text, given, given_scenes)
 
@@ -199,10 +246,7 @@ def sample_latents(
     """
     num_scenes = len(inputs.latent_frames)
     guidance = config.sample.guidance if guidance is None else guidance
-    if np.size(guidance) not in (1, num_scenes):
-        raise ValueError(
-            f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.'
-        )
+    _check_guidance(guidance, num_scenes)
     whole = config.model.whole_patches(inputs.latent_frames)
     given = inputs.given[:, whole.source]
     noise = jnp.stack([story_noise(seed, first_index + i, x.shape) for i, x in enumerate(given)])
@@ -212,26 +256,28 @@ def sample_latents(
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
     mesh = mesh_lib.mesh_of(params)
     run = jit_sample(config, whole.frames, mesh, reports_steps=listener is not None)
-    if listener is not None:
-        _step_listeners.append(listener)
-    try:
-        latents = run(
-            params,
-            noise,
-            inputs.text,
-            inputs.null_text,
-            given,
-            inputs.given_scenes,
-            timesteps,
-            table,
-            scale,
+    arguments = (
+        params,
+        noise,
+        inputs.text,
+        inputs.null_text,
+        given,
+        inputs.given_scenes,
+        timesteps,
+        table,
+        scale,
+    )
+    if listener is None:
+        return np.asarray(run(*arguments))[:, whole.kept]
+    with _listening(listener) as number:
+        return np.asarray(run(*arguments, number))[:, whole.kept]
+
+
+def _check_guidance(guidance, num_scenes: int) -> None:
+    if np.size(guidance) not in (1, num_scenes):
+        raise ValueError(
+            f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.'
         )
-        latents = np.asarray(latents)[:, whole.kept]
-    finally:
-        if listener is not None:
-            jax.effects_barrier()  # the last calls may come after the result
-            _step_listeners.remove(listener)
-    return latents
 
 
 def generate(
@@ -316,22 +362,155 @@ def read_given(path, height_px: int, width_px: int, frames: int | None, seed: in
     return video_lib.read_frames(path, info, indices, height_px=height_px, width_px=width_px)
 
 
+@dataclasses.dataclass(frozen=True)
+class _GivenScene:
+    """A given scene: pixels that are still to be encoded, or latents.
+
+    Attributes:
+      frames: number of pixel frames.
+      record: what story.json says of it.
+      pixels: [F, H, W, 3], uint8 or float32 in [0, 1].
+      latents: float32 [T, h, w, C].
+    """
+
+    frames: int
+    record: dict
+    pixels: np.ndarray | None = None
+    latents: np.ndarray | None = None
+
+
+def _open_given(
+    item, codec: latent_codec.LatentCodec, given_frames: int | None, seed: int
+) -> list[_GivenScene]:
+    """The scenes of one item of `given`; see `Model.generate`."""
+    height_px, width_px = codec.size_px
+    if isinstance(item, np.ndarray):
+        if item.ndim != 4 or item.shape[1:] != (height_px, width_px, 3):
+            raise ValueError(
+                f'Given pixels have shape {item.shape}, not [F, {height_px}, {width_px}, 3]: '
+                'scale and crop them to codec.size_px, or give a file.'
+            )
+        record = {'file': None, 'sha256': hashlib.sha256(item.tobytes()).hexdigest()}
+        return [_GivenScene(len(item), record, pixels=item)]
+    if isinstance(item, latent_file.Latents):
+        return _given_latents('What is given', item, codec)
+
+    path = item
+    entry = item if isinstance(item, Mapping) else {}
+    if entry:
+        path = entry['file']
+    if path is None:
+        raise ValueError(
+            'A given scene was pixels or latents from Python, which story.json does not hold: give '
+            'it again by --given.'
+        )
+
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = path / latent_file.NAME
+    if path.suffix == '.safetensors':
+        scenes = _given_latents(path, latent_file.read(path), codec)
+    else:
+        pixels = read_given(path, height_px, width_px, given_frames, seed)
+        scenes = [_GivenScene(len(pixels), {}, pixels=pixels)]
+
+    digest = story_file.file_digest(path)
+    if entry.get('sha256', digest) != digest:
+        raise ValueError(
+            f'{path} has changed since the story was made from it (sha256 {digest[:16]}, not '
+            f'{entry["sha256"][:16]}): put it back, or give another by --given.'
+        )
+    told = {'file': str(path.absolute()), 'sha256': digest}
+    scenes = [dataclasses.replace(s, record=told | _number_of(s.record)) for s in scenes]
+    if 'scene' not in entry:
+        return scenes
+    if entry['scene'] >= len(scenes):
+        raise ValueError(
+            f'{path} has {len(scenes)} scenes, and none with the number {entry["scene"]}.'
+        )
+    return [scenes[entry['scene']]]
+
+
+def _number_of(record: dict) -> dict:
+    """What a record says of the number of the scene in its file of several."""
+    return {key: record[key] for key in record if key == 'scene'}
+
+
+def _given_latents(
+    name, latents: latent_file.Latents, codec: latent_codec.LatentCodec
+) -> list[_GivenScene]:
+    """The scenes of latents that fit the codec."""
+    if latents.codec != codec.fingerprint:
+        raise ValueError(
+            f'{name} holds latents of the codec {latents.codec}, and the model has '
+            f'{codec.fingerprint}: give the video instead.'
+        )
+    if tuple(latents.size_px) != tuple(codec.size_px):
+        ours, theirs = ('x'.join(map(str, size)) for size in (codec.size_px, latents.size_px))
+        raise ValueError(
+            f'{name} holds latents of {theirs} pixels, and the model makes {ours}: give the video, '
+            'or sample with that --height and --width.'
+        )
+
+    scenes = []
+    lengths = codec.latent_frames(tuple(latents.frames))
+    for number, (scene, frames) in enumerate(zip(latents.scenes, latents.frames)):
+        expected = (lengths[number], *codec.latent_shape)
+        if scene.shape != expected:
+            raise ValueError(
+                f'{name}: scene {number} has latents {scene.shape}, not {expected}: have it '
+                'written again.'
+            )
+        digest = hashlib.sha256(scene.tobytes()).hexdigest()
+        record = {'file': None, 'sha256': digest, 'scene': number}
+        scenes.append(_GivenScene(frames, record, latents=scene))
+    return scenes
+
+
+def _encode_given(
+    codec: latent_codec.LatentCodec, given: Sequence[_GivenScene]
+) -> list[np.ndarray]:
+    """Latents [T', h, w, C] of each given scene; the codec is called once."""
+    clips_px = [scene.pixels for scene in given if scene.pixels is not None]
+    encoded = iter(())
+    if clips_px:
+        frames = tuple(len(clip) for clip in clips_px)
+        latents = codec.encode_video(_joined(clips_px)[None], frames)[0]
+        encoded = iter(story_file.split_scenes(latents, codec.latent_frames(frames)))
+    return [next(encoded) if scene.latents is None else scene.latents for scene in given]
+
+
+def _joined(clips_px: list[np.ndarray]) -> np.ndarray:
+    """Clips one after another, [F, H, W, 3]; uint8 only if all are."""
+    if len({clip.dtype for clip in clips_px}) > 1:
+        clips_px = [
+            clip / np.float32(255) if clip.dtype == np.uint8 else np.asarray(clip, np.float32)
+            for clip in clips_px
+        ]
+    return np.concatenate(clips_px)
+
+
 def plan_frames(
-    frames: Sequence[int | None], given: Sequence[np.ndarray], default: int
+    frames: Sequence[int | None], given_frames: Sequence[int], default: int
 ) -> tuple[int, ...]:
     """Pixel frames of each scene: those of its given clip, else those asked for, else the default.
 
+    Args:
+      frames: those asked for, None where nothing is.
+      given_frames: those of each given scene.
+      default: for all others.
+
     Raises:
-      ValueError: if there are as many given clips as scenes, or a clip contradicts what is asked.
+      ValueError: if as many scenes are given as there are, or one contradicts what is asked.
     """
-    if len(given) >= len(frames):
+    if len(given_frames) >= len(frames):
         raise ValueError(
-            f'{len(given)} given clips and {len(frames)} captions leave no scene to generate: give '
-            'one caption per clip and at least one more.'
+            f'{len(given_frames)} given clips and {len(frames)} captions leave no scene to '
+            'generate: give one caption per clip and at least one more.'
         )
     planned = []
     for i, asked in enumerate(frames):
-        length = len(given[i]) if i < len(given) else None
+        length = given_frames[i] if i < len(given_frames) else None
         if asked and length and asked != length:
             raise ValueError(
                 f'Scene {i + 1} has {asked} frames in the story but its given clip has {length}.'
@@ -340,45 +519,32 @@ def plan_frames(
     return tuple(planned)
 
 
+Video = samples.Video
+save = samples.save
+
+
 @dataclasses.dataclass(frozen=True)
-class Video:
-    """One generated video.
+class Request:
+    """Videos that are to be made, after everything has been checked that is cheap to check.
 
     Attributes:
-      scenes: pixels of each scene, float32 in [0, 1], [F, H, W, 3]; the given ones come first.
-      captions: one for each scene.
-      num_given: how many leading scenes were given.
-      fps: frames per second.
-      record: everything that it takes to make the video again, as story.json holds it.
+      stories: captions of each video.
+      frames: pixel frames per scene.
+      given: the given scenes.
+      negative_caption: what guidance leads away from.
+      sampling: seed, sampler, steps and guidance.
+      record: what story.json holds. Its `weights`, a checksum, and its `checkpoint` are certain
+        once `inputs` are there: before, the latter is the newest of a workdir, whole or not.
+      inputs: what the transformer gets, after `Model.start`.
     """
 
-    scenes: list[np.ndarray]
-    captions: list[str]
-    num_given: int
-    fps: float
+    stories: list[list[str]]
+    frames: tuple[int, ...]
+    given: list[_GivenScene]
+    negative_caption: str
+    sampling: dict
     record: dict
-
-    def save(self, folder) -> None:
-        """Writes what `sample` writes: video_0.mp4, video_0.gif, sheet_0.png and story.json."""
-        save([self], folder)
-
-
-def save(videos: Sequence[Video], folder) -> None:
-    """Writes videos of one story to a folder: an mp4, a gif and a contact sheet of each, and one
-    story.json."""
-    folder = pathlib.Path(folder)
-    for i, video in enumerate(videos):
-        pixels = np.concatenate(video.scenes)  # [F, H, W, 3]
-        scale = max(1, _WRITTEN_SIZE_PX // pixels.shape[1])
-        video_lib.write_mp4(folder / f'video_{i}.mp4', pixels, video.fps, scale)
-        video_lib.write_gif(folder / f'video_{i}.gif', pixels, video.fps, scale)
-
-        given = [s < video.num_given for s in range(len(video.scenes))]
-        sheet = sheets.contact_sheet(video.scenes, video.captions, given=given)
-        video_lib.write_png(folder / f'sheet_{i}.png', sheet)
-
-    record = videos[0].record | {'num_videos': len(videos)}
-    (folder / 'story.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+    inputs: Inputs | None = None
 
 
 class Model:
@@ -388,12 +554,15 @@ class Model:
       config: config.Config.
       codec: latent_codec.LatentCodec, between captions or pixels and latents.
       settings: what `load` was told, for story.json.
+      source: where the parameters come from, as far as that is known before they are read: of a
+        workdir it is the newest checkpoint, whole or not.
     """
 
-    def __init__(self, config, codec, read_params, settings: dict, keep_params: bool):
+    def __init__(self, config, codec, read_params, settings: dict, source: str, keep_params: bool):
         self.config = config
         self.codec = codec
         self.settings = settings
+        self.source = source
         self._read_params = read_params
         self._keep_params = keep_params
         self._params = None
@@ -402,38 +571,27 @@ class Model:
         """Where the parameters come from, and the parameters; they are read at the first call."""
         if self._params is None:
             self._params = self._read_params()
+        path, params = self._params
+        if jax.tree.leaves(params)[0].sharding.memory_kind == 'pinned_host':
+            self._params = path, _in_memory(params, 'device')
         return self._params
 
     def generate(
         self,
         captions: Sequence[str] | Sequence[Sequence[str]],
         *,
-        frames: Sequence[int | None] | int | None = None,
-        given: Sequence = (),
-        given_frames: int | None = None,
-        seed: int = 0,
-        sampler: str | None = None,
-        steps: int | None = None,
-        guidance=None,
-        negative_caption: str = '',
         callback: Callable[[int, int], None] | None = None,
+        **settings,
     ):
         """Generates one video, or several whose scenes have the same lengths.
 
         Args:
           captions: one for each scene, those of given scenes included; or a list of such lists, for
             several videos. Equal lists give different videos: each has noise of its own.
-          frames: pixel frames of a scene, or of each; None takes those that the model was trained
-            with. A given scene has the frames of its clip.
-          given: leading scenes, which all the videos continue: files, or pixels [F, H, W, 3], uint8
-            or float32 in [0, 1], of the size in `codec.size_px`.
-          given_frames: cut so many frames from each given file; None takes the whole file.
-          seed: the same seed gives the same videos; video i has the noise of (seed, i).
-          sampler, steps, guidance: None takes the settings of the model; guidance is one number, or
-            one for each scene.
-          negative_caption: what guidance leads away from, in every scene.
           callback: called after every denoising step with its number, from 1, and the number of all
-            steps of all the videos.
+            steps of all the videos. What it raises ends the call, after the present video.
+          **settings: those of `request`: frames, given, given_frames, seed, first_index, sampler,
+            steps, guidance, negative_caption.
 
         Returns:
           Video, or a list of them if captions is a list of lists.
@@ -441,87 +599,187 @@ class Model:
         Raises:
           FileNotFoundError, ValueError: naming what is missing or does not fit.
         """
+        request = self.start(self.request(captions, **settings))
+        videos = list(self.videos(request, range(len(request.stories)), callback))
+        is_one = isinstance(captions[0], str)
+        return videos[0] if is_one else videos
+
+    def request(
+        self,
+        captions: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        frames: Sequence[int | None] | int | None = None,
+        given: Sequence = (),
+        given_frames: int | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance=None,
+        negative_caption: str = '',
+    ) -> Request:
+        """Checks what `generate` is asked for, and reads the given files; no network is loaded.
+
+        Args:
+          captions: as in `generate`.
+          frames: pixel frames of a scene, or of each; None takes those that the model was trained
+            with. A given scene has the frames of its clip.
+          given: leading scenes, which all the videos continue. Each is one of these: a video file;
+            pixels [F, H, W, 3], uint8 or float32 in [0, 1], of the size in `codec.size_px`; the
+            latents of a video that this codec made (`Video.latents`), a file of them, or the folder
+            of that file, which give as many scenes as they hold; or what a story.json says of a
+            given scene.
+          given_frames: cut so many frames from each given video file; None takes the whole file.
+          seed: the same seed gives the same videos; video i has the noise of (seed, first_index +
+            i).
+          first_index: see above.
+          sampler, steps, guidance: None takes the settings of the model; guidance is one number, or
+            one for each scene.
+          negative_caption: what guidance leads away from, in every scene.
+
+        Raises:
+          FileNotFoundError, ValueError: naming what is missing or does not fit.
+        """
         if not captions or not captions[0]:
             raise ValueError('There is no caption: give one for each scene.')
         stories = [captions] if isinstance(captions[0], str) else list(captions)
-        num_scenes = len(stories[0])
-        height_px, width_px = self.codec.size_px
-        given_clips = []
-        for clip in given:
-            if not isinstance(clip, np.ndarray):
-                clip = read_given(clip, height_px, width_px, given_frames, seed)
-            if clip.ndim != 4 or clip.shape[1:] != (height_px, width_px, 3):
-                raise ValueError(
-                    f'Given pixels have shape {clip.shape}, not [F, {height_px}, {width_px}, 3]: '
-                    'scale and crop them to codec.size_px, or give a file.'
-                )
-            given_clips.append(clip)
-        asked = list(frames) if isinstance(frames, Sequence) else [frames] * num_scenes
-        planned = plan_frames(asked, given_clips, self.config.data.layouts[0][0])
+        stories = [list(story) for story in stories]
+
+        scenes = []
+        for item in given:
+            scenes += _open_given(item, self.codec, given_frames, seed)
+        asked = list(frames) if isinstance(frames, Sequence) else [frames] * len(stories[0])
+        lengths = [scene.frames for scene in scenes]
+        planned = plan_frames(asked, lengths, self.config.data.layouts[0][0])
+
         guidance = self.config.sample.guidance if guidance is None else guidance
+        _check_guidance(guidance, len(planned))
         sampling = {
             'seed': seed,
             'sampler': sampler or self.config.sample.sampler,
             'steps': steps or self.config.sample.steps,
             'guidance': np.asarray(guidance, float).tolist(),
         }
-        logging.info(
-            'Sampling %d video(s) of %s frames.', len(stories), '+'.join(map(str, planned))
-        )
-
-        # One network is in memory at a time: the text encoder and the VAE in here, ...
-        given_videos = None
-        if given_clips:
-            given_videos = np.concatenate(given_clips)[None]  # [1, F, H, W, 3]
-        inputs = encode_inputs(self.codec, stories, planned, given_videos, negative_caption)
-
-        # ... then the transformer, ...
-        path, params = self.params()
-        listener = None
-        if callback is not None:
-            listener = _step_counter(callback, len(stories) * sampling['steps'])
-        latents = np.concatenate(
-            [
-                sample_latents(
-                    self.config,
-                    params,
-                    inputs.story(i),
-                    first_index=i,
-                    listener=listener,
-                    **sampling,
-                )
-                for i in tqdm.trange(len(stories), desc='sampling', unit='video')
-            ]
-        )
-        del params
-        if not self._keep_params:
-            self._params = None
-
-        # ... and the VAE again.
-        pixels = self.codec.decode_video(latents, inputs.latent_frames)  # [B, F, H, W, 3]
-        how = {
-            'checkpoint': str(path),
-            'given': [_given_record(clip) for clip in given],
+        samplers.sampler_table(sampling['sampler'], self.config.schedule, sampling['steps'])
+        record = {
+            'scenes': _scene_records(stories[0], planned),
+            'checkpoint': self.source,
+            'weights': None,
+            'given': [scene.record for scene in scenes],
             'given_frames': given_frames,
-            'num_videos': 1,
+            'num_videos': len(stories),
+            'first_index': first_index,
             'negative_prompt': negative_caption,
             **sampling,
+            'fps': self.config.data.fps,
             'model': dataclasses.asdict(self.config.model),
             'jax': jax.__version__,
             **self.settings,
         }
-        videos = [
-            self._video(list(story), planned, video, len(given_clips), how)
-            for story, video in zip(stories, pixels)
-        ]
-        return videos[0] if isinstance(captions[0], str) else videos
+        return Request(stories, planned, scenes, negative_caption, sampling, record)
 
-    def _video(self, captions: list[str], frames: tuple[int, ...], pixels, num_given: int, how):
-        """One video, from its pixels [F, H, W, 3] and a record of how it was made."""
-        scenes = [{'caption': c, 'frames': f} for c, f in zip(captions, frames)]
-        record = {'scenes': scenes} | how
-        parts = story_file.split_scenes(pixels, frames)
-        return Video(parts, captions, num_given, self.config.data.fps, record)
+    def start(self, request: Request) -> Request:
+        """Encodes the captions and given scenes of a request, then reads the transformer.
+
+        One network is in memory at a time: the text encoder, the VAE, the transformer.
+        """
+        logging.info(
+            'Sampling %d video(s) of %s frames.',
+            len(request.stories),
+            '+'.join(map(str, request.frames)),
+        )
+        inputs = encode_inputs(
+            self.codec,
+            request.stories,
+            request.frames,
+            negative_caption=request.negative_caption,
+            given_latents=_encode_given(self.codec, request.given),
+        )
+        path, params = self.params()
+        weights = checkpoint.checksums({'params': params})['params']
+        record = request.record | {'checkpoint': str(path), 'weights': weights}
+        return dataclasses.replace(request, record=record, inputs=inputs)
+
+    def videos(
+        self,
+        request: Request,
+        indices: Sequence[int],
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Video]:
+        """Makes some videos of a request that was started, one after the other.
+
+        The transformer waits in the memory of the host while the VAE decodes, if the model does not
+        keep its parameters.
+
+        Args:
+          request: of `start`.
+          indices: which of its stories.
+          callback: as in `generate`.
+
+        Yields:
+          Each video, as soon as it is decoded.
+        """
+        listener = None
+        if callback is not None:
+            listener = _step_counter(callback, len(indices) * request.sampling['steps'])
+        first = request.record['first_index']
+
+        for index in tqdm.tqdm(indices, desc='sampling', unit='video'):
+            _, params = self.params()
+            latents = sample_latents(
+                self.config,
+                params,
+                request.inputs.story(index),
+                first_index=first + index,
+                listener=listener,
+                **request.sampling,
+            )
+            del params
+            self._put_away(is_last=index == indices[-1])
+            pixels = self.codec.decode_video(latents, request.inputs.latent_frames)
+            yield self._video(request, index, latents[0], pixels[0])
+
+    def _put_away(self, is_last: bool) -> None:
+        """Makes room for the VAE where parameters are not kept."""
+        if self._keep_params:
+            return
+        if is_last:
+            self._params = None
+        else:
+            path, params = self._params
+            self._params = path, _in_memory(params, 'pinned_host')
+
+    def _video(self, request: Request, index: int, latents, pixels) -> Video:
+        """One video, from its latents [T, h, w, C] and its pixels [F, H, W, 3]."""
+        captions = request.stories[index]
+        record = request.record | {
+            'scenes': _scene_records(captions, request.frames),
+            'num_videos': 1,
+            'first_index': request.record['first_index'] + index,
+        }
+        return Video(
+            story_file.split_scenes(pixels, request.frames),
+            captions,
+            len(request.given),
+            self.config.data.fps,
+            record,
+            latent_file.Latents(
+                story_file.split_scenes(latents, request.inputs.latent_frames),
+                list(request.frames),
+                self.codec.fingerprint,
+                self.codec.size_px,
+                record['checkpoint'],
+            ),
+        )
+
+
+def _in_memory(params, kind: str):
+    """Parameters in a memory of their devices, 'device' or 'pinned_host'."""
+    return jax.device_put(params, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), params))
+
+
+def _scene_records(captions: Sequence[str], frames: Sequence[int]) -> list[dict]:
+    return [{'caption': c, 'frames': f} for c, f in zip(captions, frames)]
 
 
 def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[[], None]:
@@ -534,14 +792,6 @@ def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[
         callback(done, total)
 
     return listener
-
-
-def _given_record(clip) -> dict:
-    """What story.json says of a given clip."""
-    if isinstance(clip, np.ndarray):
-        return {'file': None, 'sha256': hashlib.sha256(clip.tobytes()).hexdigest()}
-    content = pathlib.Path(clip).read_bytes()
-    return {'file': str(clip), 'sha256': hashlib.sha256(content).hexdigest()}
 
 
 def default_mesh(axes: tuple[int, int] | None = None) -> jax.sharding.Mesh:
@@ -604,7 +854,11 @@ def load(
         config, codec, read = _open_run(path, mesh)
         record = {}
 
-    record['lora'] = str(lora_file) if lora_file else None
+    record |= {
+        'device': mesh.devices.flat[0].device_kind,
+        'mesh': [mesh.shape['fsdp'], mesh.shape['context']],
+        'lora': str(pathlib.Path(lora_file).absolute()) if lora_file else None,
+    }
     low_rank = lora_files.read_lora(lora_file, config.model) if lora_file else None
 
     def read_params():
@@ -613,7 +867,10 @@ def load(
             params = lora.merge_placed(params, *low_rank)
         return source, params
 
-    return Model(config, codec, read_params, record, keep_params)
+    source = path.absolute()
+    if (path / checkpoint.FOLDER).is_dir():
+        source = next(reversed(checkpoint.folders(path)), None)
+    return Model(config, codec, read_params, record, str(source), keep_params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -660,7 +917,7 @@ def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelF
     target = partitioning.abstract_arrays(abstract, mesh, config.model.dtype)
 
     def read():
-        return folder, load_lib.read_params(
+        return folder.absolute(), load_lib.read_params(
             'transformer', folder / 'transformer', config.model, target
         )
 
@@ -676,7 +933,7 @@ def _open_run(path: pathlib.Path, mesh: jax.sharding.Mesh):
 
     def read():
         if is_checkpoint:
-            return path, runs.restore(path, config, target)
+            return path.absolute(), runs.restore(path, config, target)
         return runs.newest(path, config, target)
 
     return config, latent_codec.for_run(config, workdir), read

@@ -1,6 +1,7 @@
 """Captions in, one multi-scene video out; given clips are extended.
 
-Required: --workdir or --checkpoint, and --prompt (once for each scene) or --story.
+Required: --workdir or --checkpoint, and --prompt (once for each scene); or --story with a
+story.json that `sample` wrote.
 
   python -m mask2dit_jax.sample --workdir=runs/tiny --prompt="red ring on gray moves left" \
     --prompt="it grows"
@@ -13,16 +14,37 @@ Required: --workdir or --checkpoint, and --prompt (once for each scene) or --sto
     --lora=pytorch_lora_weights.safetensors --prompt=A --prompt=B
 
 A story file is {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption":
-"it grows"}]}. From Python, mask2dit_jax.load does the same.
+"it grows"}]}. It may set what the flags set, too. The story.json in --out sets everything: with
+--story it makes the same videos again, to the byte on the same machine, and flags replace single
+values of it.
+
+--out belongs to one story. In it are
+
+  story.json                     the story and its settings
+  video_0.mp4, video_0.gif       the first video
+  sheet_0.png                    its scenes as rows of frames, with their captions
+  video_0/scene_0.mp4, ...       each of its scenes as a clip
+  video_0/latents.safetensors    what it was decoded from; --given takes it (or its folder) and
+                                 extends the video without another way through mp4 and the VAE
+
+and as much of every other video, which is written as soon as it is done. After a kill the same
+command goes on with the videos that are not there. Ctrl-C stops after the present video, a second
+one at once. From Python, mask2dit_jax.load does the same.
 """
 
+import concurrent.futures
+import math
+import os
 import pathlib
+import signal
+import sys
+import threading
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
-from mask2dit_jax import logs, pipeline
-from mask2dit_jax.data import story_file
+from mask2dit_jax import logs, pipeline, storage
+from mask2dit_jax.data import samples, story_file
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.models import vae
 
@@ -50,19 +72,30 @@ _PROMPT = flags.DEFINE_multi_string(
     'Caption of a scene; repeat the flag for every scene, given clips included.',
 )
 _STORY = flags.DEFINE_string(
-    'story', None, 'JSON file with scenes of caption and frames, instead of --prompt.'
+    'story',
+    None,
+    'JSON file with scenes of caption and frames, and with other settings that no flag gives; '
+    'instead of --prompt.',
 )
 _GIVEN = flags.DEFINE_multi_string(
-    'given', [], 'Video of a leading scene that is given; repeat it in story order.'
+    'given',
+    [],
+    'Video of a leading scene that is given, or latents.safetensors (or its folder) with several; '
+    'repeat it in story order.',
 )
 _GIVEN_FRAMES = flags.DEFINE_integer(
     'given_frames',
     None,
-    'Number of frames to cut from every given clip, as encode cuts the scenes of stories; --seed '
+    'Number of frames to cut from every given video, as encode cuts the scenes of stories; --seed '
     'draws where they start. Default: all frames.',
     lower_bound=1,
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the noise; the same seed gives the same video.')
+_SEED = flags.DEFINE_integer(
+    'seed',
+    None,
+    'Seed of the noise; the same seed gives the same video. Default: 0.',
+    lower_bound=0,
+)
 _STEPS = flags.DEFINE_integer(
     'steps', None, 'Sampling steps; default: the configuration of the run.', lower_bound=1
 )
@@ -76,7 +109,7 @@ _SAMPLER = flags.DEFINE_enum(
     'sampler', None, samplers.SAMPLERS, 'Sampler; default: the configuration of the run.'
 )
 _NEGATIVE = flags.DEFINE_string(
-    'negative_prompt', '', 'Caption that guidance leads away from, in every scene.'
+    'negative_prompt', None, 'Caption that guidance leads away from, in every scene; default: none.'
 )
 _FRAMES = flags.DEFINE_integer(
     'frames',
@@ -91,28 +124,32 @@ _HEIGHT = flags.DEFINE_integer(
 _WIDTH = flags.DEFINE_integer('width', None, 'Width in pixels, as --height.')
 _DTYPE = flags.DEFINE_enum(
     'dtype',
-    'bfloat16',
+    None,
     ('bfloat16', 'float32'),
     'Number format in which the transformer and the text encoder of a model folder are held and '
-    'computed; the VAE always computes in float32.',
+    'computed, by default bfloat16; the VAE always computes in float32.',
 )
 _TILING = flags.DEFINE_bool(
-    'tiling', False, 'Run the VAE of a model folder in overlapping tiles, for less memory.'
+    'tiling', None, 'Run the VAE of a model folder in overlapping tiles, for less memory.'
 )
 _DECODE_RULE = flags.DEFINE_enum(
     'decode_rule',
-    'reference',
+    None,
     vae.DECODE_RULES,
-    'How the VAE of a model folder batches frames: as Mask²DiT does, or as stock diffusers.',
+    'How the VAE of a model folder batches frames: as Mask²DiT does (reference, the default), or '
+    'as stock diffusers.',
 )
 _MASK_PADDING = flags.DEFINE_bool(
     'mask_padding',
-    False,
+    None,
     'Hide padding from the text encoder of a model folder; the reference does not.',
 )
 _FOLDER_FLAGS = 'height', 'width', 'dtype', 'tiling', 'decode_rule', 'mask_padding'
 _NUM_VIDEOS = flags.DEFINE_integer(
-    'num_videos', 1, 'Number of videos of this story, each from noise of its own.', lower_bound=1
+    'num_videos',
+    None,
+    'Number of videos of this story, each from noise of its own. Default: 1.',
+    lower_bound=1,
 )
 _MESH = flags.DEFINE_list(
     'mesh',
@@ -120,41 +157,85 @@ _MESH = flags.DEFINE_list(
     'FSDP,CONTEXT: the number of devices over which the parameters and the halves of guidance are '
     'spread, and the number over which tokens are; default on accelerators: 2 and the rest.',
 )
-_OUT = flags.DEFINE_string('out', 'samples', 'Folder for mp4, gif, contact sheet and story.json.')
+_OUT = flags.DEFINE_string(
+    'out', 'samples', 'Folder for the videos and story.json; it belongs to one story.'
+)
+_OVERWRITE = flags.DEFINE_bool(
+    'overwrite', False, 'Delete the samples of another story that --out holds.'
+)
 
 
-def _mesh() -> jax.sharding.Mesh:
-    """The mesh that --mesh asks for."""
-    if not _MESH.value:
-        return pipeline.default_mesh()
-    if len(_MESH.value) != 2:
-        raise app.UsageError(
-            f'--mesh needs two numbers, FSDP,CONTEXT, got {",".join(_MESH.value)}.'
-        )
-    fsdp, context = map(int, _MESH.value)
-    return pipeline.default_mesh((fsdp, context))
+def _chosen(flag, record: dict, default=None):
+    """The value of a flag, else that of the story file, else the default."""
+    if flag.value not in (None, []):
+        return flag.value
+    return record.get(flag.name, default)
 
 
-def _story() -> tuple[list[str], list[int | None]]:
-    """Captions and frames from --prompt or --story."""
+def _mesh(record: dict) -> jax.sharding.Mesh:
+    """The mesh that --mesh asks for, or the one of the story file where the devices allow it."""
+    axes = _MESH.value
+    if axes and (len(axes) != 2 or not all(size.isdigit() for size in axes)):
+        raise app.UsageError(f'--mesh needs two numbers, FSDP,CONTEXT, got {",".join(axes)}.')
+    recorded = record.get('mesh')
+    if not axes and recorded and math.prod(recorded) == jax.device_count():
+        axes = recorded
+    return pipeline.default_mesh(tuple(map(int, axes)) if axes else None)
+
+
+def _read_story() -> dict:
+    """The settings of --story, or none but the scenes of --prompt."""
     if bool(_PROMPT.value) == bool(_STORY.value):
         raise app.UsageError('Give the captions either by --prompt, repeated, or by --story.')
     if _STORY.value:
-        return story_file.read_story(_STORY.value)
-    return _PROMPT.value, [None] * len(_PROMPT.value)
+        return story_file.read_record(_STORY.value)
+    return {'scenes': [{'caption': caption} for caption in _PROMPT.value]}
 
 
-def _folder_settings(path: pathlib.Path) -> dict:
-    """The flags that are for model folders, if that is one.
+def _model_path(record: dict) -> pathlib.Path:
+    """What the model is loaded from.
+
+    Of the workdir that the story was made from it is the same checkpoint, however many have come
+    since.
+    """
+    recorded = record.get('checkpoint')
+    chosen = [bool(flag.value) for flag in (_CHECKPOINT, _WORKDIR)]
+    if all(chosen) or not (any(chosen) or recorded):
+        raise app.UsageError('Give either --workdir or --checkpoint.')
+    if _CHECKPOINT.value:
+        return pathlib.Path(_CHECKPOINT.value)
+    if _WORKDIR.value:
+        if recorded and _is_checkpoint_of(recorded, _WORKDIR.value):
+            logging.info('Using %s, from which the story was made.', recorded)
+            return pathlib.Path(recorded)
+        return pathlib.Path(_WORKDIR.value)
+    if not pathlib.Path(recorded).is_dir():
+        raise FileNotFoundError(
+            f'{recorded}, from which {_STORY.value} was made, is gone: give another model by '
+            '--workdir or --checkpoint.'
+        )
+    return pathlib.Path(recorded)
+
+
+def _is_checkpoint_of(path, workdir) -> bool:
+    """Whether it is a checkpoint of this workdir, and still there."""
+    path = pathlib.Path(path)
+    workdir = pathlib.Path(workdir)
+    return (path / 'ema').is_dir() and path.parent.parent.resolve() == workdir.resolve()
+
+
+def _folder_settings(path: pathlib.Path, record: dict) -> dict:
+    """The settings that are for model folders, if that is one.
 
     Raises:
-      UsageError: if one of them is given for something else.
+      UsageError: if a flag of them is given for something else.
       FileNotFoundError: if --checkpoint is neither a checkpoint nor a model folder.
     """
-    chosen = {name: flags.FLAGS[name] for name in _FOLDER_FLAGS}
+    values = {name: flags.FLAGS[name].value for name in _FOLDER_FLAGS}
     if (path / 'transformer').is_dir():
-        return {name: flag.value for name, flag in chosen.items()}
-    useless = [f'--{name}' for name, flag in chosen.items() if flag.present]
+        told = {name: record[name] for name in _FOLDER_FLAGS if name in record}
+        return told | {name: value for name, value in values.items() if value is not None}
+    useless = [f'--{name}' for name, value in values.items() if value is not None]
     if useless:
         raise app.UsageError(
             f'Only for model folders, and {path} is not one: {", ".join(useless)}.'
@@ -167,43 +248,152 @@ def _folder_settings(path: pathlib.Path) -> dict:
     return {}
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
-    if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):
-        raise app.UsageError('Give either --workdir or --checkpoint.')
-    logs.quiet_libraries()
-    captions, frames = _story()
-    default_frames = _FRAMES.value
-    path = pathlib.Path(_CHECKPOINT.value or _WORKDIR.value)
-    model = pipeline.load(
+def _load(path: pathlib.Path, record: dict) -> pipeline.Model:
+    return pipeline.load(
         path,
-        mesh=_mesh(),
-        lora_file=_LORA.value,
+        mesh=_mesh(record),
+        lora_file=_chosen(_LORA, record),
         keep_params=False,
-        **_folder_settings(path),
+        **_folder_settings(path, record),
     )
 
-    guidance = None
+
+def _request(model: pipeline.Model, record: dict) -> pipeline.Request:
+    """What is asked for by flags and story file."""
+    captions = [scene['caption'] for scene in record['scenes']]
+    frames = [scene.get('frames') for scene in record['scenes']]
+    if _FRAMES.value and all(frames):
+        raise app.UsageError(
+            f'--frames is for scenes without a length, and {_STORY.value} says the length of each.'
+        )
+    given = [item for item in _chosen(_GIVEN, record, []) if item]  # --given= gives none
+    guidance = record.get('guidance')
     if _GUIDANCE.value:
         guidance = [float(g) for g in _GUIDANCE.value]
         guidance = guidance[0] if len(guidance) == 1 else guidance
-    given_at = len(_GIVEN.value)
-    videos = model.generate(
-        [captions] * _NUM_VIDEOS.value,
-        frames=[f or (default_frames if i >= given_at else None) for i, f in enumerate(frames)],
-        given=_GIVEN.value,
-        given_frames=_GIVEN_FRAMES.value,
-        seed=_SEED.value,
-        sampler=_SAMPLER.value,
-        steps=_STEPS.value,
+
+    return model.request(
+        [captions] * _chosen(_NUM_VIDEOS, record, 1),
+        frames=[f or (_FRAMES.value if i >= len(given) else None) for i, f in enumerate(frames)],
+        given=given,
+        given_frames=_chosen(_GIVEN_FRAMES, record),
+        seed=_chosen(_SEED, record, 0),
+        first_index=record.get('first_index', 0),
+        sampler=_chosen(_SAMPLER, record),
+        steps=_chosen(_STEPS, record),
         guidance=guidance,
-        negative_caption=_NEGATIVE.value,
+        negative_caption=_chosen(_NEGATIVE, record, ''),
     )
-    pipeline.save(videos, _OUT.value)
+
+
+def _prepare(path: pathlib.Path, record: dict) -> tuple[pipeline.Model, pipeline.Request]:
+    """The model and what it is asked for, if --out may get it.
+
+    If a killed command has left a part of the same videos in --out, its checkpoint is used, even if
+    the workdir has a newer one by now.
+    """
+    model = _load(path, record)
+    request = _request(model, record)
+    if not _OVERWRITE.value:
+        samples.check(_OUT.value, request.record, but=samples.UNCERTAIN)
+
+    begun = samples.begun_from(_OUT.value, request.record)
+    is_workdir = not _CHECKPOINT.value and path == pathlib.Path(_WORKDIR.value or '')
+    if begun and is_workdir and _is_checkpoint_of(begun, path):
+        model = _load(pathlib.Path(begun), record)
+        request = _request(model, record)
+    return model, request
+
+
+def _tell_differences(story: dict, made: dict) -> None:
+    """Says why the videos will not be those of the story file, if they will not."""
+    told = {key: story[key] for key in story if key in made and key not in ('scenes', 'given')}
+    differences = samples.compare(told, {key: made[key] for key in told}, ['num_videos'])
+    sums = [[entry.get('sha256') for entry in r.get('given', [])] for r in (story, made)]
+    if 'given' in story and sums[0] != sums[1]:
+        differences.append('other given scenes')
+    if differences:
+        logging.warning(
+            'The videos will not be byte for byte those of %s: %s.',
+            _STORY.value,
+            '; '.join(differences),
+        )
+
+
+def _sample(stop: threading.Event) -> tuple[int, int]:
+    """Samples into --out until all is there, or until `stop` is set.
+
+    Returns:
+      The number of videos that were made, and the number that are still to be made.
+    """
+    record = _read_story()
+    path = _model_path(record)
+    storage.try_output(_OUT.value)
+    with storage.claim(_OUT.value) as hold:
+        model, request = _prepare(path, record)
+        if samples.is_done(_OUT.value, request.record):
+            return 0, 0
+
+        request = model.start(request)
+        if _STORY.value:
+            _tell_differences(record, request.record)
+        hold.check()
+        indices = samples.begin(_OUT.value, request.record, _OVERWRITE.value)
+        if stop.is_set() or not indices:
+            return 0, len(indices)
+
+        made = 0
+        for video, index in zip(model.videos(request, indices), indices):
+            hold.check()
+            samples.write(_OUT.value, index, video)
+            made += 1
+            if stop.is_set():
+                break
+        return made, len(indices) - made
+
+
+def _stop_at_interrupt(stop: threading.Event) -> None:
+    """Makes the first Ctrl-C set `stop`, and the second end the process."""
+
+    def interrupt(number, frame):
+        del number, frame
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+        os.write(2, b'\nStopping after the present video; Ctrl-C again stops at once.\n')
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
+    logs.quiet_libraries()
+
+    # Signals come to the main thread, which only waits here. In the midst of XLA, a
+    # KeyboardInterrupt is lost, becomes another error, or ends in a crash.
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    _stop_at_interrupt(stop)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            made, left = pool.submit(_sample, stop).result()
+    finally:
+        if not stop.is_set():
+            signal.signal(signal.SIGINT, before)
+
+    if left:
+        print(
+            f'Stopped: {left} video(s) are not yet in {_OUT.value}; the same command goes on.',
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    if not made:
+        print(f'Nothing to do: all videos of this story are in {_OUT.value} already.')
+        return
     print(
-        f'Wrote {len(videos)} video(s) to {_OUT.value}: video_*.mp4, video_*.gif, sheet_*.png, '
-        'story.json.'
+        f'Wrote {made} video(s) to {_OUT.value}: story.json, video_*.mp4, video_*.gif, '
+        'sheet_*.png, and in video_*/ each scene and the latents.'
     )
 
 

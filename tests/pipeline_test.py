@@ -1,6 +1,8 @@
 """Generation: guidance, noise per story, given scenes; from Python; wrong inputs are named."""
 
+import dataclasses
 import functools
+import threading
 
 import jax
 import numpy as np
@@ -150,14 +152,97 @@ def test_it_saves_what_sample_writes(folder, model, tmp_path):
     with flagsaver.flagsaver(checkpoint=str(folder), out=str(tmp_path / 'command'), **flags):
         sample.main(['sample'])
     written = {path.name for path in (tmp_path / 'command').iterdir()}
-    assert written == {'video_0.mp4', 'video_0.gif', 'sheet_0.png', 'story.json'}
-    for name in written - {'video_0.mp4'}:  # x264 may encode the same frames in two ways
+    assert written == {'video_0.mp4', 'video_0.gif', 'sheet_0.png', 'story.json', 'video_0'}
+    names = {path.name for path in (tmp_path / 'command/video_0').iterdir()}
+    assert names == {'scene_0.mp4', 'scene_1.mp4', 'latents.safetensors'}
+    for name in written - {'video_0'} | {f'video_0/{name}' for name in names}:
         ours, theirs = (tmp_path / d / name for d in ('python', 'command'))
         assert ours.read_bytes() == theirs.read_bytes(), name
-    ours, theirs = (
-        video_lib.read_video(tmp_path / d / 'video_0.mp4')[0] for d in ('python', 'command')
+
+
+def test_extending_latents_needs_no_codec(model, tmp_path):
+    """Latents from a file, from its folder and from memory give the same, which is not quite what
+    the way through pixels gives."""
+    first = model.generate(CAPTIONS, steps=2)
+    first.save(tmp_path)
+    captions = [*CAPTIONS, 'he stands up']
+    by_memory = model.generate(captions, steps=2, given=[first.latents])
+    for given in tmp_path / 'video_0', tmp_path / 'video_0/latents.safetensors':
+        by_file = model.generate(captions, steps=2, given=[given])
+        assert by_file.num_given == 2
+        for ours, theirs in zip(by_file.latents.scenes, by_memory.latents.scenes):
+            np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(by_memory.latents.scenes, first.latents.scenes):
+        np.testing.assert_array_equal(ours, theirs)
+
+    by_pixels = model.generate(captions, steps=2, given=first.scenes)
+    difference = np.abs(by_pixels.latents.scenes[2] - by_memory.latents.scenes[2]).max()
+    assert by_pixels.num_given == 2 and difference > 0
+
+    # One scene of pixels between scenes of latents.
+    mixed = model.generate(
+        [*CAPTIONS, 'a', 'b'], steps=1, given=[first.latents, np.zeros((9, 32, 32, 3), np.uint8)]
     )
-    assert ours.shape == theirs.shape and np.abs(ours.astype(int) - theirs).mean() < 2
+    assert [len(scene) for scene in mixed.scenes] == [5, 5, 9, 5]
+
+
+def test_latents_that_do_not_fit_are_named(folder, model, tmp_path):
+    latents = model.generate(CAPTIONS, steps=1).latents
+    wide = mask2dit_jax.load(folder, dtype='float32', width=48)
+    with pytest.raises(ValueError, match='latents of 32x32 pixels, and the model makes 32x48'):
+        wide.generate([*CAPTIONS, 'x'], given=[latents])
+    other = dataclasses.replace(latents, codec='0123')
+    with pytest.raises(ValueError, match='codec 0123, and the model has'):
+        model.generate([*CAPTIONS, 'x'], given=[other])
+    (tmp_path / 'latents.safetensors').write_bytes(b'no')
+    with pytest.raises(ValueError, match=r'latents\.safetensors is damaged'):
+        model.generate([*CAPTIONS, 'x'], given=[tmp_path])
+
+
+def test_two_generations_hear_their_own_steps(model):
+    """Also when one of them comes in the midst of the other."""
+    heard = {2: [], 3: []}
+
+    def generate(steps):
+        model.generate(CAPTIONS, steps=steps, callback=lambda *step: heard[steps].append(step))
+
+    generate(2)
+    generate(3)
+    both = [threading.Thread(target=generate, args=[steps]) for steps in (2, 3)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    for steps, calls in heard.items():
+        assert calls == [(i, steps) for i in range(1, steps + 1)] * 2
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
+def test_what_the_callback_raises_comes_out(model, error):
+    """Ctrl-C is raised there, too, if the main thread happens to run the loop."""
+    heard = []
+
+    def callback(*step):
+        heard.append(step)
+        raise error
+
+    with pytest.raises(error):
+        model.generate([CAPTIONS] * 2, steps=3, callback=callback)
+    assert heard == [(1, 6)]
+    assert model.generate(CAPTIONS, steps=1).scenes
+
+
+def test_the_transformer_waits_on_the_host(folder, model):
+    """Between two videos of a model that does not keep it."""
+    thrifty = mask2dit_jax.load(folder, dtype='float32', keep_params=False)
+    request = thrifty.start(thrifty.request([CAPTIONS] * 2, steps=1))
+    made = thrifty.videos(request, [0, 1])
+    first = next(made)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(thrifty._params[1])}
+    assert kinds == {'pinned_host'}
+    for ours, theirs in zip([first, next(made)], model.generate([CAPTIONS] * 2, steps=1)):
+        np.testing.assert_array_equal(ours.scenes[1], theirs.scenes[1])
+    assert thrifty._params is None
 
 
 def test_the_transformer_is_let_go_where_it_is_not_kept(folder, model):

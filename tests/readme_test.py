@@ -181,8 +181,8 @@ def was_encoded_and_tuned(folder, out):
 
 def was_generated(folder, out):
     # Scenes of 5 frames, for which the tiny networks are made, and a given one of 9.
-    assert len(video.read_video(folder / 'samples/made/video_0.mp4')[0]) == 3 * 5
-    assert len(video.read_video(folder / 'samples/extended/video_0.mp4')[0]) == 9 + 5
+    assert len(video.read_video(folder / 'samples/5b/video_0.mp4')[0]) == 3 * 5
+    assert len(video.read_video(folder / 'samples/5b_extended/video_0.mp4')[0]) == 9 + 5
 
 
 def was_converted(folder, out):

@@ -25,6 +25,7 @@ class StoriesCodec:
     Attributes:
       latent_shape: (h, w, C), height and width of the latent grid and its channels.
       size_px: (H, W), height and width of the videos.
+      fingerprint: tells codecs apart whose latents do not fit each other.
     """
 
     def __init__(self, config: config_lib.Config, workdir):
@@ -61,6 +62,11 @@ class StoriesCodec:
         self._text_width = config.model.text_embed_dim
         self.latent_shape = (side, side, channels)
         self.size_px = (side_px, side_px)
+
+        content = hashlib.sha256(repr((codec.patch_px, codec.patch_frames)).encode())
+        for array in (codec.mean, codec.basis, codec.scale):
+            content.update(np.ascontiguousarray(array).tobytes())
+        self.fingerprint = content.hexdigest()[:16]
 
     def encode_text(self, captions: list[str]) -> np.ndarray:
         """Encodes captions.
@@ -133,6 +139,7 @@ class PretrainedCodec:
     Attributes:
       latent_shape: (h, w, C), height and width of the latent grid and its channels.
       size_px: (H, W), height and width of the videos.
+      fingerprint: tells codecs apart whose latents do not fit each other.
     """
 
     def __init__(
@@ -194,6 +201,7 @@ class PretrainedCodec:
         self._text_states = {}  # by caption
         self.latent_shape = (height_px // factor, width_px // factor, vae_config.latent_channels)
         self.size_px = size_px
+        self.fingerprint = network_digest(folder / 'vae')
 
     def encode_text(self, captions: list[str]) -> np.ndarray:
         """Encodes captions; T5 is loaded only if one of them is new.

@@ -1,9 +1,26 @@
-"""Story files, and the scenes of a video."""
+"""Story files, and the scenes of a video.
 
+A story file says what a video shows and, if `sample` wrote it, everything else that it takes to
+make the same video again:
+
+    {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption": "it grows"}],
+     "seed": 0, "steps": 50, ...}
+
+One written by hand may have any of these settings; SETTINGS lists them.
+"""
+
+import difflib
+import hashlib
 import json
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
+
+from mask2dit_jax.diffusion import samplers
+
+_SCENE = ('caption', 'frames')
+_FORM = '{"scenes": [{"caption": "...", "frames": 8}, ...]}'
 
 
 def split_scenes(video, frames: tuple[int, ...]) -> list[np.ndarray]:
@@ -18,30 +35,170 @@ def split_scenes(video, frames: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def read_story(path) -> tuple[list[str], list[int | None]]:
-    """Reads a story file.
+    """Reads the scenes of a story file.
 
     Returns:
       The caption of each scene, and its number of frames, None where the file does not say.
 
     Raises:
-      ValueError: naming the file and what is wrong in it.
+      ValueError: naming the file, the scene and what is wrong in it.
     """
-    form = '{"scenes": [{"caption": "...", "frames": 8}, ...]}'
+    return _scenes(path, _load(path))
+
+
+def read_record(path) -> dict:
+    """Reads a story file with all its settings.
+
+    Returns:
+      What the file holds. Files of given scenes that it names relatively are found from its own
+      folder.
+
+    Raises:
+      ValueError: naming the file, the setting or scene and what is wrong in it.
+    """
+    record = _load(path)
+    _scenes(path, record)
+
+    for key, value in record.items():
+        if key == 'scenes':
+            continue
+        if key not in SETTINGS:
+            raise ValueError(f'{path} has an unknown setting "{key}"{_nearest(key, SETTINGS)}.')
+        fits, allowed = SETTINGS[key]
+        if not fits(value):
+            raise ValueError(f'{path} has "{key}": {json.dumps(value)}: it must be {allowed}.')
+
+    given = record.get('given', [])
+    folder = pathlib.Path(path).absolute().parent
+    found = [e | {'file': str(folder / e['file'])} if e['file'] else e for e in given]
+    return record | ({'given': found} if given else {})
+
+
+def file_digest(path) -> str:
+    """The sha256 of a file's content, in hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _load(path) -> dict:
     try:
-        scenes = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))['scenes']
-        captions = [scene['caption'] for scene in scenes]
-        frames = [scene.get('frames') for scene in scenes]
+        record = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
     except OSError as error:
         raise ValueError(f'{path} cannot be read ({error.strerror}): check --story.') from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is not a story file ({error!r}): write {form}.') from error
+    except ValueError as error:  # also of text that is not UTF-8
+        raise ValueError(f'{path} is not a story file ({error}): write {_FORM}.') from error
+    if not isinstance(record, dict) or not isinstance(record.get('scenes'), list):
+        raise ValueError(f'{path} is not a story file, as it has no "scenes": write {_FORM}.')
+    return record
 
-    texts_fit = all(isinstance(caption, str) for caption in captions)
-    frames_fit = all(number is None or isinstance(number, int) for number in frames)
-    extra = sorted({key for scene in scenes for key in scene} - {'caption', 'frames'})
-    if not captions or extra or not texts_fit or not frames_fit:
-        raise ValueError(
-            f'{path} needs a text caption and whole frames per scene and nothing else '
-            f'{extra or ""}: write {form}.'
-        )
-    return captions, frames
+
+def _scenes(path, record: dict) -> tuple[list[str], list[int | None]]:
+    """Captions and frames."""
+    scenes = record['scenes']
+    if not scenes:
+        raise ValueError(f'{path} has no scenes: write {_FORM}.')
+
+    for number, scene in enumerate(scenes, 1):
+        wrong = _wrong_in_scene(scene)
+        if wrong:
+            raise ValueError(f'{path}: scene {number} {wrong}: write {_FORM}.')
+    return [scene['caption'] for scene in scenes], [scene.get('frames') for scene in scenes]
+
+
+def _wrong_in_scene(scene) -> str | None:
+    if not isinstance(scene, dict):
+        return f'is {json.dumps(scene)}, not an object with a caption'
+    unknown = sorted(set(scene) - set(_SCENE))
+    if unknown:
+        return f'has an unknown key "{unknown[0]}"{_nearest(unknown[0], _SCENE)}'
+    if 'caption' not in scene:
+        return 'has no caption'
+    if not isinstance(scene['caption'], str):
+        return f'has the caption {json.dumps(scene["caption"])}, which is not a text'
+    frames = scene.get('frames')
+    if frames is not None and not _is_whole(frames, 1):
+        return f'has {json.dumps(frames)} frames, not a whole number from 1 on'
+    return None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f'; the nearest is "{close[0]}"' if close else f'; there are {", ".join(known)}'
+
+
+def _is_whole(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and bool(np.isfinite(value))
+
+
+def _is_guidance(value) -> bool:
+    values = value if isinstance(value, list) and value else [value]
+    return all(_is_number(number) for number in values)
+
+
+def _is_given(value) -> bool:
+    """Whether it is a list of {"file": text or null, "sha256": text, "scene": number}."""
+    if not isinstance(value, list):
+        return False
+    for entry in value:
+        if not isinstance(entry, dict) or set(entry) - {'file', 'sha256', 'scene'}:
+            return False
+        if 'file' not in entry or not isinstance(entry['file'], str | None):
+            return False
+        if not isinstance(entry.get('sha256', ''), str) or not _is_whole(entry.get('scene', 0), 0):
+            return False
+    return True
+
+
+def _whole(least: int):
+    return lambda value: _is_whole(value, least), f'a whole number from {least} on'
+
+
+def _kind(kind, allowed: str):
+    return lambda value: isinstance(value, kind), allowed
+
+
+def _or_null(setting):
+    fits, allowed = setting
+    return lambda value: value is None or fits(value), f'{allowed}, or null'
+
+
+_TEXT = _kind(str, 'a text')
+_FLAG = _kind(bool, 'true or false')
+
+# What a story file may have besides scenes: whether a value fits, and what is allowed.
+SETTINGS = {
+    'checkpoint': _TEXT,
+    'given': (_is_given, 'a list of {"file": "a.mp4", "sha256": "..."}'),
+    'given_frames': _or_null(_whole(1)),
+    'num_videos': _whole(1),
+    'first_index': _whole(0),
+    'negative_prompt': _TEXT,
+    'seed': _whole(0),
+    'sampler': (
+        lambda value: isinstance(value, str) and value in samplers.SAMPLERS,
+        f'one of {", ".join(samplers.SAMPLERS)}',
+    ),
+    'steps': _whole(1),
+    'guidance': (_is_guidance, 'a number, or a list of one for each scene'),
+    'fps': (lambda value: _is_number(value) and value > 0, 'a number above 0'),
+    'model': _kind(dict, 'an object'),
+    'jax': _TEXT,
+    'device': _TEXT,
+    'mesh': (
+        lambda value: isinstance(value, list) and all(_is_whole(size, 1) for size in value),
+        'a list of numbers of devices',
+    ),
+    'height': _or_null(_whole(1)),
+    'width': _or_null(_whole(1)),
+    'dtype': _TEXT,
+    'tiling': _FLAG,
+    'decode_rule': _TEXT,
+    'mask_padding': _FLAG,
+    'lora': _or_null(_TEXT),
+    'weights': _whole(0),
+}

@@ -13,6 +13,8 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
 
+from mask2dit_jax import storage
+
 # Errors of this process, which say nothing about the file that it tried to open.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -104,6 +106,12 @@ class Info:
         return np.maximum(shown, 0)
 
 
+def _url(path) -> str:
+    """The name by which FFmpeg opens a file; without `file:` it takes what stands before a colon
+    for a protocol."""
+    return f'file:{os.fspath(path)}'
+
+
 @contextlib.contextmanager
 def _opened(path):
     """Container and stream of a video; damage that FFmpeg would conceal is an error.
@@ -116,7 +124,7 @@ def _opened(path):
         raise FileNotFoundError(f'{path} is not a file: check the path of the video.')
 
     try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(_url(path)) as container:
             if not container.streams.video:
                 raise ValueError(
                     f'{path} has no video stream: pass a video file such as mp4 or gif.'
@@ -295,20 +303,26 @@ def read_video(
     return np.stack(frames), fps
 
 
-def _new_file(path) -> str:
-    """The path as a string; its folder is made if needed."""
+@contextlib.contextmanager
+def _new_file(path):
+    """Yields a name to write to, which becomes `path` when it is whole; its folder is made if
+    needed."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return os.fspath(path)
+    with storage.whole_file(path) as temporary:
+        yield temporary
 
 
-def _encode(path: str, frames: np.ndarray, fps: float, codec: str, options: dict[str, str]) -> None:
-    """Encodes frames uint8 [F, H, W, 3] as yuv420p."""
+def _encode(path, frames: np.ndarray, fps: float, codec: str, options: dict[str, str]) -> None:
+    """Encodes frames uint8 [F, H, W, 3] as yuv420p, to the same bytes every time."""
     # The halved chroma of yuv420p needs even sizes: the last row and column are repeated.
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode='edge')
 
     rate = fractions.Fraction(fps).limit_denominator(1001)
-    with av.open(path, 'w', format='mp4', options={'movflags': '+faststart'}) as container:
+    # By default the encoder takes as many threads as the process may use processors, and what it
+    # writes depends on their number.
+    options = {'threads': '1'} | options
+    with av.open(_url(path), 'w', format='mp4', options={'movflags': '+faststart'}) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = 'yuv420p'
@@ -336,11 +350,14 @@ def write_mp4(path, frames, fps: float, scale: int = 1) -> None:
     if fps <= 0:
         raise ValueError(f'fps is {fps}: pass a positive number of frames per second.')
     frames = upscale(checked_frames(frames), scale)
-    if 'libx264' in av.codecs_available:
-        _encode(_new_file(path), frames, fps, 'libx264', {'crf': '16'})
-    else:
+    codec = 'libx264'
+    options = {'crf': '16'}
+    if codec not in av.codecs_available:
         logging.warning('This PyAV has no libx264: %s is written with the mpeg4 codec.', path)
-        _encode(_new_file(path), frames, fps, 'mpeg4', {'qmin': '1', 'qmax': '4'})
+        codec = 'mpeg4'
+        options = {'qmin': '1', 'qmax': '4'}
+    with _new_file(path) as temporary:
+        _encode(temporary, frames, fps, codec, options)
 
 
 def write_gif(path, frames, fps: float, scale: int = 1) -> None:
@@ -365,14 +382,15 @@ def write_gif(path, frames, fps: float, scale: int = 1) -> None:
     # mean rate.
     ends = np.round(np.arange(len(images) + 1) * 100 / fps)
     durations_ms = 10 * np.diff(ends).astype(int)
-    images[0].save(
-        _new_file(path),
-        format='GIF',
-        save_all=True,
-        append_images=images[1:],
-        loop=0,
-        duration=durations_ms.tolist(),
-    )
+    with _new_file(path) as temporary:
+        images[0].save(
+            temporary,
+            format='GIF',
+            save_all=True,
+            append_images=images[1:],
+            loop=0,
+            duration=durations_ms.tolist(),
+        )
 
 
 def write_png(path, image) -> None:
@@ -382,4 +400,5 @@ def write_png(path, image) -> None:
       path: the file to write; its folder is made if needed.
       image: [H, W, 3], uint8 or float in [0, 1].
     """
-    Image.fromarray(to_uint8(image)).save(_new_file(path), format='PNG')
+    with _new_file(path) as temporary:
+        Image.fromarray(to_uint8(image)).save(temporary, format='PNG')

@@ -155,6 +155,7 @@ def sample(
     given_scenes=None,
     trace: bool = False,
     callback=None,
+    callback_data=None,
 ):
     """Denoises stories from noise, and keeps given scenes clean (Mask²DiT, section 3.3).
 
@@ -171,6 +172,7 @@ def sample(
       given_scenes: bool [S] or [B, S].
       trace: also return the latents after every step.
       callback: function of a timestep, called on the host when the step from it is done.
+      callback_data: None, or an array that the callback gets behind the timestep.
 
     Returns:
       Latents [B, T, H, W, C]; with `trace` also [N, B, T, H, W, C].
@@ -218,7 +220,8 @@ def sample(
         if callback is not None:
             # A value of the step's result comes along, so that the call cannot come before it.
             result = x_next[(0,) * x_next.ndim]
-            jax.debug.callback(lambda t, _: callback(t), t, result)
+            data = () if callback_data is None else (callback_data,)
+            jax.debug.callback(lambda _, *told: callback(*told), result, t, *data)
         return (x_next, x0), (x_next if trace else None)
 
     # (3) The loop starts from noise only in the scenes that are to be generated.

@@ -183,8 +183,8 @@ def _remove_results(out: pathlib.Path, features) -> None:
 
 
 def _find_reference(folder) -> list[pathlib.Path]:
-    """All mp4 files in and below a folder."""
-    paths = sorted(pathlib.Path(folder).rglob('*.mp4'))
+    """The videos in and below a folder."""
+    paths = videos_lib.whole_videos(folder)
     if not paths:
         raise FileNotFoundError(f'{folder} holds no mp4 file: check --reference.')
     return paths

@@ -51,7 +51,7 @@ def find_videos(folder, story=None) -> list[Video]:
             raise ValueError(f'{story_path} must have two scenes or more, and "frames" in each.')
 
         video_folder = folder if story else story_path.parent
-        paths = sorted(video_folder.glob('*.mp4'), key=_by_number)
+        paths = sorted(video_folder.glob('*.mp4'), key=by_number)
         if not paths:
             raise FileNotFoundError(f'{video_folder} holds no mp4 file.')
 
@@ -61,7 +61,18 @@ def find_videos(folder, story=None) -> list[Video]:
     return videos
 
 
-def _by_number(path: pathlib.Path) -> list[int | str]:
+def whole_videos(folder) -> list[pathlib.Path]:
+    """All mp4 files in and below a folder, without the clips of single scenes that `sample` wrote
+    in the folder of each video."""
+    paths = []
+    for path in sorted(pathlib.Path(folder).rglob('*.mp4')):
+        is_scene = re.fullmatch(r'scene_\d+\.mp4', path.name)
+        if not (is_scene and path.parent.with_name(f'{path.parent.name}.mp4').is_file()):
+            paths.append(path)
+    return paths
+
+
+def by_number(path: pathlib.Path) -> list[int | str]:
     """Sort key that puts video_2.mp4 before video_10.mp4."""
     parts = re.split(r'(\d+)', path.name)
     return [int(part) if part.isdigit() else part for part in parts]

@@ -30,6 +30,7 @@ from matplotlib import figure, ticker
 
 from mask2dit_jax import logs, storage
 from mask2dit_jax.data import story_file, video
+from mask2dit_jax.evaluation import videos as videos_lib
 from mask2dit_jax.training import validation
 
 # Titles of the curves, by the name of the metric; these come first, in this order.
@@ -539,7 +540,7 @@ def sample_sections(folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:
             frames = [int(count) for count in frames]
             story = _Story(captions, frames, len(record.get('given', ())))
 
-        videos = sorted(path.parent.glob('*.mp4'), key=_natural_order)
+        videos = sorted(path.parent.glob('*.mp4'), key=videos_lib.by_number)
         if not videos:
             raise FileNotFoundError(f'{path.parent} holds no mp4 file: have sample write it again.')
         for video_path in videos:
@@ -547,12 +548,6 @@ def sample_sections(folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:
             body += _video(video_path, story, out, name)
         body += _settings(f'How {path.parent.resolve().name} was made', record)
     return {'Videos': body}
-
-
-def _natural_order(path: pathlib.Path):
-    """A key that sorts video_10 after video_9."""
-    parts = re.split(r'(\d+)', path.name)
-    return [int(part) if part.isdigit() else part for part in parts]
 
 
 def _video(path: pathlib.Path, story: _Story, out: pathlib.Path, name: str) -> str:

@@ -53,7 +53,8 @@ MAX_SCENES = 9999
 # Longest name of a file, in bytes, on the common file systems.
 MAX_NAME_BYTES = 255
 
-# The script that samples every prompt; COUNT stands for the number of videos.
+# The script that samples every prompt; COUNT stands for the number of videos, LAST for the number
+# of the last one, which counts from 0.
 _SAMPLE_SCRIPT = """\
 # Samples the stories beside this file that are not in FOLDER yet:
 # sh sample.sh FOLDER [flags of mask2dit_jax.sample]
@@ -64,7 +65,7 @@ shift
 seed=0
 find "$stories" -name story.json | sort | while read -r story; do
   name=${story#"$stories"/}; name=${name%/story.json}; seed=$((seed + 1))
-  [ -f "$out/$name/story.json" ] ||
+  [ -f "$out/$name/video_LAST.mp4" ] ||
     python -m mask2dit_jax.sample --story="$story" --num_videos=COUNT --seed=$seed \\
       --out="$out/$name" "$@" </dev/null
 done
@@ -483,7 +484,8 @@ def write_prompts(suite: str, source, out, *, categories=(), frames: int | None 
         if frames:
             scene['frames'] = frames
         _write(out / prompt.key / 'story.json', {'scenes': [scene]})
-    _write(out / 'sample.sh', _SAMPLE_SCRIPT.replace('COUNT', str(count)).rstrip())
+    script = _SAMPLE_SCRIPT.replace('COUNT', str(count)).replace('LAST', str(count - 1))
+    _write(out / 'sample.sh', script.rstrip())
 
     _finish_folder(out, final)
     return (

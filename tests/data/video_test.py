@@ -1,5 +1,8 @@
 """Video files keep frames, sizes and colours; errors name the file."""
 
+import os
+import pathlib
+
 import av
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +77,33 @@ def test_mp4_is_yuv420p_h264(tmp_path):
     with av.open(str(tmp_path / 'clip.mp4')) as container:
         context = container.streams.video[0].codec_context
         assert (context.name, context.pix_fmt) == ('h264', 'yuv420p')
+
+
+def test_files_are_the_same_on_any_number_of_processors(tmp_path):
+    """x264 takes its number of threads from that of processors, and other threads write other
+    bytes."""
+    frames = _frames(12, 128, 128)
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip('needs two processors')
+    video.write_mp4(tmp_path / 'all.mp4', frames, 8, scale=2)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        video.write_mp4(tmp_path / 'one.mp4', frames, 8, scale=2)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert (tmp_path / 'all.mp4').read_bytes() == (tmp_path / 'one.mp4').read_bytes()
+
+
+@pytest.mark.parametrize('name', ['2026-11-27T10:30', 'a b%d', 'gs:', 'file:x', 'é'])
+def test_any_name_of_a_folder_and_file(tmp_path, monkeypatch, name):
+    """FFmpeg takes what stands before a colon for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    for path in pathlib.Path(name) / f'{name}.mp4', pathlib.Path(f'{name}.mp4'):
+        video.write_mp4(path, _frames(), 8)
+        assert len(video.read_video(path)[0]) == len(video.probe(path).times) == 6
+        video.write_gif(path.with_suffix('.gif'), _frames(), 8)
+        assert len(video.read_video(path.with_suffix('.gif'))[0]) == 6
 
 
 def test_gif_loops_forever_at_the_mean_rate(tmp_path):

@@ -338,7 +338,8 @@ def test_sample_script_goes_on_where_it_stopped(tmp_path):
     source = write_source(tmp_path, 'compbench')
     categories = ['action_binding', 'object_interactions']
     suites.write_prompts('compbench', source, tmp_path / 'stories', categories=categories)
-    write_json(tmp_path / 'samples/action_binding/0002/story.json', {})
+    write_json(tmp_path / 'samples/action_binding/0002/video_0.mp4', {})
+    write_json(tmp_path / 'samples/action_binding/0001/story.json', {})  # killed before its video
 
     # A python that only notes its arguments, and fails if there is a file named broken.
     (tmp_path / 'bin').mkdir()

@@ -414,7 +414,7 @@ def test_sampling_and_fine_tuning_take_the_newest_good_checkpoint(finished, tmp_
     # A damaged checkpoint that is named is not replaced by another.
     damaged = str(workdir / 'checkpoints/6')
     with pytest.raises(ValueError, match='checkpoints/6 is damaged'):
-        sample_run(tmp_path, None, checkpoint=damaged, prompt=['it grows', 'it blinks'])
+        sample_run(tmp_path / 'named', None, checkpoint=damaged, prompt=['it grows', 'it blinks'])
 
 
 def test_sample_writes_reproducible_videos(finished, tmp_path):
@@ -428,7 +428,7 @@ def test_sample_writes_reproducible_videos(finished, tmp_path):
 
     of_each_video = ['video_{}.mp4', 'video_{}.gif', 'sheet_{}.png']
     names = {name.format(i) for i in (0, 1) for name in of_each_video}
-    assert {path.name for path in out.iterdir()} == names | {'story.json'}
+    assert {path.name for path in out.iterdir()} == names | {'story.json', 'video_0', 'video_1'}
 
     # Each video has its own noise.
     second, _ = video.read_video(out / 'video_1.mp4')
@@ -482,25 +482,49 @@ def test_sample_errors_name_the_input(finished, tmp_path, flags, message):
 
 def test_story_files_and_frames(tmp_path):
     path = tmp_path / 'story.json'
-    for text in (
-        '[]',
-        '{"scenes": [{"frames": 4}]}',
-        '{"scenes": []}',
-        '{"scenes": [{"caption": "a", "fames": 4}]}',
-    ):
+    for text in ('[]', '{', '{"scene": []}', '{"scenes": []}', '{"scenes": {}}'):
         path.write_text(text)
         with pytest.raises(
-            ValueError, match=r'story.json (is not a story file|needs a text caption)'
+            ValueError, match=r'story.json (is not a story file|has no scenes).*write {'
         ):
             story_file.read_story(path)
 
-    assert pipeline.plan_frames([None, 8], [np.zeros((12, 1, 1, 3))], 4) == (12, 8)
+    for scene, message in (
+        ({'frames': 4}, 'has no caption'),
+        ({'caption': None}, 'has the caption null, which is not a text'),
+        ({'caption': 'a', 'fames': 4}, 'has an unknown key "fames"; the nearest is "frames"'),
+        ({'caption': 'a', 'frames': 0}, 'has 0 frames, not a whole number from 1 on'),
+        ({'caption': 'a', 'frames': True}, 'has true frames'),
+        ({'caption': 'a', 'frames': '8'}, 'has "8" frames'),
+        ('a', 'is "a", not an object with a caption'),
+    ):
+        path.write_text(json.dumps({'scenes': [{'caption': 'good'}, scene]}))
+        for read in story_file.read_story, story_file.read_record:
+            with pytest.raises(ValueError, match=f'story.json: scene 2 {message}'):
+                read(path)
+
+    for settings, message in (
+        ({'seeds': 1}, 'unknown setting "seeds"; the nearest is "seed"'),
+        ({'seed': -1}, '"seed": -1: it must be a whole number from 0 on'),
+        ({'steps': 2.5}, '"steps": 2.5: it must be a whole number from 1 on'),
+        ({'guidance': [1, '2']}, '"guidance": .*a number, or a list'),
+        ({'guidance': float('nan')}, '"guidance": NaN'),
+        ({'sampler': 'foo'}, '"sampler": "foo": it must be one of ddim'),
+        ({'given': ['a.mp4']}, '"given": .*it must be a list of {"file"'),
+        ({'mesh': 'all'}, '"mesh": "all"'),
+    ):
+        path.write_text(json.dumps({'scenes': [{'caption': 'good'}]} | settings))
+        with pytest.raises(ValueError, match=message):
+            story_file.read_record(path)
+        assert story_file.read_story(path) == (['good'], [None])
+
+    assert pipeline.plan_frames([None, 8], [12], 4) == (12, 8)
     with pytest.raises(
         ValueError, match='Scene 1 has 4 frames in the story but its given clip has 12'
     ):
-        pipeline.plan_frames([4, 8], [np.zeros((12, 1, 1, 3))], 4)
+        pipeline.plan_frames([4, 8], [12], 4)
     with pytest.raises(ValueError, match='leave no scene to generate'):
-        pipeline.plan_frames([4], [np.zeros((12, 1, 1, 3))], 4)
+        pipeline.plan_frames([4], [12], 4)
 
 
 def test_missing_workdirs_are_named(tmp_path):

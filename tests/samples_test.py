@@ -1,0 +1,457 @@
+"""What `sample` writes: a folder belongs to one story.json, which makes it again to the byte; no
+kill, Ctrl-C or full disk leaves half of anything."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from conftest import child_environment
+
+import mask2dit_jax
+from mask2dit_jax import checkpoint, sample, storage
+from mask2dit_jax import config as config_lib
+from mask2dit_jax.data import samples
+from mask2dit_jax.data import video as video_lib
+from mask2dit_jax.evaluation import videos as videos_lib
+from mask2dit_jax.models import dit
+from mask2dit_jax.pretrained import names
+from mask2dit_jax.training import train_step
+
+CONFIG = config_lib.Config(
+    model=dit.DiTConfig(
+        num_layers=1,
+        num_attention_heads=1,
+        attention_head_dim=16,
+        in_channels=8,
+        out_channels=8,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        max_text_seq_length=6,
+        patch_size=1,
+        sample_height=4,
+        sample_width=4,
+        sample_frames=4,
+        dtype='float32',
+        attention_backend='dense',
+    ),
+    data=config_lib.DataConfig(codec_components=8, layouts=((4, 4),)),
+    sample=config_lib.SampleConfig(steps=2),
+)
+PROMPT = ['red ring on gray moves left', 'it grows']
+# In the order of writing.
+FILES = [
+    'story.json',
+    'video_0/latents.safetensors',
+    'video_0/scene_0.mp4',
+    'video_0/scene_1.mp4',
+    'sheet_0.png',
+    'video_0.gif',
+    'video_0.mp4',
+]
+
+
+def add_checkpoint(workdir, step):
+    """Random parameters, as a run of so many steps would leave them."""
+    rng = np.random.default_rng(step)
+    params = jax.tree.map(
+        lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32),
+        names.abstract_params(CONFIG.model),
+    )
+    state = train_step.TrainState(np.int32(step), params, params, {'unused': np.ones(1)})
+    checkpoints = checkpoint.manager(workdir, 10, 0, step - 1)
+    checkpoint.save(checkpoints, step, state, {})
+    checkpoint.finish(checkpoints)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The workdir of a run with one checkpoint."""
+    workdir = tmp_path_factory.mktemp('runs') / 'run'
+    workdir.mkdir()
+    config_lib.save(CONFIG, workdir / 'config.json')
+    add_checkpoint(workdir, 3)
+    mask2dit_jax.load(workdir)  # fits the codec
+    return workdir
+
+
+@pytest.fixture
+def workdir(run, tmp_path):
+    """One whose checkpoints a test may change."""
+    return shutil.copytree(run, tmp_path / 'run')
+
+
+def run_sample(out, **chosen):
+    """Runs the command with these flags; PROMPT is the story if they have none."""
+    if 'story' not in chosen:
+        chosen = {'prompt': PROMPT} | chosen
+    with flagsaver.flagsaver(out=str(out), **chosen):
+        sample.main(['sample'])
+    return out
+
+
+def content(folder):
+    """Every file's bytes by its name."""
+    paths = [path for path in sorted(pathlib.Path(folder).rglob('*')) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def differing(one, other):
+    one, other = content(one), content(other)
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def given_clip(path, level=0.5):
+    clip = np.full((8, 16, 16, 3), level, np.float32)
+    clip[:, 4:12, 4:12] = (1, 0, 0)
+    video_lib.write_mp4(path, clip, 4, scale=16)
+    return str(path)
+
+
+def warnings(caplog):
+    found = [r.getMessage() for r in caplog.records if 'byte for byte' in r.getMessage()]
+    caplog.clear()
+    return found
+
+
+def test_a_story_makes_its_folder_again(workdir, tmp_path, monkeypatch, caplog):
+    """Seed, sampler, steps, guidance, negative prompt, given clip, its cut, number of videos, and
+    the checkpoint, after newer ones have come."""
+    monkeypatch.chdir(tmp_path)
+    given_clip('given:1.mp4')
+    out = run_sample(
+        pathlib.Path('2026-11-27T10:30'),
+        workdir='run',
+        prompt=['red ball on gray stays', *PROMPT],
+        given=['given:1.mp4'],
+        given_frames=4,
+        seed=5,
+        sampler='dpm++2m',
+        steps=3,
+        guidance=['1', '2', '3'],
+        negative_prompt='blue ball on white stays',
+        num_videos=2,
+    )
+    add_checkpoint(workdir, 6)
+    monkeypatch.chdir('/')
+    story = str(tmp_path / out / 'story.json')
+
+    again = run_sample(tmp_path / 'again', story=story)
+    assert differing(tmp_path / out, again) == []
+    assert len(content(again)) == 1 + 2 * 7
+    again = run_sample(tmp_path / 'workdir', story=story, workdir=str(workdir))
+    assert differing(tmp_path / out, again) == []
+    assert warnings(caplog) == []
+
+    # Flags replace single values.
+    other = run_sample(tmp_path / 'other', story=story, seed=6, num_videos=1, guidance=['1'])
+    told, made = (json.loads((f / 'story.json').read_text()) for f in (tmp_path / out, other))
+    changed = {key for key in told if told[key] != made[key]}
+    assert changed == {'seed', 'num_videos', 'guidance'}
+    (line,) = warnings(caplog)
+    assert 'seed 5, not 6' in line and 'guidance [1.0, 2.0, 3.0], not 1.0' in line
+
+    newest = str(workdir / 'checkpoints/6')
+    run_sample(tmp_path / 'newest', story=story, checkpoint=newest)
+    assert 'weights' in warnings(caplog)[0]
+
+
+def test_a_story_whose_sources_changed(workdir, tmp_path, caplog):
+    clip = given_clip(tmp_path / 'clip.mp4')
+    flags = {'given': [clip], 'prompt': ['red ball on gray stays', *PROMPT]}
+    story = run_sample(tmp_path / 'out', workdir=str(workdir), **flags) / 'story.json'
+
+    # Another machine or version.
+    record = json.loads(story.read_text())
+    (tmp_path / 'old.json').write_text(json.dumps(record | {'jax': '0.1', 'device': 'TPU v9'}))
+    run_sample(tmp_path / 'old', story=str(tmp_path / 'old.json'))
+    (line,) = warnings(caplog)
+    assert 'device "TPU v9", not "cpu"' in line and 'jax "0.1"' in line
+
+    # A relative path is looked for beside the story.
+    record['given'][0]['file'] = 'clip.mp4'
+    (tmp_path / 'near.json').write_text(json.dumps(record))
+    run_sample(tmp_path / 'near', story=str(tmp_path / 'near.json'))
+    assert differing(tmp_path / 'near', tmp_path / 'out') == []
+
+    given_clip(clip, 0.7)
+    with pytest.raises(ValueError, match=r'clip\.mp4 has changed since the story was made from it'):
+        run_sample(tmp_path / 'x', story=str(story))
+    pathlib.Path(clip).unlink()
+    with pytest.raises(FileNotFoundError, match=r'clip\.mp4 is not a file'):
+        run_sample(tmp_path / 'x', story=str(story))
+
+    add_checkpoint(workdir, 6)
+    shutil.rmtree(workdir / 'checkpoints/3')
+    with pytest.raises(
+        FileNotFoundError, match=r'checkpoints/3, from which .*story\.json was made'
+    ):
+        run_sample(tmp_path / 'x', story=str(story))
+    given = given_clip(clip)
+    run_sample(tmp_path / 'y', story=str(story), workdir=str(workdir), given=[given])
+    assert 'checkpoint' in warnings(caplog)[0]
+
+
+def test_a_folder_belongs_to_one_story(run, tmp_path, capsys):
+    out = tmp_path / 'out'
+    flags = {'workdir': str(run)}
+    run_sample(out, num_videos=2, **flags)
+    first = content(out)
+
+    # The same command has nothing to do; one that asks for more keeps what is there.
+    times = {path: path.stat().st_mtime_ns for path in out.rglob('*')}
+    run_sample(out, num_videos=2, **flags)
+    assert 'Nothing to do' in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob('*')} == times
+    run_sample(out, num_videos=3, **flags)
+    assert first.items() - content(out).items() == {('story.json', first['story.json'])}
+
+    for other, message in (
+        ({'seed': 1}, 'seed 0, not 1'),
+        ({'prompt': ['red ring on gray moves left', 'it blinks']}, 'other scenes|scenes .*blinks'),
+        ({'steps': 3}, 'steps 2, not 3'),
+        ({'num_videos': 1}, '3 videos, not 1'),
+    ):
+        with pytest.raises(ValueError, match=f'out holds other samples .*({message}).*overwrite'):
+            run_sample(out, **{'num_videos': 3} | flags | other)
+    run_sample(out, overwrite=True, seed=1, **flags)
+    assert set(content(out)) == set(FILES)
+    assert json.loads((out / 'story.json').read_text())['seed'] == 1
+
+    # From Python.
+    video = mask2dit_jax.load(run).generate(PROMPT, seed=1)
+    video.save(out)
+    other = mask2dit_jax.load(run).generate([PROMPT] * 2, seed=2)
+    with pytest.raises(ValueError, match='holds other samples'):
+        other[0].save(out)
+    samples.save(other, out, overwrite=True)
+    with pytest.raises(ValueError, match='does not follow video 0'):
+        samples.save(other[::-1], tmp_path / 'python')
+
+    # The second of several is made again as itself.
+    other[1].save(tmp_path / 'second')
+    again = run_sample(tmp_path / 'again', story=str(tmp_path / 'second/story.json'))
+    assert differing(again, tmp_path / 'second') == []
+
+
+def test_files_of_others_are_neither_counted_nor_deleted(run, tmp_path):
+    for name in 'mine.mp4', 'video_0.mp4':
+        out = tmp_path / name
+        out.mkdir()
+        given_clip(out / name)
+        with pytest.raises(ValueError, match=f'{name} has no story.json'):
+            run_sample(out, workdir=str(run))
+    with pytest.raises(ValueError, match=r'mine\.mp4, which sample did not write'):
+        run_sample(tmp_path / 'mine.mp4', workdir=str(run), overwrite=True)
+    assert (tmp_path / 'mine.mp4/mine.mp4').is_file()
+
+    (tmp_path / 'video_0.mp4/notes.txt').touch()
+    (tmp_path / 'video_0.mp4/video_0').mkdir()
+    (tmp_path / 'video_0.mp4/video_0/notes.txt').touch()
+    out = run_sample(tmp_path / 'video_0.mp4', workdir=str(run), overwrite=True)
+    assert set(content(out)) == {*FILES, 'notes.txt', 'video_0/notes.txt'}
+
+
+def test_a_claimed_folder_is_left_alone(run, tmp_path):
+    with storage.claim(tmp_path), pytest.raises(storage.ClaimedError, match='is being written by'):
+        run_sample(tmp_path, workdir=str(run))
+
+
+def test_outputs_are_tried_first(tmp_path):
+    """Before the workdir is even looked for."""
+    (tmp_path / 'file').touch()
+    for out, reason in (
+        (tmp_path / 'file/out', 'Not a directory'),
+        (tmp_path / 'file', 'it is a file'),
+        (pathlib.Path('/proc/out'), 'No such file'),
+        ('gs://bucket/out', 'not a folder of this machine'),
+    ):
+        with pytest.raises(storage.OutputError, match=reason) as error:
+            run_sample(out, workdir='missing')
+        assert '--out' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_full_disk_leaves_nothing_half(run, tmp_path):
+    video = mask2dit_jax.load(run).generate(PROMPT)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    video.save(tmp_path / 'whole')
+    sizes = sorted({path.stat().st_size for path in (tmp_path / 'whole').rglob('*')} - {0})
+    for size in sizes[1:]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+        try:
+            with pytest.raises(
+                storage.OutputError, match=r'out cannot be written \(File too large'
+            ) as error:
+                video.save(tmp_path / 'out')
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert '\n' not in str(error.value)
+        assert content(tmp_path / 'out').items() <= content(tmp_path / 'whole').items()
+    video.save(tmp_path / 'out')
+    assert differing(tmp_path / 'whole', tmp_path / 'out') == []
+
+
+def test_scene_clips_are_no_videos(run, tmp_path):
+    out = run_sample(tmp_path / 'out', workdir=str(run), num_videos=2)
+    for scene in range(2):
+        clip, fps = video_lib.read_video(out / f'video_1/scene_{scene}.mp4')
+        assert (clip.shape, fps) == ((4, 256, 256, 3), 4)
+        whole = video_lib.read_video(out / 'video_1.mp4')[0][4 * scene : 4 * scene + 4]
+        assert np.abs(clip.astype(float) - whole).mean() < 8
+    for folder in out, tmp_path:
+        found = videos_lib.find_videos(folder)
+        assert [video.path.name for video in found] == ['video_0.mp4', 'video_1.mp4']
+        assert videos_lib.whole_videos(folder) == [video.path for video in found]
+
+
+def test_latents_are_extended(run, tmp_path):
+    """By their file or its folder, and again by the story of the extension."""
+    out = run_sample(tmp_path / 'out', workdir=str(run))
+    prompt = [*PROMPT, 'it blinks']
+    flags = {'workdir': str(run), 'prompt': prompt}
+    longer = run_sample(tmp_path / 'a', given=[str(out / 'video_0')], **flags)
+    by_file = run_sample(tmp_path / 'b', given=[str(out / FILES[1])], **flags)
+    again = run_sample(tmp_path / 'c', story=str(longer / 'story.json'))
+    assert differing(longer, by_file) == differing(longer, again) == []
+    assert len(json.loads((longer / 'story.json').read_text())['given']) == 2
+
+    model = mask2dit_jax.load(run)
+    first = model.generate(PROMPT)
+    model.generate(prompt, given=[first.latents]).save(tmp_path / 'memory')
+    assert differing(longer, tmp_path / 'memory') == ['story.json']
+
+    with pytest.raises(FileNotFoundError, match=r'out/latents\.safetensors is not a file'):
+        run_sample(tmp_path / 'x', given=[str(out)], **flags)
+    with pytest.raises(ValueError, match=r'from Python, which story\.json does not hold'):
+        run_sample(tmp_path / 'x', story=str(tmp_path / 'memory/story.json'))
+
+
+# In processes of their own.
+
+# Runs `sample` with the flags argv[3:], and kills itself instead of giving a file its name, with a
+# part of the file written: before the argv[2]-th file whose name matches argv[1].
+KILLED = """
+import os, re, signal, sys
+name, count = sys.argv[1], int(sys.argv[2])
+replace = os.replace
+def killing(source, target, *args, **kwargs):
+    global count
+    if re.search(name, os.fspath(target)):
+        count -= 1
+        if not count:
+            os.truncate(source, os.path.getsize(source) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target, *args, **kwargs)
+os.replace = killing
+from absl import app
+from mask2dit_jax import sample
+sys.argv = ['sample', *sys.argv[3:]]
+app.run(sample.main)
+"""
+
+
+def start(run, out, *more, code=('-m', 'mask2dit_jax.sample')):
+    environment = child_environment() | {
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        'JAX_COMPILATION_CACHE_DIR': str(out.parents[1] / 'cache'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    flags = [f'--workdir={run}', f'--out={out}', *(f'--prompt={p}' for p in PROMPT), *more]
+    return subprocess.Popen(
+        [sys.executable, *code, *flags], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def killed_before(run, out, name, count, *more):
+    process = start(run, out, *more, code=['-c', KILLED, name, str(count)])
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def finish(run, out, *more):
+    process = start(run, out, *more)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_a_killed_command_goes_on(workdir, tmp_path):
+    """Killed twice, and trained on in between: the checkpoint of its start is kept to."""
+    finish(workdir, tmp_path / 'whole', '--num_videos=2')
+    out = tmp_path / 'out'
+    killed_before(workdir, out, r'video_0/scene_1\.mp4', 1, '--num_videos=2')
+    assert 'video_0.mp4' not in content(out)
+    add_checkpoint(workdir, 6)
+    killed_before(workdir, out, r'video_1\.gif', 1, '--num_videos=2')
+    kept = (out / 'video_0.mp4').stat().st_mtime_ns
+    finish(workdir, out, '--num_videos=2')
+    assert differing(tmp_path / 'whole', out) == []
+    assert (out / 'video_0.mp4').stat().st_mtime_ns == kept
+
+
+@pytest.mark.slow
+def test_ten_kills(run, tmp_path):
+    """At each kind of file, and at random times."""
+    count = '--num_videos=6'
+    finish(run, tmp_path / 'whole', count)
+    out = tmp_path / 'out'
+    for number, name in enumerate(FILES):
+        killed_before(run, out, re.sub('_0(?=[/.])', r'_\\d+', name.replace('.', r'\.')), 1, count)
+        names = content(out).keys()
+        videos = {name.removesuffix('.mp4') for name in names if re.match(r'video_\d+\.mp4', name)}
+        assert len(videos) == 0, number  # each is killed in its first video
+        assert 'story.json' in names or name == 'story.json'
+    rng = random.Random(0)
+    for _ in range(3):
+        process = start(run, out, count)
+        wait_for(out / 'story.json', process)
+        time.sleep(rng.uniform(0, 6))
+        process.kill()
+        process.communicate()
+    finish(run, out, count)
+    assert differing(tmp_path / 'whole', out) == []
+
+
+def test_ctrl_c(run, tmp_path):
+    """The first stops after the present video, the second at once."""
+    out = tmp_path / 'out'
+    process = start(run, out, '--num_videos=1000')
+    wait_for(out / 'video_0.mp4', process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert err.count('Stopping after the present video') == 1
+    assert re.search(r'Stopped: \d+ video\(s\) are not yet in .*; the same command goes on', err)
+    assert 'Traceback' not in err
+    record = json.loads((out / 'story.json').read_text())
+    lacking = samples.missing(out, record)
+    made = 1000 - len(lacking)
+    assert 1 <= made < 1000 and len(content(out)) == 1 + 6 * made
+
+    # At once, in the midst of loading or compiling.
+    other = tmp_path / 'other'
+    process = start(run, other, '--num_videos=1000', '--seed=1')
+    wait_for(other / storage.OWNER_FILE, process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert 'Stopped' not in err and 'Traceback' not in err
+    assert os.listdir(other) in ([storage.OWNER_FILE], [storage.OWNER_FILE, 'story.json'])
