@@ -26,8 +26,8 @@ from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import clips, latent_codec, manifest, sheets, story_file
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.distributed import context_parallel, partitioning
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora
 from mask2dit_jax.pretrained import config_json, lora_files, names, runs
 from mask2dit_jax.pretrained import load as load_lib
@@ -57,13 +57,17 @@ def jit_sample(
     """The jitted sampling loop for these latent frames per scene; it compiles once for each batch
     size and number of steps.
 
-    The two halves of classifier-free guidance are rows of one batch, spread over the batch axes of
-    the mesh; tokens are spread over context. Everything but the parameters comes in whole on every
-    device. With `reports_steps` the loop tells `_step_listeners` of every step that is done.
+    Stories lie on the mesh as mesh.row_sharding says. The two halves of classifier-free guidance
+    are rows of one batch, spread over the batch axes; tokens are spread over context. With
+    `reports_steps` the loop tells `_step_listeners` of every step that is done.
     """
     model = dit.DiT(config.model)
 
+    def by_rows(x):
+        return jax.lax.with_sharding_constraint(x, mesh_lib.row_sharding(mesh, len(x)))
+
     def run(params, noise, text, null_text, given, given_scenes, timesteps, table, guidance):
+        noise, text, given, given_scenes = map(by_rows, (noise, text, given, given_scenes))
         layout = config.model.layout(frames, *noise.shape[2:4])
         both = jnp.concatenate([jnp.broadcast_to(null_text, text.shape), text])
 
@@ -88,11 +92,12 @@ def jit_sample(
                 given_scenes,
                 callback=_report_step if reports_steps else None,
             )
-        return out.reshape(-1, *shape)
+        return by_rows(out.reshape(-1, *shape))
 
+    # Stories come in and go out as they lie: how they are spread depends on their number.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = partitioning.shardings(names.abstract_params(config.model), mesh)
-    return jax.jit(run, in_shardings=(params, *[whole] * 8), out_shardings=whole)
+    return jax.jit(run, in_shardings=(params, None, None, whole, None, None, whole, whole, whole))
 
 
 def story_noise(seed: int, index: int, shape: tuple[int, ...]):
@@ -182,17 +187,18 @@ def sample_latents(
     sampler: str | None = None,
     steps: int | None = None,
     guidance=None,
+    batch_size: int | None = None,
     listener: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    """Denoises the stories of `inputs`, on the mesh that `params` lie on.
+    """Denoises stories, on the mesh that `params` lie on.
 
     Args:
-      config, params, seed, first_index, sampler, steps, guidance: as in `generate`.
-      inputs: of `encode_inputs`.
+      config, params, seed, first_index, sampler, steps, guidance, batch_size: as in `generate`.
+      inputs: of `encode_inputs`, for the stories that this process needs (mesh.local_rows).
       listener: called after every denoising step.
 
     Returns:
-      Latents float32 [B, T, h, w, C].
+      Latents float32 [B, T, h, w, C] of these stories.
 
     Raises:
       ValueError: if guidance is neither one number nor one number for each scene.
@@ -203,30 +209,38 @@ def sample_latents(
         raise ValueError(
             f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.'
         )
-    noise = jnp.stack(
-        [story_noise(seed, first_index + i, x.shape) for i, x in enumerate(inputs.given)]
-    )
+    mesh = mesh_lib.mesh_of(params)
+    batch_size = batch_size or len(inputs.given)
+    rows = mesh_lib.local_rows(mesh, batch_size)
+    noise = [story_noise(seed, first_index + row, inputs.given.shape[1:]) for row in rows]
+    stories = {
+        'noise': np.stack(noise),
+        'text': inputs.text,
+        'given': inputs.given,
+        'given_scenes': inputs.given_scenes,
+    }
+    stories = mesh_lib.global_batch(stories, mesh, batch_size)
+
     timesteps, table = samplers.sampler_table(
         sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
     )
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    mesh = mesh_lib.mesh_of(params)
     run = jit_sample(config, inputs.latent_frames, mesh, reports_steps=listener is not None)
     if listener is not None:
         _step_listeners.append(listener)
     try:
         latents = run(
             params,
-            noise,
-            inputs.text,
+            stories['noise'],
+            stories['text'],
             inputs.null_text,
-            inputs.given,
-            inputs.given_scenes,
+            stories['given'],
+            stories['given_scenes'],
             timesteps,
             table,
             scale,
         )
-        latents = np.asarray(latents)
+        latents = mesh_lib.local_batch(latents)
     finally:
         if listener is not None:
             jax.effects_barrier()  # the last calls may come after the result
@@ -247,8 +261,12 @@ def generate(
     sampler: str | None = None,
     steps: int | None = None,
     guidance=None,
+    batch_size: int | None = None,
 ) -> np.ndarray:
     """Generates a batch of stories of one layout.
+
+    With several processes each takes the stories that its devices need (mesh.local_rows), and
+    returns those that it owns (mesh.owned_rows). With one process, both are all stories.
 
     Args:
       config: the model's configuration, which also holds the default sampler settings.
@@ -257,6 +275,7 @@ def generate(
       seed: story i gets the noise of (seed, first_index + i).
       first_index: see above.
       sampler, steps, guidance: overrides of config.sample; guidance may be one number per scene.
+      batch_size: stories of the whole batch; None if `captions` are all of it.
 
     Returns:
       Pixels float32 in [0, 1], [B, F, H, W, 3]; given scenes come back as their codec sees them.
@@ -274,8 +293,32 @@ def generate(
         sampler=sampler,
         steps=steps,
         guidance=guidance,
+        batch_size=batch_size,
     )
-    return codec.decode_video(latents, inputs.latent_frames)
+    mesh = mesh_lib.mesh_of(params)
+    return decode_owned(codec, latents, inputs.latent_frames, mesh, batch_size or len(captions))
+
+
+def decode_owned(
+    codec: latent_codec.LatentCodec, latents, latent_frames: tuple[int, ...], mesh, batch_size: int
+) -> np.ndarray:
+    """Decodes the stories that this process owns.
+
+    Args:
+      codec: video codec.
+      latents: of `sample_latents`.
+      latent_frames: per scene.
+      mesh: the mesh that the stories were sampled on.
+      batch_size: stories of the whole batch.
+
+    Returns:
+      Pixels float32 in [0, 1], [B, F, H, W, 3], of the stories of mesh.owned_rows.
+    """
+    owned = mesh_lib.owned_rows(mesh, batch_size)
+    if not owned:
+        return np.zeros((0, 1, *codec.size_px, 3), np.float32)
+    rows = mesh_lib.local_rows(mesh, batch_size)
+    return codec.decode_video(latents[[rows.index(row) for row in owned]], latent_frames)
 
 
 def _given_count(frames: tuple[int, ...], given_frames: int) -> int:
@@ -390,18 +433,33 @@ class Model:
       settings: what `load` was told, for story.json.
     """
 
-    def __init__(self, config, codec, read_params, settings: dict, keep_params: bool):
+    def __init__(self, config, codec, read_params, settings: dict, keep_params: bool, mesh=None):
         self.config = config
         self.codec = codec
         self.settings = settings
         self._read_params = read_params
         self._keep_params = keep_params
+        self._mesh = mesh
         self._params = None
 
-    def params(self):
-        """Where the parameters come from, and the parameters; they are read at the first call."""
-        if self._params is None:
-            self._params = self._read_params()
+    def params(self, num_tokens: int = 0):
+        """Where the parameters come from, and the parameters.
+
+        They are read at the first call, and again if they lie on a default mesh that does not
+        divide these tokens.
+
+        Args:
+          num_tokens: tokens of the stories that are to be generated; 0 for any.
+        """
+        if self._params is not None:
+            context = mesh_lib.mesh_of(self._params[1]).shape['context']
+            if self._mesh is not None or num_tokens % context == 0:
+                return self._params
+            self._params = None  # both would not fit into the devices' memory
+
+        heads = self.config.model.num_attention_heads
+        mesh = self._mesh or default_mesh(num_heads=heads, num_tokens=num_tokens)
+        self._params = self._read_params(mesh)
         return self._params
 
     def generate(
@@ -458,6 +516,7 @@ class Model:
             given_clips.append(clip)
         asked = list(frames) if isinstance(frames, Sequence) else [frames] * num_scenes
         planned = plan_frames(asked, given_clips, self.config.data.layouts[0][0])
+        num_tokens = self._num_tokens(planned)
         guidance = self.config.sample.guidance if guidance is None else guidance
         sampling = {
             'seed': seed,
@@ -476,7 +535,7 @@ class Model:
         inputs = encode_inputs(self.codec, stories, planned, given_videos, negative_caption)
 
         # ... then the transformer, ...
-        path, params = self.params()
+        path, params = self.params(num_tokens)
         listener = None
         if callback is not None:
             listener = _step_counter(callback, len(stories) * sampling['steps'])
@@ -516,6 +575,20 @@ class Model:
         ]
         return videos[0] if isinstance(captions[0], str) else videos
 
+    def _num_tokens(self, frames: tuple[int, ...]) -> int:
+        """Tokens of a story of these pixel frames.
+
+        Raises:
+          ValueError: if the mesh that was asked for does not divide them.
+        """
+        latent_frames = self.codec.latent_frames(frames)
+        layout = self.config.model.layout(latent_frames, *self.codec.latent_shape[:2])
+        if self._mesh is not None:
+            # Stories are generated one by one, each as the two halves of guidance.
+            heads = self.config.model.num_attention_heads
+            context_parallel.check(self._mesh.shape, 2, layout.num_tokens, heads)
+        return layout.num_tokens
+
     def _video(self, captions: list[str], frames: tuple[int, ...], pixels, num_given: int, how):
         """One video, from its pixels [F, H, W, 3] and a record of how it was made."""
         scenes = [{'caption': c, 'frames': f} for c, f in zip(captions, frames)]
@@ -544,23 +617,64 @@ def _given_record(clip) -> dict:
     return {'file': str(clip), 'sha256': hashlib.sha256(content).hexdigest()}
 
 
-def default_mesh(axes: tuple[int, int] | None = None) -> jax.sharding.Mesh:
+def default_mesh(
+    axes: tuple[int, int] | None = None, *, num_heads: int | None = None, num_tokens: int = 0
+) -> jax.sharding.Mesh:
     """The mesh that videos are generated on.
 
     Args:
       axes: over how many devices the parameters and the halves of guidance are spread (fsdp), and
-        over how many the tokens (context); None takes all accelerators, two of them for the halves,
-        or one CPU.
+        over how many the tokens (context). None takes one CPU, or as many accelerators as divide
+        the heads and tokens, two of them for the halves. Devices that stay idle are logged.
+      num_heads: attention heads of the model; None for any.
+      num_tokens: tokens of the stories; 0 for any.
 
     Raises:
       ValueError: if there are not so many devices.
     """
-    count = 1
-    if axes or jax.default_backend() != 'cpu':
-        count = jax.device_count()
-    fsdp, context = axes or ((1, 1) if count == 1 else (2, count // 2))
+    count = jax.device_count()
+    if axes is None and jax.default_backend() == 'cpu':
+        axes = (1, 1)
+        count = 1
+    fsdp, context = axes or _default_axes(count, num_heads, num_tokens)
+
+    used = fsdp * context
+    if not 0 < used <= count:
+        raise ValueError(
+            f'A mesh of {fsdp} x {context} (FSDP,CONTEXT) needs {used} devices, and there are '
+            f'{count}: let the product be 1 to {count}.'
+        )
+
     config = mesh_lib.MeshConfig(fsdp=fsdp, context=context)
-    return mesh_lib.make_mesh(config, jax.devices()[:count])
+    devices = jax.devices()[:used]
+    if used == count:
+        return mesh_lib.make_mesh(config, devices)
+
+    reason = ''
+    if num_heads is not None:
+        reason = f', because {num_heads} heads and {num_tokens} tokens do not divide over more'
+    logging.warning(
+        'Generating on %d of %d devices (fsdp %d x context %d); %d stay idle%s.',
+        used,
+        count,
+        fsdp,
+        context,
+        count - used,
+        reason,
+    )
+    return mesh_lib.partial_mesh(config, devices)
+
+
+def _default_axes(count: int, num_heads: int | None, num_tokens: int) -> tuple[int, int]:
+    """The sizes of fsdp and context that use most of the devices; of equals that with fsdp 2."""
+    sizes = context_parallel.sizes_for_heads(num_heads) if num_heads else range(1, count + 1)
+    choices = [
+        (fsdp, context)
+        for fsdp in (1, 2)
+        for context in sizes
+        if fsdp * context <= count and num_tokens % context == 0
+    ]
+    return max(choices, key=lambda axes: (axes[0] * axes[1], axes))
 
 
 def load(
@@ -576,7 +690,7 @@ def load(
     Args:
       path: a workdir of `main` (its newest good checkpoint is used), one checkpoint in it
         (WORKDIR/checkpoints/STEP), or a model folder, released or converted to Orbax.
-      mesh: the devices to use; None is `default_mesh()`.
+      mesh: the devices to use; None is `default_mesh` for the scenes that are generated first.
       lora_file: LoRA tensors of diffusers' CogVideoX (.safetensors) to merge into the transformer.
       keep_params: keep the transformer in memory between calls of `generate`; without that it is
         let go before the VAE decodes.
@@ -590,10 +704,9 @@ def load(
       ValueError: naming what does not fit.
     """
     path = pathlib.Path(path)
-    mesh = mesh or default_mesh()
     if (path / 'transformer').is_dir():
         settings = ModelFolder(**folder_settings)
-        config, codec, read = _open_folder(path, mesh, settings)
+        config, codec, read = _open_folder(path, settings)
         height_px, width_px = codec.size_px
         record = dataclasses.asdict(settings) | {'height': height_px, 'width': width_px}
     elif folder_settings:
@@ -601,19 +714,24 @@ def load(
             f'{path} is not a model folder, for which alone there is {", ".join(folder_settings)}.'
         )
     else:
-        config, codec, read = _open_run(path, mesh)
+        config, codec, read = _open_run(path)
         record = {}
+
+    if mesh is not None:
+        copies = mesh.shape['data'] * mesh.shape['fsdp']
+        tokens = mesh.shape['context']  # their number is known when the scenes are
+        context_parallel.check(mesh.shape, copies, tokens, config.model.num_attention_heads)
 
     record['lora'] = str(lora_file) if lora_file else None
     low_rank = lora_files.read_lora(lora_file, config.model) if lora_file else None
 
-    def read_params():
-        source, params = read()
+    def read_params(mesh):
+        source, params = read(mesh)
         if low_rank is not None:
             params = lora.merge_placed(params, *low_rank)
         return source, params
 
-    return Model(config, codec, read_params, record, keep_params)
+    return Model(config, codec, read_params, record, keep_params, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -636,8 +754,9 @@ class ModelFolder:
     mask_padding: bool = False
 
 
-def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelFolder):
-    """Configuration, codec, and a function that reads the transformer and says from where."""
+def _open_folder(folder: pathlib.Path, settings: ModelFolder):
+    """Configuration, codec, and a function that reads the transformer onto a mesh and says from
+    where."""
     config = config_lib.Config(
         data=config_lib.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=settings.dtype)
     )
@@ -657,9 +776,9 @@ def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelF
         mask_padding=settings.mask_padding,
     )
     abstract = names.abstract_params(config.model)
-    target = partitioning.abstract_arrays(abstract, mesh, config.model.dtype)
 
-    def read():
+    def read(mesh):
+        target = partitioning.abstract_arrays(abstract, mesh, config.model.dtype)
         return folder, load_lib.read_params(
             'transformer', folder / 'transformer', config.model, target
         )
@@ -667,14 +786,14 @@ def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelF
     return config, codec, read
 
 
-def _open_run(path: pathlib.Path, mesh: jax.sharding.Mesh):
+def _open_run(path: pathlib.Path):
     """As `_open_folder`, of a workdir or of one checkpoint in it."""
     is_checkpoint = (path / 'ema').is_dir()
     workdir = path.absolute().parent.parent if is_checkpoint else path.absolute()
     config = config_lib.load(workdir / 'config.json')
-    target = partitioning.abstract_arrays(names.abstract_params(config.model), mesh)
 
-    def read():
+    def read(mesh):
+        target = partitioning.abstract_arrays(names.abstract_params(config.model), mesh)
         if is_checkpoint:
             return path, runs.restore(path, config, target)
         return runs.newest(path, config, target)

@@ -118,15 +118,17 @@ _MESH = flags.DEFINE_list(
     'mesh',
     None,
     'FSDP,CONTEXT: the number of devices over which the parameters and the halves of guidance are '
-    'spread, and the number over which tokens are; default on accelerators: 2 and the rest.',
+    'spread, and the number over which tokens are. CONTEXT must divide the heads and the tokens; '
+    'the devices that the product leaves over stay idle. Default on accelerators: 2 and the most '
+    'that divide.',
 )
 _OUT = flags.DEFINE_string('out', 'samples', 'Folder for mp4, gif, contact sheet and story.json.')
 
 
-def _mesh() -> jax.sharding.Mesh:
-    """The mesh that --mesh asks for."""
+def _mesh() -> jax.sharding.Mesh | None:
+    """The mesh that --mesh asks for, if it is given."""
     if not _MESH.value:
-        return pipeline.default_mesh()
+        return None
     if len(_MESH.value) != 2:
         raise app.UsageError(
             f'--mesh needs two numbers, FSDP,CONTEXT, got {",".join(_MESH.value)}.'
