@@ -8,6 +8,8 @@ story order (Mask²DiT, section 3.2, symmetric binary attention mask).
 import dataclasses
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -124,6 +126,22 @@ def token_scenes(layout: SceneLayout) -> tuple[np.ndarray, np.ndarray]:
     scenes = np.array([segment.scene for segment in layout.segments], np.int32)
     is_text = np.array([segment.is_text for segment in layout.segments])
     return np.repeat(scenes, lengths), np.repeat(is_text, lengths)
+
+
+def traced_token_scenes(layout: SceneLayout) -> tuple[jax.Array, jax.Array]:
+    """`token_scenes`, computed in the program.
+
+    A numpy array would be a constant of the program, which grows with the number of tokens.
+    """
+    scenes = np.array([segment.scene for segment in layout.segments], np.int32)
+    is_text = np.array([segment.is_text for segment in layout.segments])
+    starts = np.array([segment.start for segment in layout.segments], np.int32)
+    stops = np.array([segment.stop for segment in layout.segments], np.int32)
+
+    token = jnp.arange(layout.num_tokens, dtype=jnp.int32)[:, None]  # [L, 1]
+    inside = (token >= starts) & (token < stops)  # [L, segments]
+    scene_of_token = jnp.sum(jnp.where(inside, scenes, 0), axis=1, dtype=jnp.int32)
+    return scene_of_token, jnp.any(inside & is_text, axis=1)
 
 
 def frame_scenes(layout: SceneLayout) -> np.ndarray:

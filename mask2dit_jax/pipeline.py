@@ -28,8 +28,8 @@ from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import clips, latent_codec, latent_file, manifest, samples, story_file
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.distributed import context_parallel, partitioning
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit, lora
 from mask2dit_jax.pretrained import config_json, lora_files, names, runs
 from mask2dit_jax.pretrained import load as load_lib
@@ -84,12 +84,15 @@ def jit_sample(
     """The jitted sampling loop for these latent frames per scene; it compiles once for each batch
     size and number of steps.
 
-    The two halves of classifier-free guidance are rows of one batch, spread over the batch axes of
-    the mesh; tokens are spread over context. Everything but the parameters comes in whole on every
-    device. With `reports_steps` the loop gets the number of one of `_step_listeners` as its last
-    input, and tells it of every step that is done.
+    Stories lie on the mesh as mesh.row_sharding says. The two halves of classifier-free guidance
+    are rows of one batch, spread over the batch axes; tokens are spread over context. With
+    `reports_steps` the loop gets the number of one of `_step_listeners` as its last input, and
+    tells it of every step that is done.
     """
     model = dit.DiT(config.model)
+
+    def by_rows(x):
+        return jax.lax.with_sharding_constraint(x, mesh_lib.row_sharding(mesh, len(x)))
 
     def run(
         params,
@@ -103,6 +106,7 @@ def jit_sample(
         guidance,
         listener=None,
     ):
+        noise, text, given, given_scenes = map(by_rows, (noise, text, given, given_scenes))
         layout = config.model.layout(frames, *noise.shape[2:4])
         both = jnp.concatenate([jnp.broadcast_to(null_text, text.shape), text])
 
@@ -128,11 +132,13 @@ def jit_sample(
                 callback=_report_step if reports_steps else None,
                 callback_data=listener,
             )
-        return out.reshape(-1, *shape)
+        return by_rows(out.reshape(-1, *shape))
 
+    # Stories come in and go out as they lie: how they are spread depends on their number.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = partitioning.shardings(names.abstract_params(config.model), mesh)
-    return jax.jit(run, in_shardings=(params, *[whole] * (8 + reports_steps)), out_shardings=whole)
+    inputs = (None, None, whole, None, None, *[whole] * (3 + reports_steps))
+    return jax.jit(run, in_shardings=(params, *inputs))
 
 
 def story_noise(seed: int, index: int, shape: tuple[int, ...]):
@@ -229,17 +235,18 @@ def sample_latents(
     sampler: str | None = None,
     steps: int | None = None,
     guidance=None,
+    batch_size: int | None = None,
     listener: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    """Denoises the stories of `inputs`, on the mesh that `params` lie on.
+    """Denoises stories, on the mesh that `params` lie on.
 
     Args:
-      config, params, seed, first_index, sampler, steps, guidance: as in `generate`.
-      inputs: of `encode_inputs`.
+      config, params, seed, first_index, sampler, steps, guidance, batch_size: as in `generate`.
+      inputs: of `encode_inputs`, for the stories that this process needs (mesh.local_rows).
       listener: called after every denoising step.
 
     Returns:
-      Latents float32 [B, T, h, w, C].
+      Latents float32 [B, T, h, w, C] of these stories.
 
     Raises:
       ValueError: if guidance is neither one number nor one number for each scene.
@@ -247,30 +254,42 @@ def sample_latents(
     num_scenes = len(inputs.latent_frames)
     guidance = config.sample.guidance if guidance is None else guidance
     _check_guidance(guidance, num_scenes)
+    mesh = mesh_lib.mesh_of(params)
+    batch_size = batch_size or len(inputs.given)
+    rows = mesh_lib.local_rows(mesh, batch_size)
     whole = config.model.whole_patches(inputs.latent_frames)
     given = inputs.given[:, whole.source]
-    noise = jnp.stack([story_noise(seed, first_index + i, x.shape) for i, x in enumerate(given)])
+    noise = [story_noise(seed, first_index + row, given.shape[1:]) for row in rows]
+    stories = {
+        'noise': np.stack(noise),
+        'text': inputs.text,
+        'given': given,
+        'given_scenes': inputs.given_scenes,
+    }
+    stories = mesh_lib.global_batch(stories, mesh, batch_size)
+
     timesteps, table = samplers.sampler_table(
         sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
     )
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    mesh = mesh_lib.mesh_of(params)
     run = jit_sample(config, whole.frames, mesh, reports_steps=listener is not None)
     arguments = (
         params,
-        noise,
-        inputs.text,
+        stories['noise'],
+        stories['text'],
         inputs.null_text,
-        given,
-        inputs.given_scenes,
+        stories['given'],
+        stories['given_scenes'],
         timesteps,
         table,
         scale,
     )
     if listener is None:
-        return np.asarray(run(*arguments))[:, whole.kept]
-    with _listening(listener) as number:
-        return np.asarray(run(*arguments, number))[:, whole.kept]
+        latents = mesh_lib.local_batch(run(*arguments))
+    else:
+        with _listening(listener) as number:
+            latents = mesh_lib.local_batch(run(*arguments, number))
+    return latents[:, whole.kept]
 
 
 def _check_guidance(guidance, num_scenes: int) -> None:
@@ -293,8 +312,12 @@ def generate(
     sampler: str | None = None,
     steps: int | None = None,
     guidance=None,
+    batch_size: int | None = None,
 ) -> np.ndarray:
     """Generates a batch of stories of one layout.
+
+    With several processes each takes the stories that its devices need (mesh.local_rows), and
+    returns those that it owns (mesh.owned_rows). With one process, both are all stories.
 
     Args:
       config: the model's configuration, which also holds the default sampler settings.
@@ -303,6 +326,7 @@ def generate(
       seed: story i gets the noise of (seed, first_index + i).
       first_index: see above.
       sampler, steps, guidance: overrides of config.sample; guidance may be one number per scene.
+      batch_size: stories of the whole batch; None if `captions` are all of it.
 
     Returns:
       Pixels float32 in [0, 1], [B, F, H, W, 3]; given scenes come back as their codec sees them.
@@ -320,8 +344,32 @@ def generate(
         sampler=sampler,
         steps=steps,
         guidance=guidance,
+        batch_size=batch_size,
     )
-    return codec.decode_video(latents, inputs.latent_frames)
+    mesh = mesh_lib.mesh_of(params)
+    return decode_owned(codec, latents, inputs.latent_frames, mesh, batch_size or len(captions))
+
+
+def decode_owned(
+    codec: latent_codec.LatentCodec, latents, latent_frames: tuple[int, ...], mesh, batch_size: int
+) -> np.ndarray:
+    """Decodes the stories that this process owns.
+
+    Args:
+      codec: video codec.
+      latents: of `sample_latents`.
+      latent_frames: per scene.
+      mesh: the mesh that the stories were sampled on.
+      batch_size: stories of the whole batch.
+
+    Returns:
+      Pixels float32 in [0, 1], [B, F, H, W, 3], of the stories of mesh.owned_rows.
+    """
+    owned = mesh_lib.owned_rows(mesh, batch_size)
+    if not owned:
+        return np.zeros((0, 1, *codec.size_px, 3), np.float32)
+    rows = mesh_lib.local_rows(mesh, batch_size)
+    return codec.decode_video(latents[[rows.index(row) for row in owned]], latent_frames)
 
 
 def _given_count(frames: tuple[int, ...], given_frames: int) -> int:
@@ -531,6 +579,7 @@ class Request:
       stories: captions of each video.
       frames: pixel frames per scene.
       given: the given scenes.
+      mesh: the devices that the videos are sampled on.
       negative_caption: what guidance leads away from.
       sampling: seed, sampler, steps and guidance.
       record: what story.json holds. Its `weights`, a checksum, and its `checkpoint` are certain
@@ -541,6 +590,7 @@ class Request:
     stories: list[list[str]]
     frames: tuple[int, ...]
     given: list[_GivenScene]
+    mesh: jax.sharding.Mesh
     negative_caption: str
     sampling: dict
     record: dict
@@ -558,19 +608,32 @@ class Model:
         workdir it is the newest checkpoint, whole or not.
     """
 
-    def __init__(self, config, codec, read_params, settings: dict, source: str, keep_params: bool):
+    def __init__(
+        self, config, codec, read_params, settings: dict, source: str, keep_params: bool, mesh=None
+    ):
         self.config = config
         self.codec = codec
         self.settings = settings
         self.source = source
         self._read_params = read_params
         self._keep_params = keep_params
+        self._mesh = mesh
         self._params = None
 
-    def params(self):
-        """Where the parameters come from, and the parameters; they are read at the first call."""
+    def params(self, mesh: jax.sharding.Mesh | None = None):
+        """Where the parameters come from, and the parameters.
+
+        They are read at the first call, and again when they are needed on another mesh.
+
+        Args:
+          mesh: where they are needed; None for where they are, or where any story is served.
+        """
+        if self._params is not None and mesh is not None:
+            if mesh_lib.mesh_of(self._params[1]) != mesh:
+                self._params = None  # both would not fit into the devices' memory
         if self._params is None:
-            self._params = self._read_params()
+            self._params = self._read_params(mesh or self._mesh_for(num_tokens=0))
+
         path, params = self._params
         if jax.tree.leaves(params)[0].sharding.memory_kind == 'pinned_host':
             self._params = path, _in_memory(params, 'device')
@@ -651,6 +714,7 @@ class Model:
         asked = list(frames) if isinstance(frames, Sequence) else [frames] * len(stories[0])
         lengths = [scene.frames for scene in scenes]
         planned = plan_frames(asked, lengths, self.config.data.layouts[0][0])
+        mesh = self._mesh_for(self._num_tokens(planned))
 
         guidance = self.config.sample.guidance if guidance is None else guidance
         _check_guidance(guidance, len(planned))
@@ -675,8 +739,10 @@ class Model:
             'model': dataclasses.asdict(self.config.model),
             'jax': jax.__version__,
             **self.settings,
+            'device': mesh.devices.flat[0].device_kind,
+            'mesh': [mesh.shape['fsdp'], mesh.shape['context']],
         }
-        return Request(stories, planned, scenes, negative_caption, sampling, record)
+        return Request(stories, planned, scenes, mesh, negative_caption, sampling, record)
 
     def start(self, request: Request) -> Request:
         """Encodes the captions and given scenes of a request, then reads the transformer.
@@ -695,7 +761,7 @@ class Model:
             negative_caption=request.negative_caption,
             given_latents=_encode_given(self.codec, request.given),
         )
-        path, params = self.params()
+        path, params = self.params(request.mesh)
         weights = checkpoint.checksums({'params': params})['params']
         record = request.record | {'checkpoint': str(path), 'weights': weights}
         return dataclasses.replace(request, record=record, inputs=inputs)
@@ -725,7 +791,7 @@ class Model:
         first = request.record['first_index']
 
         for index in tqdm.tqdm(indices, desc='sampling', unit='video'):
-            _, params = self.params()
+            _, params = self.params(request.mesh)
             latents = sample_latents(
                 self.config,
                 params,
@@ -794,23 +860,64 @@ def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[
     return listener
 
 
-def default_mesh(axes: tuple[int, int] | None = None) -> jax.sharding.Mesh:
+def default_mesh(
+    axes: tuple[int, int] | None = None, *, num_heads: int | None = None, num_tokens: int = 0
+) -> jax.sharding.Mesh:
     """The mesh that videos are generated on.
 
     Args:
       axes: over how many devices the parameters and the halves of guidance are spread (fsdp), and
-        over how many the tokens (context); None takes all accelerators, two of them for the halves,
-        or one CPU.
+        over how many the tokens (context). None takes one CPU, or as many accelerators as divide
+        the heads and tokens, two of them for the halves. Devices that stay idle are logged.
+      num_heads: attention heads of the model; None for any.
+      num_tokens: tokens of the stories; 0 for any.
 
     Raises:
       ValueError: if there are not so many devices.
     """
-    count = 1
-    if axes or jax.default_backend() != 'cpu':
-        count = jax.device_count()
-    fsdp, context = axes or ((1, 1) if count == 1 else (2, count // 2))
+    count = jax.device_count()
+    if axes is None and jax.default_backend() == 'cpu':
+        axes = (1, 1)
+        count = 1
+    fsdp, context = axes or _default_axes(count, num_heads, num_tokens)
+
+    used = fsdp * context
+    if not 0 < used <= count:
+        raise ValueError(
+            f'A mesh of {fsdp} x {context} (FSDP,CONTEXT) needs {used} devices, and there are '
+            f'{count}: let the product be 1 to {count}.'
+        )
+
     config = mesh_lib.MeshConfig(fsdp=fsdp, context=context)
-    return mesh_lib.make_mesh(config, jax.devices()[:count])
+    devices = jax.devices()[:used]
+    if used == count:
+        return mesh_lib.make_mesh(config, devices)
+
+    reason = ''
+    if num_heads is not None:
+        reason = f', because {num_heads} heads and {num_tokens} tokens do not divide over more'
+    logging.warning(
+        'Generating on %d of %d devices (fsdp %d x context %d); %d stay idle%s.',
+        used,
+        count,
+        fsdp,
+        context,
+        count - used,
+        reason,
+    )
+    return mesh_lib.partial_mesh(config, devices)
+
+
+def _default_axes(count: int, num_heads: int | None, num_tokens: int) -> tuple[int, int]:
+    """The sizes of fsdp and context that use most of the devices; of equals that with fsdp 2."""
+    sizes = context_parallel.sizes_for_heads(num_heads) if num_heads else range(1, count + 1)
+    choices = [
+        (fsdp, context)
+        for fsdp in (1, 2)
+        for context in sizes
+        if fsdp * context <= count and num_tokens % context == 0
+    ]
+    return max(choices, key=lambda axes: (axes[0] * axes[1], axes))
 
 
 def load(
@@ -826,7 +933,7 @@ def load(
     Args:
       path: a workdir of `main` (its newest good checkpoint is used), one checkpoint in it
         (WORKDIR/checkpoints/STEP), or a model folder, released or converted to Orbax.
-      mesh: the devices to use; None is `default_mesh()`.
+      mesh: the devices to use; None is `default_mesh` for the scenes that are generated first.
       lora_file: LoRA tensors of diffusers' CogVideoX (.safetensors) to merge into the transformer.
       keep_params: keep the transformer in memory between calls of `generate`; without that it is
         let go before the VAE decodes.
@@ -840,10 +947,9 @@ def load(
       ValueError: naming what does not fit.
     """
     path = pathlib.Path(path)
-    mesh = mesh or default_mesh()
     if (path / 'transformer').is_dir():
         settings = ModelFolder(**folder_settings)
-        config, codec, read = _open_folder(path, mesh, settings)
+        config, codec, read = _open_folder(path, settings)
         height_px, width_px = codec.size_px
         record = dataclasses.asdict(settings) | {'height': height_px, 'width': width_px}
     elif folder_settings:
@@ -851,18 +957,19 @@ def load(
             f'{path} is not a model folder, for which alone there is {", ".join(folder_settings)}.'
         )
     else:
-        config, codec, read = _open_run(path, mesh)
+        config, codec, read = _open_run(path)
         record = {}
 
-    record |= {
-        'device': mesh.devices.flat[0].device_kind,
-        'mesh': [mesh.shape['fsdp'], mesh.shape['context']],
-        'lora': str(pathlib.Path(lora_file).absolute()) if lora_file else None,
-    }
+    if mesh is not None:
+        copies = mesh.shape['data'] * mesh.shape['fsdp']
+        tokens = mesh.shape['context']  # their number is known when the scenes are
+        context_parallel.check(mesh.shape, copies, tokens, config.model.num_attention_heads)
+
+    record['lora'] = str(pathlib.Path(lora_file).absolute()) if lora_file else None
     low_rank = lora_files.read_lora(lora_file, config.model) if lora_file else None
 
-    def read_params():
-        source, params = read()
+    def read_params(mesh):
+        source, params = read(mesh)
         if low_rank is not None:
             params = lora.merge_placed(params, *low_rank)
         return source, params
@@ -870,7 +977,7 @@ def load(
     source = path.absolute()
     if (path / checkpoint.FOLDER).is_dir():
         source = next(reversed(checkpoint.folders(path)), None)
-    return Model(config, codec, read_params, record, str(source), keep_params)
+    return Model(config, codec, read_params, record, str(source), keep_params, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -893,8 +1000,9 @@ class ModelFolder:
     mask_padding: bool = False
 
 
-def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelFolder):
-    """Configuration, codec, and a function that reads the transformer and says from where."""
+def _open_folder(folder: pathlib.Path, settings: ModelFolder):
+    """Configuration, codec, and a function that reads the transformer onto a mesh and says from
+    where."""
     config = config_lib.Config(
         data=config_lib.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=settings.dtype)
     )
@@ -914,9 +1022,9 @@ def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelF
         mask_padding=settings.mask_padding,
     )
     abstract = names.abstract_params(config.model)
-    target = partitioning.abstract_arrays(abstract, mesh, config.model.dtype)
 
-    def read():
+    def read(mesh):
+        target = partitioning.abstract_arrays(abstract, mesh, config.model.dtype)
         return folder.absolute(), load_lib.read_params(
             'transformer', folder / 'transformer', config.model, target
         )
@@ -924,14 +1032,14 @@ def _open_folder(folder: pathlib.Path, mesh: jax.sharding.Mesh, settings: ModelF
     return config, codec, read
 
 
-def _open_run(path: pathlib.Path, mesh: jax.sharding.Mesh):
+def _open_run(path: pathlib.Path):
     """As `_open_folder`, of a workdir or of one checkpoint in it."""
     is_checkpoint = (path / 'ema').is_dir()
     workdir = path.absolute().parent.parent if is_checkpoint else path.absolute()
     config = config_lib.load(workdir / 'config.json')
-    target = partitioning.abstract_arrays(names.abstract_params(config.model), mesh)
 
-    def read():
+    def read(mesh):
+        target = partitioning.abstract_arrays(names.abstract_params(config.model), mesh)
         if is_checkpoint:
             return path.absolute(), runs.restore(path, config, target)
         return runs.newest(path, config, target)

@@ -155,7 +155,9 @@ _MESH = flags.DEFINE_list(
     'mesh',
     None,
     'FSDP,CONTEXT: the number of devices over which the parameters and the halves of guidance are '
-    'spread, and the number over which tokens are; default on accelerators: 2 and the rest.',
+    'spread, and the number over which tokens are. CONTEXT must divide the heads and the tokens; '
+    'the devices that the product leaves over stay idle. Default on accelerators: 2 and the most '
+    'that divide.',
 )
 _OUT = flags.DEFINE_string(
     'out', 'samples', 'Folder for the videos and story.json; it belongs to one story.'
@@ -172,7 +174,7 @@ def _chosen(flag, record: dict, default=None):
     return record.get(flag.name, default)
 
 
-def _mesh(record: dict) -> jax.sharding.Mesh:
+def _mesh(record: dict) -> jax.sharding.Mesh | None:
     """The mesh that --mesh asks for, or the one of the story file where the devices allow it."""
     axes = _MESH.value
     if axes and (len(axes) != 2 or not all(size.isdigit() for size in axes)):
@@ -180,7 +182,7 @@ def _mesh(record: dict) -> jax.sharding.Mesh:
     recorded = record.get('mesh')
     if not axes and recorded and math.prod(recorded) == jax.device_count():
         axes = recorded
-    return pipeline.default_mesh(tuple(map(int, axes)) if axes else None)
+    return pipeline.default_mesh(tuple(map(int, axes))) if axes else None
 
 
 def _read_story() -> dict:

@@ -79,17 +79,21 @@ def lower_sample(config: config_lib.Config, frames: tuple[int, ...], latent, mes
     scenes = len(frames)
     steps = config.sample.steps
     caption = (config.model.max_text_seq_length, config.model.text_embed_dim)
-    latents = jax.ShapeDtypeStruct((stories, sum(frames), *latent), jnp.float32)  # [B, T, H, W, C]
+    rows = mesh_lib.row_sharding(mesh, stories)
 
+    def by_rows(shape, dtype):
+        return jax.ShapeDtypeStruct((stories, *shape), dtype, sharding=rows)
+
+    latents = by_rows((sum(frames), *latent), jnp.float32)  # [B, T, H, W, C]
     params = partitioning.abstract_arrays(
         names.abstract_params(config.model), mesh, config.model.dtype
     )
     inputs = {
         'noise': latents,
-        'text': jax.ShapeDtypeStruct((stories, scenes, *caption), jnp.float32),
+        'text': by_rows((scenes, *caption), jnp.float32),
         'null_text': jax.ShapeDtypeStruct(caption, jnp.float32),
         'given': latents,
-        'given_scenes': jax.ShapeDtypeStruct((stories, scenes), bool),
+        'given_scenes': by_rows((scenes,), bool),
         'timesteps': jax.ShapeDtypeStruct((steps,), jnp.int32),
         'table': jax.ShapeDtypeStruct((steps, 5), jnp.float32),
         'guidance': jax.ShapeDtypeStruct((scenes,), jnp.float32),

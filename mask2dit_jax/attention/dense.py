@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mask2dit_jax.attention import masks
-from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.layout import SceneLayout, traced_token_scenes
 
 
 def dense(q, k, v, layout: SceneLayout, pattern: str):
@@ -19,7 +19,9 @@ def dense(q, k, v, layout: SceneLayout, pattern: str):
     Returns:
       [B, L, N, D] in q's dtype.
     """
-    mask = masks.dense_mask(layout, pattern)  # [L, L]
+    # Computed in the program, of which a numpy mask would be a constant of L x L bytes.
+    scene, is_text = traced_token_scenes(layout)  # [L] each
+    mask = masks.may_attend(pattern, scene[:, None], is_text[:, None], scene[None], is_text[None])
 
     scores = jnp.einsum('bqnd,bknd->bnqk', q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5  # [B, N, L, L]

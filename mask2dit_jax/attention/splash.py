@@ -3,12 +3,13 @@
 The mask is Mask²DiT's (section 3.2), and the result is exact. Inside, a sequence is ordered [video,
 text, padding] and padded to whole blocks, so that everything that is not video lies in the last
 blocks. Whether a block of the mask is all true, all false or mixed is read off the segments that it
-touches, never off its (query, key) pairs; in a mixed block the kernel computes the mask from
-positions.
+touches, for all blocks at once and never off their (query, key) pairs; in a mixed block the kernel
+computes the mask from positions.
 
 The mask is computed by comparisons alone: kernels on the TPU have no fast integer division.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -77,11 +78,15 @@ class _KernelSequence:
         return table
 
 
-class SceneMask(splash_attention_mask.Mask):
-    """The mask of a pattern as both splash libraries take it.
+# What a block of the mask is; the libraries use the same numbers.
+EMPTY, MIXED, WHOLE = range(3)
 
-    It is `mask[rows, columns]`, and a function of positions. A block that is uniform comes back as
-    a single value, so that the table of blocks never costs an array of (query, key) pairs.
+
+class SceneMask:
+    """The mask of a pattern, for some of the queries and all keys.
+
+    It is `mask[rows, columns]`, a table of blocks, and a function of positions. A window that is
+    uniform comes back as a single value.
 
     Args:
       sequence: the sequence as kernels see it.
@@ -101,7 +106,7 @@ class SceneMask(splash_attention_mask.Mask):
 
         # The kernel holds one number per query, which is the query's segment; for keys it has
         # their positions.
-        self.q_sequence = self._segment_of[slice(*queries)]
+        self.q_sequence = self._segment_of[slice(*queries)]  # see _with_traced_queries
         self.mask_function = functools.partial(
             _visible_pairs, pattern, sequence.layout.num_scenes, sequence.starts
         )
@@ -119,6 +124,31 @@ class SceneMask(splash_attention_mask.Mask):
         if touched.all() or not touched.any():
             return touched[:1, :1]
         return self._visible[self._segment_of[rows][:, None], self._segment_of[columns][None]]
+
+    def blocks(self, block: int) -> np.ndarray:
+        """EMPTY, MIXED or WHOLE for every block of the mask, int8 [rows, columns].
+
+        Args:
+          block: tokens per block, of which the rows and the columns are multiples.
+        """
+        first_row, last_row = self._touched_by_blocks(block, axis=0)
+        first_column, last_column = self._touched_by_blocks(block, axis=1)
+
+        # Pairs of segments before (i, j) that see each other; four of these sums tell how many of
+        # the pairs that a block touches do.
+        before = np.pad(self._visible.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        upper = before[last_row][:, last_column] - before[last_row][:, first_column]
+        lower = before[first_row][:, last_column] - before[first_row][:, first_column]
+        seen = upper - lower
+        touched = np.outer(last_row - first_row, last_column - first_column)
+        return np.where(seen == touched, WHOLE, np.where(seen > 0, MIXED, EMPTY)).astype(np.int8)
+
+    def _touched_by_blocks(self, block: int, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        """First and one-past-last segment that each block of rows (or of columns) meets."""
+        start = self._offsets[axis] + np.arange(0, self.shape[axis], block)
+        first = np.searchsorted(self._starts, start, 'right') - 1
+        last = np.searchsorted(self._starts, start + block - 1, 'right')
+        return first, last
 
     def _tokens(self, window: slice, axis: int) -> slice:
         """The tokens of the sequence that a slice of the mask's rows (or columns) stands for."""
@@ -161,6 +191,58 @@ def _visible_pairs(pattern: str, num_scenes: int, starts: tuple[int, ...], q_seg
     return (seen | q_is_padding) & (k_position < starts[-2])
 
 
+class _Uniform:
+    """A window of one value. A numpy array of it would take most of the time to tell the value."""
+
+    def __init__(self, value: bool):
+        self._value = value
+
+    def any(self) -> bool:
+        return self._value
+
+    def all(self) -> bool:
+        return self._value
+
+
+# One window for each kind of block.
+_WINDOWS = {
+    EMPTY: _Uniform(False),
+    MIXED: np.array([[True, False]]),
+    WHOLE: _Uniform(True),
+}
+
+
+class _BlockMask(splash_attention_mask.Mask):
+    """A SceneMask as both splash libraries take it.
+
+    They ask for every block, several times, whether it is all true or all false, and no more than
+    that: the kernel computes mixed blocks by `mask_function`. So every block comes back as one of
+    _WINDOWS.
+    """
+
+    def __init__(self, mask: SceneMask, block: int):
+        self._key = mask, block
+        self._block = block
+        self._kinds = mask.blocks(block).tolist()  # lists are quicker to read one by one
+        self._shape = mask.shape
+        self.q_sequence = mask.q_sequence
+        self.mask_function = mask.mask_function
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    def __getitem__(self, index):
+        rows, columns = index
+        return _WINDOWS[self._kinds[rows.start // self._block][columns.start // self._block]]
+
+    def __eq__(self, other):
+        return type(other) is type(self) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+
 @functools.lru_cache(maxsize=64)
 def _tokamax_kernel(mask: SceneMask, block: int, interpret):
     """tokamax's kernel for one example: a function of q, k and v [N, padded L, D]."""
@@ -179,7 +261,7 @@ def _tokamax_kernel(mask: SceneMask, block: int, interpret):
         residual_checkpoint_name='attention',
         interpret=interpret,
     )
-    return splash.make_splash_mha_single_device(mask, config=config)
+    return splash.make_splash_mha_single_device(_BlockMask(mask, block), config=config)
 
 
 @functools.lru_cache(maxsize=64)
@@ -197,11 +279,31 @@ def _jax_kernel(mask: SceneMask, num_heads: int, block: int, interpret):
         use_fused_bwd_kernel=True,
     )
     return splash.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([mask] * num_heads),
+        splash_attention_mask.MultiHeadMask([_BlockMask(mask, block)] * num_heads),
         block_sizes=sizes,
         interpret=interpret,
         residual_checkpoint_name='attention',
     )
+
+
+def _with_traced_queries(kernel, sequence: _KernelSequence, queries: tuple[int, int]):
+    """The kernel with its queries' segments computed in the program.
+
+    As the libraries have them they are constants of the program, one number for each token in each
+    direction.
+    """
+    starts = np.array(sequence.starts[1:-1], np.int32)
+    token = jnp.arange(*queries, dtype=jnp.int32)[:, None]
+    segment = jnp.sum(token >= starts, axis=1, dtype=jnp.int32)  # [queries]
+
+    # Where every query sees every key tokamax drops the mask, and then wants no queries either.
+    if kernel.fwd_mask_info.block_mask is None:
+        segment = None
+
+    kernel = copy.copy(kernel)
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(q_sequence=segment)
+    kernel.dkv_mask_info = kernel.dkv_mask_info._replace(q_sequence=segment)
+    return kernel
 
 
 def block_of_chip() -> int:
@@ -253,19 +355,10 @@ def visited_blocks(layout: SceneLayout, pattern: str, block: int) -> VisitedBloc
     block = _fit(block, layout)
     sequence = _KernelSequence(layout, block)
     length = sequence.starts[-1]
-    mask = SceneMask(sequence, pattern, (0, length))
-
-    visible = 0
-    evaluated = 0
-    for row, column in itertools.product(range(0, length, block), repeat=2):
-        window = mask[row : row + block, column : column + block]
-        if window.all():
-            visible += 1
-        elif window.any():
-            evaluated += 1
-
-    num_blocks = length // block
-    return VisitedBlocks(block, visible / num_blocks, evaluated / num_blocks)
+    blocks = SceneMask(sequence, pattern, (0, length)).blocks(block)
+    visible = np.mean(np.sum(blocks == WHOLE, axis=1))
+    evaluated = np.mean(np.sum(blocks == MIXED, axis=1))
+    return VisitedBlocks(block, float(visible), float(evaluated))
 
 
 def attend(
@@ -318,6 +411,7 @@ def attend(
                 run = _tokamax_kernel(mask, block, interpret)
             else:
                 run = _jax_kernel(mask, q.shape[1], block, interpret)
+        run = _with_traced_queries(run, sequence, queries)
         outs.append(jax.vmap(run)(q[:, :, slice(*queries)], k, v))
 
     out = jnp.concatenate(outs, axis=2).swapaxes(1, 2)  # [B, padded L, N, D]

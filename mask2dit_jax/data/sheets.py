@@ -106,8 +106,16 @@ def _check_structure(stories, captions, given) -> None:
         )
 
 
-def _film_strip(frames, max_frames: int, frame_height_px: int) -> np.ndarray:
-    """Evenly chosen frames side by side, uint8 [h, w, 3] with h near `frame_height_px`."""
+def thumbnails(frames, max_frames: int = 4, frame_height_px: int = 128) -> np.ndarray:
+    """What `story_grid` shows of a scene: it draws these frames as it draws the whole scene.
+
+    Args:
+      frames: a scene [F, H, W, 3], uint8 or float in [0, 1].
+      max_frames, frame_height_px: as in story_grid.
+
+    Returns:
+      Evenly chosen frames, uint8 [n, h, w, 3], shrunk to `frame_height_px` if they are larger.
+    """
     frames = video.checked_frames(frames)
     count = min(len(frames), max_frames)
     shown = np.linspace(0, len(frames) - 1, count).round().astype(int)
@@ -118,6 +126,12 @@ def _film_strip(frames, max_frames: int, frame_height_px: int) -> np.ndarray:
         width = max(1, round(width * frame_height_px / height))
         images = [Image.fromarray(frame) for frame in frames]
         frames = np.stack([video.scale_and_crop(i, frame_height_px, width) for i in images])
+    return frames
+
+
+def _film_strip(frames, max_frames: int, frame_height_px: int) -> np.ndarray:
+    """Evenly chosen frames side by side, uint8 [h, w, 3] with h near `frame_height_px`."""
+    frames = thumbnails(frames, max_frames, frame_height_px)
     frames = video.upscale(frames, max(1, frame_height_px // frames.shape[1]))
 
     # A white gap after every frame; the last one is cut off.

@@ -16,6 +16,11 @@ from mask2dit_jax.layout import SceneLayout
 SPEC = P(mesh_lib.BATCH_AXES, 'context', 'tensor')  # of q, k and v [B, L, N, D] outside
 
 
+def sizes_for_heads(num_heads: int, tensor: int = 1) -> list[int]:
+    """Sizes of the context axis over which so many attention heads spread evenly, ascending."""
+    return [n for n in range(1, num_heads + 1) if num_heads % (n * tensor) == 0]
+
+
 def check(axes: dict[str, int], batch: int, num_tokens: int, num_heads: int) -> None:
     """Makes sure that examples, tokens and heads spread evenly.
 
@@ -38,7 +43,7 @@ def check(axes: dict[str, int], batch: int, num_tokens: int, num_heads: int) -> 
             f'make it a multiple of {copies}, or let context or tensor take more devices.'
         )
 
-    heads_fit = [n for n in range(1, num_heads + 1) if num_heads % (n * tensor) == 0]
+    heads_fit = sizes_for_heads(num_heads, tensor)
     if context not in heads_fit:
         raise ValueError(
             f'{num_heads} attention heads do not divide over context {context} x tensor {tensor}: '

@@ -95,6 +95,19 @@ def make_mesh(mesh: MeshConfig, devices=None) -> jax.sharding.Mesh:
     return _mesh_from_grid(grid)
 
 
+def partial_mesh(mesh: MeshConfig, devices) -> jax.sharding.Mesh:
+    """Mesh over a part of the devices, in the order of their numbers.
+
+    A part need not fill a box of the chips' torus, which `make_mesh` wants.
+
+    Args:
+      mesh: the sizes of the axes.
+      devices: as many as the axes need.
+    """
+    shape = tuple(getattr(mesh, axis) for axis in AXES)
+    return _mesh_from_grid(np.array(devices).reshape(shape))
+
+
 def mesh_of(tree) -> jax.sharding.Mesh:
     """The mesh that a tree of arrays is spread over.
 
@@ -114,13 +127,36 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def row_sharding(mesh: jax.sharding.Mesh, num_rows: int) -> NamedSharding:
+    """Rows spread over the batch axes, or over one of them, or whole on every device: over as many
+    devices as divide their number."""
+    by_size = sorted(BATCH_AXES, key=lambda axis: mesh.shape[axis], reverse=True)
+    for axes in (BATCH_AXES, *((axis,) for axis in by_size)):
+        if num_rows % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            return NamedSharding(mesh, P(axes))
+    return NamedSharding(mesh, P())
+
+
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
     """The examples of a global batch that this process's devices need, in ascending order.
 
     Processes whose devices share the tokens of an example all need that example.
     """
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    indices = row_sharding(mesh, batch_size).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (rows,) in indices for row in range(*rows.indices(batch_size))})
+
+
+def owned_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
+    """The examples of `local_rows` that no process of a lower number needs.
+
+    Every example of the global batch is owned by one process.
+    """
+    owners = np.full(batch_size, jax.process_count())
+    for device, (rows,) in (
+        row_sharding(mesh, batch_size).devices_indices_map((batch_size,)).items()
+    ):
+        owners[rows] = np.minimum(owners[rows], device.process_index)
+    return np.flatnonzero(owners == jax.process_index()).tolist()
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int):
@@ -132,9 +168,9 @@ def global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_si
       batch_size: examples of the global batch.
 
     Returns:
-      jax.Arrays [batch_size, ...], spread as batch_sharding says.
+      jax.Arrays [batch_size, ...], spread as row_sharding says.
     """
-    sharding = batch_sharding(mesh)
+    sharding = row_sharding(mesh, batch_size)
     rows = local_rows(mesh, batch_size)
 
     def place(x):
@@ -147,3 +183,13 @@ def global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_si
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(place, batch)
+
+
+def local_batch(array: jax.Array) -> np.ndarray:
+    """The examples of `local_rows` from a global array; the inverse of `global_batch`."""
+    parts = {}
+    for shard in array.addressable_shards:
+        start, _, _ = shard.index[0].indices(len(array))
+        if start not in parts:
+            parts[start] = np.asarray(shard.data)
+    return np.concatenate([parts[start] for start in sorted(parts)])

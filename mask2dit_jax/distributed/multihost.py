@@ -17,6 +17,7 @@ import zlib
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors.numpy
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -94,6 +95,28 @@ def assert_same_on_all_hosts(**things) -> None:
             f'Processes differ in {", ".join(names)}: start all by the same command, with a '
             '--workdir that they share.'
         )
+
+
+def gather(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The arrays of every process, in the order of processes. All processes must call this.
+
+    All of them are copied to every process: they are to be small.
+
+    Args:
+      arrays: of this process; names, shapes and types may differ from process to process.
+    """
+    if jax.process_count() == 1:
+        return [arrays]
+
+    # As bytes, since JAX would round float64 and int64.
+    content = np.frombuffer(safetensors.numpy.save(arrays), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(content), np.uint32))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(content)] = content
+    gathered = multihost_utils.process_allgather(padded)  # [processes, bytes]
+    return [
+        safetensors.numpy.load(row[:length].tobytes()) for row, length in zip(gathered, lengths)
+    ]
 
 
 def barrier(step: int, limited: bool) -> None:

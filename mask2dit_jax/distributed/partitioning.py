@@ -48,6 +48,13 @@ def constrain_tokens(x):
     return jax.lax.with_sharding_constraint(x, P(mesh_lib.BATCH_AXES, 'context'))
 
 
+def constrain_token_table(x):
+    """Spreads a table [L, D] of all tokens over context; does nothing on one device."""
+    if not mesh_lib.mesh_axes():
+        return x
+    return jax.lax.with_sharding_constraint(x, P('context'))
+
+
 def gather_context(x, name: str):
     """Gathers a parameter over the context axis alone; the compiler gathers over the others.
 

@@ -22,7 +22,7 @@ from mask2dit_jax import layout as layout_lib
 from mask2dit_jax.attention import attend, masks
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.layout import SceneLayout, token_scenes
+from mask2dit_jax.layout import SceneLayout, traced_token_scenes
 from mask2dit_jax.models import embeddings
 
 
@@ -494,7 +494,7 @@ class DiT(nn.Module):
         x = self._add_positions(x, layout)
 
         # Row of the adaLN tables that a token picks: (scene 0, video), (scene 0, text), ...
-        scene, is_text = token_scenes(layout)
+        scene, is_text = traced_token_scenes(layout)
         token_kind = 2 * scene + is_text  # [L]
         rope = self._rope(layout) if cfg.rotary else None
         x, _ = _block_stack(cfg)(cfg, layout, name='blocks')(x, emb, rope, token_kind)
@@ -513,7 +513,8 @@ class DiT(nn.Module):
         rule = 'linspace' if cfg.patch_size_t is None else 'slice'
         cos, sin = embeddings.rope_table(layout, cfg.attention_head_dim, rule, cfg.base_grid[1:])
         text_rows = ((layout.num_text, 0), (0, 0))
-        return np.pad(cos, text_rows, constant_values=1), np.pad(sin, text_rows)
+        tables = jnp.pad(cos, text_rows, constant_values=1), jnp.pad(sin, text_rows)
+        return tuple(map(partitioning.constrain_token_table, tables))
 
     def _add_positions(self, x, layout):
         """Adds sin-cos (2B) or learned (5B-I2V, tiny) positions, if the model has any."""
@@ -551,5 +552,5 @@ class DiT(nn.Module):
             table[text_tokens:].reshape(*base, cfg.width),
             precision='highest',
         ).reshape(-1, cfg.width)
-        text = weights.text.astype(np.float32) @ table[:text_tokens]
+        text = embeddings.interpolate(weights.text, table[:text_tokens])
         return jnp.concatenate([text, video])

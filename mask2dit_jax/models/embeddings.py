@@ -1,11 +1,16 @@
 """Where each token stands, and at which timestep.
 
-Rotary and sin-cos positions (both in numpy, since they depend only on the layout), resampling of
-learned positions, and the timestep embedding.
+Rotary and sin-cos positions, resampling of learned positions, and the timestep embedding.
+
+Positions depend only on the layout. Their features are computed in float64 numpy for each axis of
+the grid apart, and the program joins these small tables: as a constant of the program, a row for
+every token would be 222 MB at 427k tokens.
 """
 
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,9 +59,29 @@ def fit_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[int, int, in
     return top, left, height, width
 
 
+def _join_axes(time: np.ndarray, rows: np.ndarray, columns: np.ndarray, order: str) -> jax.Array:
+    """Features of every cell of a grid, from those of its axes; computed in the program.
+
+    Args:
+      time, rows, columns: features along each axis, [T, a], [H, b] and [W, c].
+      order: of the features of a cell: 'thw' or 'twh'.
+
+    Returns:
+      float32 [T*H*W, a + b + c].
+    """
+    grid = (len(time), len(rows), len(columns))
+    axes = {'t': time[:, None, None], 'h': rows[None, :, None], 'w': columns[None, None]}
+
+    parts = []
+    for axis in order:
+        features = axes[axis].astype(np.float32)
+        parts.append(jnp.broadcast_to(features, (*grid, features.shape[-1])))
+    return jnp.concatenate(parts, axis=-1).reshape(math.prod(grid), -1)
+
+
 def rope_table(
     layout: SceneLayout, head_dim: int, rule: str, base: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[jax.Array, jax.Array]:
     """3D rotary positions on one timeline that runs straight through all scenes.
 
     Args:
@@ -96,16 +121,16 @@ def rope_table(
 
     # Each axis of the grid turns its own share of the head.
     times = np.arange(sum(layout.token_frames), dtype=np.float64)
-    grid = np.meshgrid(times, rows, columns, indexing='ij')
     shares = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
     angles = []
-    for positions, share in zip(grid, shares):
+    for positions, share in zip((times, rows, columns), shares):
         frequencies = 10000.0 ** (-np.arange(0, share, 2) / share)
-        pair_angles = positions.reshape(-1, 1) * frequencies  # [num_video, share/2]
+        pair_angles = positions[:, None] * frequencies  # [n, share/2]
         angles.append(np.repeat(pair_angles, 2, axis=1))
-    angles = np.concatenate(angles, axis=1)  # [num_video, D]
 
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    cos = _join_axes(*map(np.cos, angles), order='thw')
+    sin = _join_axes(*map(np.sin, angles), order='thw')
+    return cos, sin
 
 
 def apply_rope(x, cos, sin):
@@ -138,39 +163,6 @@ def _sincos(positions: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def sincos_grid(
-    times, rows, cols, width: int, time_scale: float = 1.0, space_scale: float = 1.875
-) -> np.ndarray:
-    """Sin-cos embedding of a (time, row, column) grid.
-
-    Args:
-      times, rows, cols: coordinates along each axis, [T], [H] and [W].
-      width: E, a multiple of 16.
-      time_scale, space_scale: divisors of the coordinates.
-
-    Returns:
-      float64 [T*H*W, width], features ordered [time | column | row].
-
-    Raises:
-      ValueError: if the width is not a multiple of 16.
-    """
-    if width % 16:
-        raise ValueError(f'Sin-cos positions need a width that is a multiple of 16, got {width}.')
-
-    time, row, column = np.meshgrid(
-        np.asarray(times) / time_scale,
-        np.asarray(rows) / space_scale,
-        np.asarray(cols) / space_scale,
-        indexing='ij',
-    )
-    parts = [
-        _sincos(time, width // 4),
-        _sincos(column, width // 8 * 3),
-        _sincos(row, width // 8 * 3),
-    ]
-    return np.concatenate(parts, axis=1)
-
-
 def _half_pixel(size: int, base: int) -> np.ndarray:
     """Coordinates of `size` samples on a line of `base` points.
 
@@ -192,6 +184,27 @@ def _linear_weights(size: int, base: int) -> np.ndarray:
     weights[samples, low] = 1 - fraction
     weights[samples, high] += fraction
     return weights
+
+
+def interpolate(weights: np.ndarray, table) -> jax.Array:
+    """The product of interpolation weights and a table.
+
+    A row of weights is zero but for one value or two neighbouring ones. These and their places are
+    all that becomes a constant of the program.
+
+    Args:
+      weights: [n, m].
+      table: float32 [m, E].
+
+    Returns:
+      float32 [n, E].
+    """
+    low = np.argmax(weights != 0, axis=1)
+    high = np.minimum(low + 1, weights.shape[1] - 1)
+    samples = np.arange(len(weights))
+    at_low = weights[samples, low].astype(np.float32)
+    at_high = np.where(high > low, weights[samples, high], 0).astype(np.float32)
+    return at_low[:, None] * table[low] + at_high[:, None] * table[high]
 
 
 def resample_positions(
@@ -242,7 +255,7 @@ def sincos_positions(
     rule: str,
     time_scale: float = 1.0,
     space_scale: float = 1.875,
-) -> np.ndarray:
+) -> jax.Array:
     """Sin-cos positions of the joint sequence; text gets zeros.
 
     Args:
@@ -255,36 +268,41 @@ def sincos_positions(
       time_scale, space_scale: divisors of the coordinates.
 
     Returns:
-      float32 [L, width].
+      float32 [L, width], features ordered [time | column | row].
+
+    Raises:
+      ValueError: if the width is not a multiple of 16.
     """
+    if width % 16:
+        raise ValueError(f'Sin-cos positions need a width that is a multiple of 16, got {width}.')
+
     base_frames, base_rows, base_columns = base
+    time_width = width // 4
+    space_width = width // 8 * 3
 
     if rule == 'continuous':
-        video = sincos_grid(
-            np.arange(sum(layout.token_frames)),
-            _half_pixel(layout.height, base_rows),
-            _half_pixel(layout.width, base_columns),
-            width,
-            time_scale,
-            space_scale,
+        times = np.arange(sum(layout.token_frames))
+        rows = _half_pixel(layout.height, base_rows)
+        columns = _half_pixel(layout.width, base_columns)
+        tables = (
+            _sincos(times / time_scale, time_width),
+            _sincos(rows / space_scale, space_width),
+            _sincos(columns / space_scale, space_width),
         )
     else:
-        table = sincos_grid(
-            np.arange(base_frames),
-            np.arange(base_rows),
-            np.arange(base_columns),
-            width,
-            time_scale,
-            space_scale,
-        )
-        table = table.astype(np.float32).reshape(*base, width)  # as rounded as the released buffer
+        # The released buffer is rounded to float32 and then resampled. A feature varies along one
+        # axis alone, so resampling the other two leaves it as it is.
         weights = resample_positions(layout, base, scenes_share=False)
-        video = np.einsum(
-            'at,bh,cw,thwd->abcd', weights.time, weights.rows, weights.columns, table, optimize=True
-        ).reshape(-1, width)
+        trained = (
+            _sincos(np.arange(base_frames) / time_scale, time_width),
+            _sincos(np.arange(base_rows) / space_scale, space_width),
+            _sincos(np.arange(base_columns) / space_scale, space_width),
+        )
+        resampling = (weights.time, weights.rows, weights.columns)
+        tables = [w @ table.astype(np.float32) for w, table in zip(resampling, trained)]
 
-    text = np.zeros((layout.num_text, width))
-    return np.concatenate([text, video]).astype(np.float32)
+    video = _join_axes(*tables, order='twh')
+    return jnp.pad(video, ((layout.num_text, 0), (0, 0)))
 
 
 def timestep_embedding(t, width: int, flip_sin_to_cos: bool, freq_shift: int):

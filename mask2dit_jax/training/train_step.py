@@ -151,7 +151,7 @@ def _accumulated_gradients(
     micro_batches = _split(drawn, num_micro_batches)
     zeros = (
         jnp.zeros(()),
-        jnp.zeros((), jnp.int32),
+        jnp.zeros(()),  # the count may pass 2^31
         jax.tree.map(jnp.zeros_like, state.params),
     )
 

@@ -7,6 +7,8 @@ part of the file writes scores or losses as tables.
 
 import json
 import pathlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import encoded_clips, latent_codec, sheets, story_file, video
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
+from mask2dit_jax.distributed import multihost
 from mask2dit_jax.models import dit
 from mask2dit_jax.stories import builder, world
 from mask2dit_jax.stories import scores as scores_lib
@@ -94,22 +97,70 @@ def write_sample_grids(
       The paths of the pictures, which process 0 alone writes.
     """
     frames = config.data.layouts[0]
-    num_stories = config.sample.sheet_stories
 
     paths = []
     for task, given_scenes in _given_scenes_by_task(frames).items():
-        captions, inputs = _sample_inputs(config, workdir, codec, frames, num_stories, given_scenes)
-        latents = pipeline.sample_latents(config, params, inputs, seed=config.seed)
-        videos = codec.decode_video(latents, inputs.latent_frames)
+        grid = _sample_grid(config, params, codec, workdir, frames, given_scenes)
 
         path = pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{task}.png'
         paths.append(path)
 
         # All processes take part in sampling, but one is enough to draw.
         if jax.process_index() == 0:
-            _write_grid(path, videos, frames, captions, given_scenes)
+            _write_grid(path, grid, given_scenes)
 
     return paths
+
+
+class _Story(NamedTuple):
+    """What a sample grid shows of one story.
+
+    Attributes:
+      captions: one for each scene.
+      scenes: sheets.thumbnails of each scene.
+    """
+
+    captions: list[str]
+    scenes: list[np.ndarray]
+
+
+def _sample_grid(
+    config: config_lib.Config,
+    params,
+    codec: latent_codec.LatentCodec,
+    workdir,
+    frames: tuple[int, ...],
+    given_scenes: int,
+) -> list[_Story]:
+    """Samples the stories of a grid. Each process holds the videos of its own stories alone, and
+    gives the others no more than what the grid shows."""
+    mesh = mesh_lib.mesh_of(params)
+    num_stories = config.sample.sheet_stories
+    rows = mesh_lib.local_rows(mesh, num_stories)
+
+    captions, inputs = _sample_inputs(config, workdir, codec, frames, rows, given_scenes)
+    latents = pipeline.sample_latents(
+        config, params, inputs, seed=config.seed, batch_size=num_stories
+    )
+    videos = pipeline.decode_owned(codec, latents, inputs.latent_frames, mesh, num_stories)
+
+    own = {}
+    for row, pixels in zip(mesh_lib.owned_rows(mesh, num_stories), videos):
+        text = json.dumps(list(captions[rows.index(row)])).encode()
+        own[f'{row}/captions'] = np.frombuffer(text, np.uint8)
+        for scene, clip in enumerate(story_file.split_scenes(pixels, frames)):
+            own[f'{row}/{scene}'] = sheets.thumbnails(clip)
+
+    shown = {}
+    for arrays in multihost.gather(own):
+        shown |= arrays
+
+    stories = []
+    for row in range(num_stories):
+        text = shown[f'{row}/captions'].tobytes()
+        scenes = [shown[f'{row}/{scene}'] for scene in range(len(frames))]
+        stories.append(_Story(json.loads(text), scenes))
+    return stories
 
 
 def by_task(paths: list[pathlib.Path]) -> dict[str, pathlib.Path]:
@@ -122,15 +173,15 @@ def _sample_inputs(
     workdir,
     codec: latent_codec.LatentCodec,
     frames: tuple[int, ...],
-    num_stories: int,
+    rows: list[int],
     given_scenes: int,
 ) -> tuple[list[list[str]], pipeline.Inputs]:
-    """Captions of held-out stories, and what the transformer gets for them."""
+    """Captions of some rows of the grid, and what the transformer gets for them."""
     if config.data.encoded:
-        return _clip_inputs(config, codec, frames, num_stories, given_scenes)
+        return _clip_inputs(config, codec, frames, rows, given_scenes)
 
     source = batches_lib.open_stories(config, workdir, frames, 'test')
-    examples = [source[i] for i in range(num_stories)]
+    examples = [source[row] for row in rows]
     captions = [world.captions(example['story'], config.data.caption_style) for example in examples]
     given_videos = _given_videos(examples, frames, given_scenes)
     return captions, pipeline.encode_inputs(codec, captions, frames, given_videos)
@@ -140,12 +191,13 @@ def _clip_inputs(
     config: config_lib.Config,
     codec: latent_codec.LatentCodec,
     frames: tuple[int, ...],
-    num_stories: int,
+    rows: list[int],
     given_scenes: int,
 ) -> tuple[list[list[str]], pipeline.Inputs]:
     """`_sample_inputs` from encoded clips, whose latents and text are there already."""
     encoded = _open_held_out_clips(config, codec)
-    stories = encoded.fixed(frames, num_stories)
+    fixed = encoded.fixed(frames, config.sample.sheet_stories)
+    stories = [fixed[row] for row in rows]
 
     # Without a random generator the latents are the posterior's mean, the same every time.
     examples = [encoded.example(records, None) for records in stories]
@@ -162,32 +214,73 @@ def _clip_inputs(
         text=np.stack([example['text'] for example in examples]),
         null_text=encoded.null_text,
         given=given,
-        given_scenes=np.tile(is_given, (num_stories, 1)),
+        given_scenes=np.tile(is_given, (len(rows), 1)),
     )
     return captions, inputs
 
 
-def _write_grid(
-    path: pathlib.Path,
-    videos,
-    frames: tuple[int, ...],
-    captions: list[list[str]],
-    given_scenes: int,
-) -> None:
+def _write_grid(path: pathlib.Path, stories: list[_Story], given_scenes: int) -> None:
     """The picture, and its captions beside it."""
-    stories = [story_file.split_scenes(story, frames) for story in videos]
-    is_given = [scene < given_scenes for scene in range(len(frames))]
-    grid = sheets.story_grid(stories, captions, given=[is_given] * len(stories))
+    captions = [story.captions for story in stories]
+    given = [[scene < given_scenes for scene in range(len(story.scenes))] for story in stories]
+    grid = sheets.story_grid([story.scenes for story in stories], captions, given=given)
     video.write_png(path, grid)
 
-    description = {
-        'stories': [list(story_captions) for story_captions in captions],
-        'given_scenes': given_scenes,
-    }
+    description = {'stories': captions, 'given_scenes': given_scenes}
     path.with_suffix('.json').write_text(json.dumps(description) + '\n', encoding='utf-8')
 
 
 # 2. Exact scores of rendered stories.
+
+
+class _Generated(NamedTuple):
+    """The stories of one batch that this process owns.
+
+    Attributes:
+      indices: of each story among the held-out stories.
+      videos: float32 [B, F, H, W, 3].
+      stories: what the videos should show.
+    """
+
+    indices: list[int]
+    videos: np.ndarray
+    stories: list[world.Story]
+
+
+def _generated_batches(
+    config: config_lib.Config,
+    params,
+    codec: latent_codec.LatentCodec,
+    source: builder.StorySource,
+    frames: tuple[int, ...],
+    given_scenes: int,
+    desc: str,
+) -> Iterator[_Generated]:
+    """Generates videos of held-out stories, batch by batch; arguments as `generate_held_out`."""
+    mesh = mesh_lib.mesh_of(params)
+    batch_size = config.eval.batch_size
+    rows = mesh_lib.local_rows(mesh, batch_size)
+    owned = mesh_lib.owned_rows(mesh, batch_size)
+
+    starts = range(0, config.eval.stories, batch_size)
+    for first in tqdm.tqdm(starts, desc=desc, unit='batch', disable=jax.process_index() != 0):
+        examples = [source[(first + row) % len(source)] for row in rows]
+        stories = [example['story'] for example in examples]
+
+        captions = [world.captions(story, config.data.caption_style) for story in stories]
+        videos = pipeline.generate(
+            config,
+            params,
+            codec,
+            captions,
+            frames,
+            seed=config.seed,
+            first_index=first,
+            given_videos=_given_videos(examples, frames, given_scenes),
+            batch_size=batch_size,
+        )
+        own_stories = [stories[rows.index(row)] for row in owned]
+        yield _Generated([first + row for row in owned], videos, own_stories)
 
 
 def generate_held_out(
@@ -199,7 +292,7 @@ def generate_held_out(
     given_scenes: int,
     desc: str,
 ) -> tuple[np.ndarray, list[world.Story]]:
-    """Generates videos of held-out stories.
+    """Generates videos of held-out stories, in a single process.
 
     Args:
       config: the configuration; config.eval says how many stories, and how many per batch.
@@ -213,31 +306,9 @@ def generate_held_out(
     Returns:
       Videos float32 [config.eval.stories, F, H, W, 3], and the stories that they should show.
     """
-    batch_size = config.eval.batch_size
-    num_stories = config.eval.stories
-
-    videos = []
-    stories = []
-    starts = range(0, num_stories, batch_size)
-    for first in tqdm.tqdm(starts, desc=desc, unit='batch', disable=jax.process_index() != 0):
-        examples = [source[i % len(source)] for i in range(first, first + batch_size)]
-        batch_stories = [example['story'] for example in examples]
-        stories += batch_stories
-
-        captions = [world.captions(story, config.data.caption_style) for story in batch_stories]
-        generated = pipeline.generate(
-            config,
-            params,
-            codec,
-            captions,
-            frames,
-            seed=config.seed,
-            first_index=first,
-            given_videos=_given_videos(examples, frames, given_scenes),
-        )
-        videos.append(generated)
-
-    return np.concatenate(videos)[:num_stories], stories[:num_stories]
+    batches = list(_generated_batches(config, params, codec, source, frames, given_scenes, desc))
+    videos = np.concatenate([batch.videos for batch in batches])
+    return videos, [story for batch in batches for story in batch.stories]
 
 
 def score_stories(
@@ -265,16 +336,41 @@ def score_stories(
             given_scenes_by_task[f'extend {len(frames) - 1} given'] = len(frames) - 1
 
         for task, given_scenes in given_scenes_by_task.items():
-            videos, stories = generate_held_out(
+            batches = _generated_batches(
                 config, params, codec, source, frames, given_scenes, f'scoring {task} {layout_name}'
             )
             # Given scenes would be right without the model.
             scored = tuple(range(given_scenes, len(frames)))
-            scores = scores_lib.score(videos, stories, scenes=scored)
+            scores = _score_batches(batches, scored)
             summary = scores_lib.summarize(scores, scenes=scored)
             rows.append({'task': task, 'frames': layout_name} | summary)
 
     return rows
+
+
+def _score_batches(batches: Iterable[_Generated], scenes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Scores every batch when it is generated, and gathers the scores of all processes.
+
+    Returns:
+      What scores.score returns for all stories, in their order.
+    """
+    own = []
+    for batch in batches:
+        if batch.stories:
+            scores = scores_lib.score(batch.videos, batch.stories, scenes=scenes)
+            own.append({'index': np.array(batch.indices)} | scores)
+
+    parts = [part for part in multihost.gather(_joined(own)) if part]
+    scores = _joined(parts)
+    order = np.argsort(scores.pop('index'))
+    return {name: values[order] for name, values in scores.items()}
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of the same names, concatenated along axis 0."""
+    if not parts:
+        return {}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 # 3. Held-out losses of encoded clips.
@@ -285,7 +381,8 @@ def held_out_losses(
 ) -> list[dict]:
     """Computes the denoising loss of held-out clips, for generation and extension of every layout.
 
-    Noise and timesteps are the same every time, so that the losses of two runs can be compared.
+    The noise and the timestep of a story are the same every time, whatever the batches and the
+    devices, so that the losses of two runs can be compared.
 
     Args:
       config: the configuration; config.eval says how many stories, and how many per batch.
@@ -297,80 +394,94 @@ def held_out_losses(
     """
     mesh = mesh_lib.mesh_of(params)
     encoded = _open_held_out_clips(config, codec)
-    batch_size = config.eval.batch_size
-    num_stories = config.eval.stories
 
     rows = []
     for frames in dict.fromkeys(config.data.layouts):
-        stories = encoded.fixed(frames, num_stories)
+        stories = encoded.fixed(frames, config.eval.stories)
         whole = config.model.whole_patches(codec.latent_frames(frames))
         jitted_loss = _jit_loss(config, whole.frames, mesh)
 
         for task, given_scenes in _given_scenes_by_task(frames).items():
             is_given = np.arange(len(frames)) < given_scenes
-            losses = []
-            for first in range(0, num_stories, batch_size):
-                # The posterior's mean, as in sample grids.
-                records_of_batch = stories[first : first + batch_size]
-                examples = [encoded.example(records, None) for records in records_of_batch]
-                examples = [x | {'latents': x['latents'][whole.source]} for x in examples]
-                arguments = _loss_arguments(config, examples, is_given, first)
-                losses.append(float(jitted_loss(params, *_spread(arguments, mesh))))
+            error = 0.0
+            count = 0.0
+            for first in range(0, len(stories), config.eval.batch_size):
+                batch = _loss_batch(config, encoded, stories, whole.source, is_given, first, mesh)
+                sums = jitted_loss(params, batch)
+                error += float(sums[0])
+                count += float(sums[1])
 
-            row = {'task': task, 'frames': _layout_name(frames), 'loss': float(np.mean(losses))}
+            row = {'task': task, 'frames': _layout_name(frames), 'loss': error / count}
             rows.append(row)
 
     return rows
 
 
 def _jit_loss(config: config_lib.Config, latent_frames: tuple[int, ...], mesh: jax.sharding.Mesh):
-    """The mean loss of a batch of one layout, compiled."""
+    """The sum of squared errors of a batch of one layout and the number of its terms, compiled."""
 
-    def loss(params, batch, noise, timesteps, given):
+    def loss(params, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            error, count = loss_lib.denoising_loss(
+            return loss_lib.denoising_loss(
                 dit.DiT(config.model),
                 params,
                 config.schedule,
-                batch,
-                noise,
-                timesteps,
-                given,
+                {'latents': batch['latents'], 'text': batch['text']},
+                batch['noise'],
+                batch['timesteps'],
+                batch['given'],
                 latent_frames,
             )
-            return error / count
 
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.jit(loss, out_shardings=replicated)
 
 
-def _loss_arguments(
-    config: config_lib.Config, examples: list[dict], is_given: np.ndarray, first: int
-):
-    """(batch, noise, timesteps, given) of one batch; the noise depends on the seed and on the
-    index of the first story alone."""
-    batch_size = config.eval.batch_size
+def _loss_batch(
+    config: config_lib.Config,
+    encoded: encoded_clips.EncodedClips,
+    stories: list[np.ndarray],
+    source: np.ndarray,
+    is_given: np.ndarray,
+    first: int,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, jax.Array]:
+    """The batch that begins with story `first`, on the mesh, with everything that its loss needs.
+
+    A batch that the mesh does not divide is filled up with stories all of whose scenes are given:
+    they count nothing. `source` is that of the model's whole_patches.
+    """
+    groups = mesh.shape['data'] * mesh.shape['fsdp']
+    stop = min(first + config.eval.batch_size, len(stories))
+    batch_size = -(-(stop - first) // groups) * groups
+
+    examples = []
+    for row in mesh_lib.local_rows(mesh, batch_size):
+        index = min(first + row, stop - 1)
+        # The posterior's mean, as in sample grids.
+        example = encoded.example(stories[index], None)
+        example['latents'] = example['latents'][source]
+        example |= _fixed_draws(config, index, len(stories), example['latents'].shape)
+        example['given'] = is_given | (first + row >= stop)  # [S]
+        examples.append(example)
+
     batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-
-    rng = np.random.default_rng([config.seed, first])
-    noise = rng.standard_normal(batch['latents'].shape, np.float32)  # [B, T, H, W, C]
-
-    # The middles of B equal parts of the range.
-    fractions = (np.arange(batch_size) + 0.5) / batch_size
-    timesteps = fractions * config.schedule.num_train_timesteps
-
-    given = np.tile(is_given, (batch_size, 1))  # [B, S]
-    return batch, noise, timesteps.astype(np.int32), given
+    return mesh_lib.global_batch(batch, mesh, batch_size)
 
 
-def _spread(arrays, mesh: jax.sharding.Mesh):
-    """Arrays [B, ...] that every process has, on the mesh by rows."""
-    sharding = mesh_lib.batch_sharding(mesh)
+def _fixed_draws(
+    config: config_lib.Config, index: int, num_stories: int, shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Noise [T, H, W, C] and timestep of a held-out story: functions of the seed and of its place
+    among all held-out stories, however these are batched."""
+    rng = np.random.default_rng([config.seed, index])
 
-    def spread(array):
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    return jax.tree.map(spread, arrays)
+    # The middle of one of equal parts of the range, of which there is one for each story.
+    fraction = (index + 0.5) / num_stories
+    return {
+        'noise': rng.standard_normal(shape, np.float32),
+        'timesteps': np.array(fraction * config.schedule.num_train_timesteps, np.int32),
+    }
 
 
 # The table at the end of a run.
