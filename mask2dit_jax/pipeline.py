@@ -628,9 +628,9 @@ class Model:
         Args:
           mesh: where they are needed; None for where they are, or where any story is served.
         """
-        if self._params is not None and mesh is not None:
-            if mesh_lib.mesh_of(self._params[1]) != mesh:
-                self._params = None  # both would not fit into the devices' memory
+        lies_on = mesh_lib.mesh_of(self._params[1]) if self._params is not None else None
+        if mesh is not None and lies_on != mesh:
+            self._params = None  # both would not fit into the devices' memory
         if self._params is None:
             self._params = self._read_params(mesh or self._mesh_for(num_tokens=0))
 
