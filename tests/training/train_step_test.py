@@ -325,15 +325,15 @@ def test_scenes_are_filled_up_to_whole_patches_before_noise_is_drawn():
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(MODEL, patch_size_t=2))
     state = random_state(cfg)
 
-    def losses(latents, frames):
+    @functools.partial(jax.jit, static_argnames='frames')
+    def loss(latents, frames):
         batch = BATCH | {'latents': latents}
-        step = jax.jit(functools.partial(train_step.train_step, config=cfg, frames=frames))
-        return step(state, batch, NULL)[1]['loss']
+        return train_step.train_step(state, batch, NULL, config=cfg, frames=frames)[1]['loss']
 
     # Scenes of 1 and 2 latents.
     latents = BATCH['latents']
-    found = losses(latents, FRAMES)
+    found = loss(latents, FRAMES)
     filled = np.concatenate([latents[:, :1], latents], axis=1)
-    np.testing.assert_allclose(found, losses(filled, (2, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found, loss(filled, (2, 2)), rtol=1e-6)
     with_zeros = np.concatenate([latents[:, :1], 0 * latents[:, :1], latents[:, 1:]], axis=1)
-    assert abs(found - losses(with_zeros, (2, 2))) > 1e-3
+    assert abs(found - loss(with_zeros, (2, 2))) > 1e-3
