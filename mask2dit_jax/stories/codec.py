@@ -9,11 +9,11 @@ actions late, with whitened ones the other way round.
 import dataclasses
 import functools
 import math
-import os
 
 import numpy as np
 import safetensors.numpy
 
+from mask2dit_jax import storage
 from mask2dit_jax.stories import rendering, world
 
 # The stories on which the default codec is fitted. They have fast and slow actions (scenes of 4 and
@@ -198,10 +198,8 @@ def save_codec(path, codec: Codec) -> None:
         'patch': np.array([codec.patch_px, codec.patch_frames], np.int32),
     }
 
-    # Renamed when it is whole, so that a killed process leaves no half of a file under the name.
-    unfinished = f'{path}.tmp'
-    safetensors.numpy.save_file(tensors, unfinished)
-    os.replace(unfinished, path)
+    with storage.whole_file(path) as temporary:
+        safetensors.numpy.save_file(tensors, temporary)
 
 
 def load_codec(path) -> Codec:

@@ -13,11 +13,12 @@ import numpy as np
 import tqdm
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import logs, pipeline, tables
+from mask2dit_jax import logs, pipeline, storage, tables
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import encoded_clips, latent_codec, sheets, story_file, video
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
+from mask2dit_jax.distributed import watchdog
 from mask2dit_jax.models import dit
 from mask2dit_jax.stories import builder, world
 from mask2dit_jax.stories import scores as scores_lib
@@ -102,7 +103,7 @@ def write_sample_grids(
         latents = pipeline.sample_latents(config, params, inputs, seed=config.seed)
         videos = codec.decode_video(latents, inputs.latent_frames)
 
-        path = pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{task}.png'
+        path = _grid_path(workdir, step, task)
         paths.append(path)
 
         # All processes take part in sampling, but one is enough to draw.
@@ -110,6 +111,16 @@ def write_sample_grids(
             _write_grid(path, videos, frames, captions, given_scenes)
 
     return paths
+
+
+def _grid_path(workdir, step: int, task: str) -> pathlib.Path:
+    return pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{task}.png'
+
+
+def has_sample_grids(config: config_lib.Config, workdir, step: int) -> bool:
+    """Whether all sample grids of a step are in the workdir."""
+    tasks = _given_scenes_by_task(config.data.layouts[0])
+    return all(_grid_path(workdir, step, task).exists() for task in tasks)
 
 
 def by_task(paths: list[pathlib.Path]) -> dict[str, pathlib.Path]:
@@ -178,13 +189,16 @@ def _write_grid(
     stories = [story_file.split_scenes(story, frames) for story in videos]
     is_given = [scene < given_scenes for scene in range(len(frames))]
     grid = sheets.story_grid(stories, captions, given=[is_given] * len(stories))
-    video.write_png(path, grid)
 
     description = {
         'stories': [list(story_captions) for story_captions in captions],
         'given_scenes': given_scenes,
     }
-    path.with_suffix('.json').write_text(json.dumps(description) + '\n', encoding='utf-8')
+    # The picture comes last: where it is, the captions are.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_text(path.with_suffix('.json'), json.dumps(description) + '\n')
+    with storage.whole_file(path) as temporary:
+        video.write_png(temporary, grid)
 
 
 # 2. Exact scores of rendered stories.
@@ -220,6 +234,7 @@ def generate_held_out(
     stories = []
     starts = range(0, num_stories, batch_size)
     for first in tqdm.tqdm(starts, desc=desc, unit='batch', disable=jax.process_index() != 0):
+        watchdog.enter('score')
         examples = [source[i % len(source)] for i in range(first, first + batch_size)]
         batch_stories = [example['story'] for example in examples]
         stories += batch_stories
@@ -309,6 +324,7 @@ def held_out_losses(
             is_given = np.arange(len(frames)) < given_scenes
             losses = []
             for first in range(0, num_stories, batch_size):
+                watchdog.enter('score')
                 # The posterior's mean, as in sample grids.
                 records_of_batch = stories[first : first + batch_size]
                 examples = [encoded.example(records, None) for records in records_of_batch]
@@ -385,11 +401,11 @@ def write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> Non
     if jax.process_index() != 0:
         return
 
-    (workdir / 'scores.json').write_text(json.dumps(rows, indent=2) + '\n')
+    storage.write_text(workdir / 'scores.json', json.dumps(rows, indent=2) + '\n')
 
     columns = [column for column in SCORE_COLUMNS if column in rows[0]]
     table = tables.format_table([_rounded(row) for row in rows], columns)
-    (workdir / 'scores.md').write_text(table + '\n')
+    storage.write_text(workdir / 'scores.md', table + '\n')
 
     print(
         f'\n{table}\n\n'
