@@ -53,16 +53,21 @@ enter() {  # GENERATION
   source launch/env.sh
 }
 
-# How far a command has come, as far as its folder tells: the newest checkpoint, or the number of files.
+# How far a command has come, as its folder tells: the newest checkpoint, or the number of files.
 progress() {  # COMMAND...
-  local word='' before=''
+  local word before='' folder_of
   for word in "$@"; do
-    case $before$word in
-      --workdir=* | --workdir/*) ls "${word#--workdir=}/checkpoints" 2>/dev/null | grep -x '[0-9]*' | sort -n | tail -n 1 || true ;;
-      --out=* | --out/*) find "${word#--out=}" -type f 2>/dev/null | wc -l || true ;;
+    folder_of=$before before=''
+    case $word in
+      --workdir | --out) before=$word ;;
+      --workdir=* | --out=*) folder_of=${word%%=*} word=${word#*=} ;;
     esac
-    before=''
-    if [[ $word == --workdir || $word == --out ]]; then before=$word/; fi
+    case $folder_of in
+      --workdir)
+        find "$word/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' 2>/dev/null | sort -n | tail -n 1 || true
+        ;;
+      --out) find "$word" -type f 2>/dev/null | wc -l || true ;;
+    esac
   done
 }
 
