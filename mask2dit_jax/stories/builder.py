@@ -186,11 +186,15 @@ def load(
         raise ValueError(f'num_train {num_train} and num_test {num_test} must be at least 1.')
 
     config = StoriesConfig(frames=frames, size_px=size_px, num_train=num_train, num_test=num_test)
-    builder = Stories(config=config, data_dir=os.fspath(data_dir), file_format='array_record')
 
+    def make_builder():  # it looks for the examples when it is made, and never again
+        return Stories(config=config, data_dir=os.fspath(data_dir), file_format='array_record')
+
+    builder = make_builder()
     if not builder.data_path.exists():
         # Another run may be at it: then this one waits, and finds them there.
         with storage.claim(builder.data_path.parent, waits=True):
+            builder = make_builder()
             if not builder.data_path.exists():
                 logging.info(
                     'Rendering %d + %d stories to %s (once).',
