@@ -5,7 +5,8 @@
 #
 # Starts N times `python -m mask2dit_jax.main --coordinator=... --num_processes=N --process_id=I` with what follows --,
 # and puts [I] before every line of process I. If one fails, the others are stopped (SIGTERM, after ten seconds SIGKILL),
-# and its exit code is that of this script. SIGTERM and Ctrl-C are passed on as SIGTERM, by which training saves.
+# and its exit code is that of this script. SIGTERM and Ctrl-C are passed on as SIGTERM, by which training saves. A second
+# Ctrl-C stops them at once.
 # --dry-run prints the commands and runs none.
 set -euo pipefail
 
@@ -32,7 +33,14 @@ stop() {
   stopped=1
   kill -TERM "${pids[@]}" 2>/dev/null || true
 }
-trap stop TERM INT
+interrupted=''
+interrupt() {
+  if [[ $interrupted ]]; then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
+  interrupted=1
+  stop
+}
+trap stop TERM
+trap interrupt INT
 
 for ((i = 0; i < count; i++)); do
   command=(python -m mask2dit_jax.main "--coordinator=localhost:$port" "--num_processes=$count" "--process_id=$i" "$@")

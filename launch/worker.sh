@@ -2,7 +2,7 @@
 # A worker's part: tpu_vm.sh copies this file to every worker and calls it there; gke.sh calls `once` in a container.
 #
 #   worker.sh install [SETUP]              runs SETUP in bash, then installs the package into ~/mask2dit_jax_env
-#   worker.sh start GENERATION COMMAND...  in the background, from ~/mask2dit_jax; again until it exits with 0
+#   worker.sh start GENERATION COMMAND...  in the background, from ~/mask2dit_jax; again until it exits with 0, or gives up
 #   worker.sh once GENERATION COMMAND...   in the foreground, once
 #   worker.sh state [GENERATION COMMAND...]  running, done, stopped, 'gave up: ...' or 'not running' (never was, or cut
 #                                          off); of that command, if one is given
@@ -12,6 +12,9 @@
 #
 # A command that SIGTERM reached counts as stopped even if it exits with 0, as training does once it has saved: machines
 # that are preempted send one, too, and training is not over then. `once` exits with 143 in that case.
+#
+# It gives up after 5 failures in a row within a minute of the start, and after 10 without progress: a newer checkpoint in
+# the --workdir that the command names, or another number of files in its --out.
 set -euo pipefail
 
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,6 +22,7 @@ folder=$HOME/mask2dit_jax_run
 environment=$HOME/mask2dit_jax_env
 restart_seconds=10
 quick_seconds=60 quick_failures=5  # so many failures in a row, each so soon, are not worth another try
+fruitless_failures=10              # nor are so many without progress, however late they come
 
 die() {
   echo "worker.sh on $HOSTNAME: $*" >&2
@@ -49,11 +53,30 @@ enter() {  # GENERATION
   source launch/env.sh
 }
 
+# How far a command has come, as its folder tells: the newest checkpoint, or the number of files.
+progress() {  # COMMAND...
+  local word before='' folder_of
+  for word in "$@"; do
+    folder_of=$before before=''
+    case $word in
+      --workdir | --out) before=$word ;;
+      --workdir=* | --out=*) folder_of=${word%%=*} word=${word#*=} ;;
+    esac
+    case $folder_of in
+      --workdir)
+        find "$word/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' 2>/dev/null | sort -n | tail -n 1 || true
+        ;;
+      --out) find "$word" -type f 2>/dev/null | wc -l || true ;;
+    esac
+  done
+}
+
 supervise() {
-  local quick=0 began
+  local quick=0 fruitless=0 came='' began
   echo $$ >"$folder/pid"
   while [[ ! $stopped ]]; do
     began=$SECONDS
+    came=$(progress "$@")
     echo "worker.sh: $(date '+%F %T') starts on $HOSTNAME: $*"
     once "$@"
     echo "worker.sh: $(date '+%F %T') exit code $code"
@@ -61,6 +84,11 @@ supervise() {
     if ((SECONDS - began < quick_seconds)); then quick=$((quick + 1)); else quick=0; fi
     if ((quick == quick_failures)); then
       echo "gave up: exit code $code, $quick times within $quick_seconds seconds of the start" >"$folder/state"
+      return
+    fi
+    if [[ $(progress "$@") == "$came" ]]; then fruitless=$((fruitless + 1)); else fruitless=0; fi
+    if ((fruitless == fruitless_failures)); then
+      echo "gave up: exit code $code, $fruitless times in a row without progress" >"$folder/state"
       return
     fi
     sleep "$restart_seconds"

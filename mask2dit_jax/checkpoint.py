@@ -24,8 +24,11 @@ Damage is noticed in three ways, of which each finds what the ones before do not
      computes a checksum of the arrays on the devices, and `restore` computes it again and compares
      the two. The checksum is the same on every mesh.
 
-`restore` then raises a ValueError, `latest` takes the checkpoint before with a warning, and
+`restore` then raises a DamagedError, `latest` takes the checkpoint before with a warning, and
 `manager` renames the damaged folder, so that its step can be saved again.
+
+An error that says nothing about the files (too many open files, no memory, a server that does not
+answer) is no damage: reading is tried again a few times, and then the error is raised.
 """
 
 import contextlib
@@ -34,6 +37,8 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +62,16 @@ ITEMS = {
 }
 
 
+# Waits before the other tries to read a checkpoint.
+RETRY_SECONDS = (1, 5, 20)
+
+
 class OtherRunError(ValueError):
     """The checkpoint is whole, but belongs to another run."""
+
+
+class DamagedError(ValueError):
+    """The checkpoint's files are not what was written."""
 
 
 def folders(workdir) -> list[pathlib.Path]:
@@ -88,14 +101,30 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def _set_aside(path: pathlib.Path) -> None:
-    """Renames a checkpoint to STEP.damaged, or to the next free STEP.damaged1, ..."""
+def _set_aside(path: pathlib.Path, keep: int) -> None:
+    """Renames a checkpoint to STEP.damaged, or to the next free STEP.damaged1, ...
+
+    Of all that were set aside only the `keep` of the latest steps stay.
+    """
     for number in itertools.count():
         aside = path.with_name(f'{path.name}.damaged{number or ""}')
         if not aside.exists():
             break
     path.rename(aside)
-    logging.warning('%s is now %s.', path, aside.name)
+    logging.warning(
+        '%s is now %s: delete it once you have looked at it. The newest %d of such folders stay.',
+        path,
+        aside.name,
+        keep,
+    )
+
+    places = {}
+    for folder in path.parent.iterdir():
+        if found := re.fullmatch(r'(\d+)\.damaged(\d*)', folder.name):
+            places[folder] = int(found[1]), int(found[2] or 0)
+    for old in sorted(places, key=places.get)[:-keep]:
+        shutil.rmtree(old)
+        logging.warning('%s is deleted.', old)
 
 
 def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointManager:
@@ -107,7 +136,7 @@ def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointMa
 
     Args:
       workdir: the folder of the run.
-      keep: how many of the newest checkpoints are kept.
+      keep: how many of the newest checkpoints are kept, and how many of the damaged ones.
       keep_every: checkpoints of steps that are multiples of it are kept, too; 0 for none.
       start: the step that was restored, or 0.
 
@@ -117,7 +146,7 @@ def manager(workdir, keep: int, keep_every: int, start: int) -> ocp.CheckpointMa
     if jax.process_index() == 0:
         for path in folders(workdir):
             if int(path.name) > start:
-                _set_aside(path)
+                _set_aside(path, keep)
 
     policies = ocp.checkpoint_managers
     kept = [policies.LatestN(keep)]
@@ -174,6 +203,8 @@ def checksums(items: dict) -> dict[str, int]:
 
 def _brief(error: Exception) -> str:
     """The cause of an error in one short line; tensorstore's messages have many."""
+    while type(error) is Exception and error.__cause__ is not None:  # Orbax's; it names no cause
+        error = error.__cause__
     text = ' '.join(f'{type(error).__name__}: {error}'.split())
     if found := re.search(r"os_error_code='(\d+)'", text):  # tensorstore's; the first is the cause
         return os.strerror(int(found[1]))
@@ -229,6 +260,21 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
 # Restoring.
 
 
+def read_meta(path) -> dict:
+    """What `save` was told about the run, and the checksums.
+
+    Args:
+      path: the checkpoint's folder.
+
+    Raises:
+      OSError, ValueError: if the file cannot be read, or does not hold this.
+    """
+    saved = ocp.JsonCheckpointHandler().restore(pathlib.Path(path).absolute() / 'meta')
+    if not isinstance(saved, dict) or not isinstance(saved.get('checksums'), dict):
+        raise ValueError('meta is not what was saved')
+    return saved
+
+
 # Keys of metadata that earlier versions wrote, and what they are called now.
 _RENAMED_KEYS = {
     'optimizer': 'optimizer.name',
@@ -253,6 +299,10 @@ def _check_same_run(path: pathlib.Path, saved: dict, meta: dict) -> None:
     before = {_RENAMED_KEYS.get(key, key): value for key, value in flat(saved).items()}
     now = json.loads(json.dumps(flat(meta)))  # tuples become lists, as in the file
 
+    # Earlier versions wrote where the base was, not what it was.
+    if before.get('init_from') and isinstance(before['init_from'], str):
+        del before['init_from']
+
     changed = []
     for key in sorted(now.keys() & before.keys()):
         if before[key] != now[key]:
@@ -270,7 +320,11 @@ def _read(path: pathlib.Path, targets: dict, meta: dict) -> tuple[dict, dict]:
     Orbax's handlers are used without its Checkpointer, in which processes wait for each other: one
     that cannot read the files would leave the others waiting.
     """
-    saved = ocp.JsonCheckpointHandler().restore(path / 'meta')
+    saved = read_meta(path)
+    if not targets.keys() <= saved['checksums'].keys():
+        raise ValueError(
+            f'meta lacks checksums of {", ".join(targets.keys() - saved["checksums"])}'
+        )
     _check_same_run(path, saved, meta)
 
     # Without the optimizer's state, whose tree has lists and which open_orbax cannot name.
@@ -286,6 +340,42 @@ def _read(path: pathlib.Path, targets: dict, meta: dict) -> tuple[dict, dict]:
     for name, target in targets.items():
         items[name] = reader.restore(path / name, args=ocp.args.StandardRestore(target))
     return items, saved['checksums']
+
+
+def _patiently(path: pathlib.Path, read: Callable):
+    """Reads a checkpoint, and tries again after errors that are no damage.
+
+    Args:
+      path: the checkpoint's folder.
+      read: function of the folder.
+
+    Returns:
+      What `read` returns.
+
+    Raises:
+      DamagedError: with the reason alone.
+      OtherRunError: of `read`.
+      RuntimeError: if it still fails, for a reason that is no damage.
+    """
+    waits = list(RETRY_SECONDS)
+    while True:
+        try:
+            return read(path)
+        except OtherRunError:
+            raise
+        except Exception as error:  # Orbax and tensorstore raise many kinds, also Exception itself
+            reason = _brief(error)
+            if tensor_io.is_damage(error):
+                raise DamagedError(reason) from error
+            if not waits:
+                raise RuntimeError(
+                    f'{path} cannot be read ({reason}). This is no damage, and nothing was '
+                    'changed: once the cause is mended, the same command goes on.'
+                ) from error
+
+        # Here the error, which may hold arrays, is gone.
+        logging.warning('%s cannot be read (%s): again in %d s.', path, reason, waits[0])
+        time.sleep(waits.pop(0))
 
 
 def restore(path, targets: dict, meta: dict | None = None) -> dict:
@@ -304,7 +394,8 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
       FileNotFoundError: if there is no such folder.
       OtherRunError: if it was written with another `meta`, or has arrays of other shapes: resuming
         would not continue that run.
-      ValueError: if it is damaged. Where several processes read it, all of them raise.
+      DamagedError: if it is damaged. Where several processes read it, all of them raise.
+      RuntimeError: if it cannot be read for another reason, after some more tries.
     """
     path = pathlib.Path(path).absolute()
     if not path.is_dir():
@@ -315,11 +406,9 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
     items = None
     reason = 'another process cannot read it'
     try:
-        items, saved_checksums = _read(path, targets, meta or {})
-    except OtherRunError:
-        raise
-    except Exception as error:  # Orbax and tensorstore raise many kinds, also Exception itself
-        reason = _brief(error)
+        items, saved_checksums = _patiently(path, lambda path: _read(path, targets, meta or {}))
+    except DamagedError as error:
+        reason = str(error)
 
     # The checksums are computed by all processes together, or by none.
     if multihost.all_agree(items is not None):
@@ -328,7 +417,7 @@ def restore(path, targets: dict, meta: dict | None = None) -> dict:
         if not wrong:
             return items
         reason = f'checksum of {", ".join(wrong)}'
-    raise ValueError(f'{path} is damaged ({reason}).')
+    raise DamagedError(f'{path} is damaged ({reason}).')
 
 
 def verify(path, item: str = 'ema') -> None:
@@ -342,7 +431,8 @@ def verify(path, item: str = 'ema') -> None:
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if it is damaged.
+      DamagedError: if it is damaged.
+      RuntimeError: see `restore`.
     """
     path = pathlib.Path(path).absolute()
     if not path.is_dir():
@@ -351,16 +441,22 @@ def verify(path, item: str = 'ema') -> None:
         )
 
     try:
-        saved = ocp.JsonCheckpointHandler().restore(path / 'meta')['checksums'][item]
-        # The order of the arrays is that of jax.tree.leaves.
-        stores = traverse_util.unflatten_dict(tensor_io.open_orbax(path / item))
-        total = 0
-        for i, store in enumerate(jax.tree.leaves(stores)):
-            total += (2 * i + 1) * _stored_checksum(store)
-    except Exception as error:  # Orbax and tensorstore raise many kinds, also Exception itself
-        raise ValueError(f'{path} is damaged ({_brief(error)}).') from error
-    if total % 2**32 != saved:
-        raise ValueError(f'{path} is damaged (checksum of {item}).')
+        saved, found = _patiently(path, lambda path: _saved_and_stored(path, item))
+    except DamagedError as error:
+        raise DamagedError(f'{path} is damaged ({error}).') from error
+    if found != saved:
+        raise DamagedError(f'{path} is damaged (checksum of {item}).')
+
+
+def _saved_and_stored(path: pathlib.Path, item: str) -> tuple[int, int]:
+    """The checksum of an item when it was saved, and that of the item's files."""
+    saved = read_meta(path)['checksums'][item]
+    # The order of the arrays is that of jax.tree.leaves.
+    stores = traverse_util.unflatten_dict(tensor_io.open_orbax(path / item))
+    total = 0
+    for i, store in enumerate(jax.tree.leaves(stores)):
+        total += (2 * i + 1) * _stored_checksum(store)
+    return saved, total % 2**32
 
 
 def _stored_checksum(store: ts.TensorStore) -> int:
@@ -399,7 +495,8 @@ def latest(workdir, targets: dict, meta: dict | None = None) -> tuple[pathlib.Pa
     Raises:
       FileNotFoundError: if there is no checkpoint.
       OtherRunError: see `restore`.
-      ValueError: if all are damaged.
+      DamagedError: if all are damaged.
+      RuntimeError: see `restore`.
     """
     return newest_good(workdir, lambda path: restore(path, targets, meta))
 
@@ -409,14 +506,14 @@ def newest_good(workdir, read: Callable[[pathlib.Path], Any]) -> tuple[pathlib.P
 
     Args:
       workdir: the folder of a run.
-      read: function of a checkpoint's folder that raises a ValueError if it is damaged, such as
+      read: function of a checkpoint's folder that raises a DamagedError if it is damaged, such as
         `restore` or `verify` with their other arguments.
 
     Returns:
       (folder of the checkpoint, what `read` returns for it).
 
     Raises:
-      FileNotFoundError, OtherRunError, ValueError: as `latest`.
+      FileNotFoundError, OtherRunError, DamagedError, RuntimeError: as `latest`.
     """
     found = folders(workdir)
     if not found:
@@ -428,13 +525,11 @@ def newest_good(workdir, read: Callable[[pathlib.Path], Any]) -> tuple[pathlib.P
     for path in reversed(found):
         try:
             return path, read(path)
-        except OtherRunError:
-            raise
-        except ValueError as error:
+        except DamagedError as error:
             logging.warning('%s It is skipped.', error)
 
     names = ', '.join(path.name for path in found)
-    raise ValueError(
+    raise DamagedError(
         f'All checkpoints of {workdir} are damaged ({names}): put back a copy of one, or delete '
         f'{found[0].parent} to train from the start.'
     )

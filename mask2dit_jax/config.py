@@ -15,6 +15,7 @@ import textwrap
 
 import ml_collections
 
+from mask2dit_jax import storage
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
@@ -173,6 +174,33 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """Seconds without a sign of life after which a phase of training counts as hung.
+
+    The process then prints where it stands and exits with 1, so that it can be started again.
+
+    Attributes:
+      start: devices, and the networks that encode.
+      data: opening or rendering the data, encoding it, and waiting for a batch.
+      restore: making the state, or reading it from a checkpoint or a base.
+      compile: the first step of each layout.
+      step: any other step.
+      save: starting a save, with the end of the one before, and the last one.
+      sample: a set of sample grids, compiling included.
+      score: a batch of the final scores, compiling included.
+    """
+
+    start: float = 1800.0
+    data: float = 1800.0
+    restore: float = 3600.0
+    compile: float = 3600.0
+    step: float = 900.0
+    save: float = 1800.0
+    sample: float = 3600.0
+    score: float = 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that the command main needs.
 
@@ -195,6 +223,7 @@ class Config:
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
     mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()  # noqa: RUF009 (frozen)
+    limits: LimitsConfig = LimitsConfig()
 
 
 def default() -> ml_collections.ConfigDict:
@@ -353,6 +382,11 @@ def _check(config: Config) -> None:
                 f'config.data.layouts has {layout}: a story needs scenes, and a scene frames.'
             )
 
+    # How long phases may take.
+    for name, value in dataclasses.asdict(config.limits).items():
+        if not 0 < value <= 1e7:
+            raise ValueError(f'config.limits.{name} must be seconds in 0...1e7, got {value}.')
+
     # The training loop.
     for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
         value = getattr(train, name)
@@ -390,13 +424,8 @@ def _check(config: Config) -> None:
 
 
 def save(config: Config, path: pathlib.Path) -> None:
-    """Writes the configuration as JSON.
-
-    The file appears under its name only when it is complete, so a kill leaves no half of it.
-    """
-    unfinished = path.with_name(path.name + '.tmp')
-    unfinished.write_text(json.dumps(_plain(config), indent=2) + '\n')
-    unfinished.replace(path)
+    """Writes the configuration as JSON, whole or not at all."""
+    storage.write_text(path, json.dumps(_plain(config), indent=2) + '\n')
 
 
 # Names of backends in the workdirs of earlier versions.
@@ -415,8 +444,14 @@ def load(path: pathlib.Path) -> Config:
             f'{path} does not exist: --workdir must be a folder that mask2dit_jax.main wrote.'
         )
 
-    values = json.loads(path.read_text())
-    backend = values['model']['attention_backend']
+    try:
+        values = json.loads(path.read_text())
+        backend = values['model']['attention_backend']
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f'{path} is not the configuration of a run ({error!r}): put back a copy, or resume the '
+            'run by its own command, which writes it again.'
+        ) from error
     values['model']['attention_backend'] = _RENAMED_BACKENDS.get(backend, backend)
     return parse(values)
 

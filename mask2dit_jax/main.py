@@ -16,9 +16,12 @@ Data: a data set that mask2dit_jax.encode wrote, if config.data.encoded names on
 rendered stories, which are made at the first start in <workdir>/../data.
 
 Resuming: the same command continues a run that was stopped; a run that is finished is scored again.
-SIGTERM saves a checkpoint after the present step and exits with 0. The next start continues from
-the newest good checkpoint, and its results are the same to the bit as without the stop. A damaged
-checkpoint is named in the log and renamed to STEP.damaged, and the one before it is used.
+SIGTERM and Ctrl-C save a checkpoint after the present step, and the command exits with 0; a second
+Ctrl-C stops at once. Before the first step and during the final scores, where there is nothing to
+save, the first one does. The next start continues from the newest good checkpoint, and its results
+are the same to the bit as without the stop. A damaged checkpoint is named in the log and renamed to
+STEP.damaged, and the one before it is used. A workdir has one owner at a time: a second command on
+it is refused as long as the first one lives.
 
 Several processes: start the same command once per process, with a --process_id of its own. The
 processes share the workdir, and each takes its part of every batch. On the hosts of a TPU slice
@@ -26,8 +29,9 @@ these three flags are not needed:
 
   python -m mask2dit_jax.main ... --coordinator=HOST:1234 --num_processes=2 --process_id=0
 
-A process whose peer was killed, was stopped or hangs exits with an error within two minutes. It
-takes longer where the peer may be compiling or saving: at its first steps, sample grids and scores.
+A process whose peer was killed, was stopped or hangs exits with an error within two minutes. Where
+the peer may be compiling, saving, drawing or scoring, the limits of config.limits hold, and so they
+do in a process that hangs itself: it prints where it stands and exits with 1.
 
 The workdir then holds:
   config.json            the configuration
@@ -42,14 +46,17 @@ Compiled programs are kept for the next start if JAX_COMPILATION_CACHE_DIR names
 for TPU are in launch/env.sh.
 """
 
+import dataclasses
 import math
+import pathlib
+import signal
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from mask2dit_jax import checkpoint, logs
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import logs
 from mask2dit_jax.data import encoded_clips
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import multihost
@@ -103,6 +110,15 @@ _PROCESS_ID = flags.DEFINE_integer(
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
+def _with_model_from(config: config_lib.Config, folder: str, workdir: str) -> config_lib.Config:
+    """`config` with the model of --checkpoint, or of the run itself if that folder has moved away:
+    a run that continues does not need it."""
+    if not pathlib.Path(folder).exists() and checkpoint.folders(workdir):
+        config = load_lib.with_model_from(config, workdir)
+        return dataclasses.replace(config, init_from=folder)
+    return load_lib.with_model_from(config, folder)
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
@@ -118,10 +134,14 @@ def main(argv):
             f'{_NUM_PROCESSES.value}.'
         )
 
+    # Where nothing is to be saved, Ctrl-C ends the process at once, as SIGTERM does.
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     # What is started from or trained on has a say in the sizes.
     config = config_lib.parse(_CONFIG.value)
     if _CHECKPOINT.value:
-        config = load_lib.with_model_from(config, _CHECKPOINT.value)
+        config = _with_model_from(config, _CHECKPOINT.value, _WORKDIR.value)
     if config.data.encoded:
         config = encoded_clips.with_data_from(config)
 

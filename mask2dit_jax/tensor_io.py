@@ -7,6 +7,7 @@ with a file is one error that names the file.
 """
 
 import dataclasses
+import errno
 import functools
 import json
 import pathlib
@@ -27,6 +28,44 @@ SHARD_BYTES = 1 << 30  # of an exported file; what is being written is in memory
 _DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 _PICKLED = ('.bin', '.pt', '.pth', '.ckpt')
 _NOTHING = '(?!)'  # a regular expression that matches no name
+
+# What the system says of files that are gone, or are something else.
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# What tensorstore says of content that is not what was written.
+_BROKEN = ('NOT_FOUND', 'DATA_LOSS', 'INVALID_ARGUMENT', 'FAILED_PRECONDITION', 'OUT_OF_RANGE')
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether a failed read shows that files are broken, so that reading again is of no use.
+
+    Files that are missing, and content that cannot be parsed, are damage. Anything else may pass,
+    or is mended without touching the files: too many open files, no memory, no permission, an input
+    or output error, a server that does not answer.
+
+    Args:
+      error: what was raised; what caused it counts, too.
+    """
+    broken = False
+    while error is not None:
+        if _may_pass(error):
+            return False
+        # A bare Exception, which Orbax raises, says nothing.
+        broken = broken or type(error) is not Exception
+        hidden = error.__suppress_context__
+        error = error.__cause__ or (None if hidden else error.__context__)
+    return broken
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether this error alone, without what caused it, is one that another try may not meet."""
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
+        return int(found[1]) not in _LOST
+    if isinstance(error, OSError):
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    if isinstance(error, (MemoryError, RuntimeError)):  # JAX's are RuntimeErrors
+        return True
+    status = re.match(r'([A-Z_]{4,}): ', str(error))
+    return status is not None and status[1] not in _BROKEN
 
 
 # .safetensors files.
@@ -120,6 +159,13 @@ def _read_indices(folder: pathlib.Path) -> dict[str, str]:
     return file_of
 
 
+def _safe_open(path):
+    """As safetensors.safe_open, which calls any file that it cannot open a missing one."""
+    with open(path, 'rb'):
+        pass
+    return safetensors.safe_open(path, 'np')
+
+
 def open_file(path, unused: str = _NOTHING) -> File:
     """Opens one .safetensors file; only its header is read.
 
@@ -136,13 +182,13 @@ def open_file(path, unused: str = _NOTHING) -> File:
     """
     described = {}
     try:
-        with safetensors.safe_open(path, 'np') as file:
+        with _safe_open(path) as file:
             metadata = file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
                 if not re.fullmatch(unused, name):
                     part = file.get_slice(name)
                     described[name] = (tuple(part.get_shape()), part.get_dtype())
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(
             f'{path} is damaged or not a safetensors file ({error}): copy it again.'
         ) from error
@@ -167,9 +213,9 @@ def _read_tensor(path: pathlib.Path, name: str) -> np.ndarray:
     so that the host would hold the whole file in the end.
     """
     try:
-        with safetensors.safe_open(path, 'np') as file:
+        with _safe_open(path) as file:
             return file.get_tensor(name)
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, FileNotFoundError) as error:
         raise ValueError(f'{path} changed while it was read ({error}): copy it again.') from error
 
 
@@ -308,7 +354,8 @@ def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
       TensorStores by path in the tree; `store[i].read().result()` reads a slice.
 
     Raises:
-      ValueError: if there is no such item, or if it is damaged.
+      ValueError: if there is no such item, or if it is damaged. Errors that are no damage (see
+        is_damage) are raised as they are.
     """
     path = pathlib.Path(path).absolute()
     stores = {}
@@ -321,7 +368,9 @@ def open_orbax(path) -> dict[tuple[str, ...], ts.TensorStore]:
             keys = tuple(key.key for key in key_path)
             kvstore = {'driver': 'ocdbt', 'base': f'file://{path}/', 'path': '.'.join(keys) + '/'}
             stores[keys] = ts.open({'driver': 'zarr', 'kvstore': kvstore}).result()
-    except (ValueError, AttributeError, OSError) as error:
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        if not is_damage(error):
+            raise
         raise ValueError(
             f'{path} is not a complete Orbax checkpoint ({str(error)[:200]}).'
         ) from error

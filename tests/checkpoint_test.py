@@ -5,11 +5,14 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT, TESTS, child_environment
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,6 +93,7 @@ DAMAGES = {
     'item missing': lambda folder: shutil.rmtree(folder / 'params'),
     'empty': empty,
     'meta is garbage': lambda folder: (folder / 'meta/metadata').write_text('{"seed": 1, "chec'),
+    'meta has no checksums': lambda folder: (folder / 'meta/metadata').write_text('{"seed": 1}'),
     'meta is not an object': lambda folder: (folder / 'meta/metadata').write_text('[]'),
     'structure is garbage': lambda folder: (folder / 'params/_METADATA').write_text('nonsense'),
     'bit of the parameters': lambda folder: flip_a_bit(largest(folder / 'params')),
@@ -117,6 +121,81 @@ def test_a_damaged_checkpoint_is_passed_over_and_saved_again(workdir, damage, ca
     assert checkpoint.latest(workdir, targets(), {'seed': 1})[0] == broken
     assert (workdir / 'checkpoints/6.damaged').is_dir()
     assert [int(path.name) for path in checkpoint.folders(workdir)] == [2, 4, 6]
+
+
+def test_damaged_folders_are_kept_boundedly(tmp_path):
+    for _ in range(4):
+        save(tmp_path, 2, 4, keep=2)  # start=0: what is there has been found damaged
+    names = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+    assert names == ['2', '4', '4.damaged1', '4.damaged2']
+
+
+# Who reads the link's target gets EIO; a link to itself is ELOOP.
+@pytest.mark.parametrize(
+    'name, target, message',
+    [
+        ('meta/metadata', '/proc/self/mem', 'Input/output error'),
+        ('params/_METADATA', '/proc/self/mem', 'Input/output error'),
+        ('ema/manifest.ocdbt', 'manifest.ocdbt', 'Too many levels of symbolic links'),
+    ],
+)
+def test_an_error_that_may_pass_is_no_damage(workdir, name, target, message, monkeypatch, caplog):
+    """The newest checkpoint lies on a disk that gives errors, once or for good."""
+    monkeypatch.setattr(checkpoint, 'RETRY_SECONDS', (0.2, 0.2))
+    file = workdir / 'checkpoints/6' / name
+    whole = file.rename(file.with_name('whole'))
+    file.symlink_to(target)
+
+    with pytest.raises(RuntimeError, match=rf'6 cannot be read \(.*{message}.*no damage'):
+        checkpoint.latest(workdir, targets(), {'seed': 1})
+    assert [path.name for path in checkpoint.folders(workdir)] == ['2', '4', '6']
+    assert 'damaged' not in caplog.text
+
+    monkeypatch.setattr(checkpoint.time, 'sleep', lambda _: whole.replace(file))
+    assert checkpoint.latest(workdir, targets(), {'seed': 1})[0].name == '6'
+
+
+# Restores when no file can be opened, and again when that passes.
+FEW_DESCRIPTORS = """
+import os, resource, sys, threading
+import checkpoint_test
+from mask2dit_jax import checkpoint
+
+checkpoint.RETRY_SECONDS = (0.3, 0.3)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+path = sys.argv[1] + '/checkpoints/6'
+targets = checkpoint_test.targets()
+checkpoint.restore(path, targets)  # what is opened once and stays open
+
+for free in range(4):
+    lowered = len(os.listdir('/proc/self/fd')) - 1 + free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, hard))
+    try:
+        found = ' '.join(checkpoint.restore(path, targets))
+    except RuntimeError as error:
+        found = str(error)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    print('FOUND', found)
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1, hard))
+threading.Timer(0.1, resource.setrlimit, [resource.RLIMIT_NOFILE, (soft, hard)]).start()
+print('FOUND', *checkpoint.restore(path, targets))
+"""
+
+
+def test_too_few_descriptors_are_no_damage(saved):
+    ended = subprocess.run(
+        [sys.executable, '-c', FEW_DESCRIPTORS, saved],
+        env=child_environment() | {'PYTHONPATH': f'{ROOT}:{TESTS}'},
+        capture_output=True,
+        text=True,
+    )
+    found = re.findall('FOUND (.*)', ended.stdout)
+    assert len(found) == 5, ended.stderr
+    assert 'cannot be read (OSError: [Errno 24] Too many open files' in found[0]
+    assert all(line == 'params ema opt' or 'Too many open files' in line for line in found)
+    assert found[-1] == 'params ema opt'
+    assert 'damaged' not in ended.stderr
 
 
 def test_damage_before_the_newest_does_not_matter(workdir):

@@ -720,6 +720,40 @@ def test_a_worker_stops_on_sigterm_without_starting_again(cloud):
     wait_until(lambda: worker(cloud, 'state').stdout == 'not running\n')
 
 
+# Counts its starts in $1, then makes a checkpoint if there is a number for this start, and fails.
+FAILING = """
+starts=$(($(cat "$1/starts" 2>/dev/null || echo 0) + 1))
+echo $starts >"$1/starts"
+shift
+made=(0 $CHECKPOINTS)
+[[ ! ${made[starts]:-} ]] || mkdir -p "$RUN/checkpoints/${made[starts]}"
+exit 7
+"""
+
+
+@pytest.mark.parametrize('flag', ['--workdir={}', '--workdir {}'])
+def test_a_worker_gives_up_when_failures_that_come_late_bring_no_progress(cloud, flag):
+    # Copies whose failures all count as late ones, as those of a command that fails after minutes.
+    shutil.copytree(LAUNCH, cloud.home / 'late/launch')
+    script = cloud.home / 'late/launch/worker.sh'
+    script.write_text(script.read_text().replace('quick_seconds=60', 'quick_seconds=0'))
+    run = cloud.home / 'a run'
+    command = ['bash', '-c', FAILING, '-', str(cloud.home)]
+    command += [word.format(run) for word in flag.split(' ')]
+
+    # Checkpoints at the third and the eighth start; the ninth makes one that is no number.
+    environment = cloud.environment | {
+        'RUN': str(run),
+        'CHECKPOINTS': '9 9 10 10 10 10 10 11 12.tmp',
+    }
+    started = subprocess.run(['bash', script, 'start', 'v5e', *command], env=environment)
+    assert started.returncode == 0
+    state = cloud.home / 'mask2dit_jax_run/state'
+    wait_until(state.exists)
+    assert state.read_text() == 'gave up: exit code 7, 10 times in a row without progress\n'
+    assert (cloud.home / 'starts').read_text() == '18\n'
+
+
 def test_once_tells_stopped_from_finished(cloud):
     for code in (0, 3):
         assert worker(cloud, 'once', 'v5e', 'bash', '-c', f'exit {code}').returncode == code

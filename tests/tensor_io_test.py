@@ -287,3 +287,45 @@ def test_all_of_the_package_writes_tensors_by_the_one_function():
         if 'save_file(' in path.read_text(encoding='utf-8')
     }
     assert callers == {'mask2dit_jax/tensor_io.py'}
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    'error, is_damage',
+    [
+        (FileNotFoundError(2, 'No such file'), True),
+        (json.JSONDecodeError('bad', 'x', 0), True),
+        (KeyError('checksums'), True),
+        (ValueError('DATA_LOSS: checksum mismatch'), True),
+        (ValueError("NOT_FOUND: gone [os_error_code='2']"), True),
+        (caused(Exception('array'), ValueError('OUT_OF_RANGE: cut off')), True),
+        (OSError(24, 'Too many open files'), False),
+        (PermissionError(13, 'Permission denied'), False),
+        (TimeoutError(110, 'Timed out'), False),
+        (OSError(116, 'Stale file handle'), False),
+        (OSError('no number'), False),
+        (MemoryError(), False),
+        (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), False),
+        (ValueError('RESOURCE_EXHAUSTED: too many requests'), False),
+        (ValueError("UNKNOWN: failed to open [os_error_code='5']"), False),
+        (caused(Exception('array'), ValueError("UNKNOWN: x [os_error_code='24']")), False),
+        (caused(ValueError('not complete'), OSError(5, 'Input/output error')), False),
+        (Exception('says nothing'), False),
+    ],
+)
+def test_what_is_damage_and_what_may_pass(error, is_damage):
+    assert tensor_io.is_damage(error) == is_damage
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_called_damaged(tmp_path):
+    (tmp_path / 'a.safetensors').symlink_to('a.safetensors')  # too many levels of links
+    with pytest.raises(OSError, match='Too many levels'):
+        tensor_io.open_file(tmp_path / 'a.safetensors')
+
+    (tmp_path / '_METADATA').symlink_to('/proc/self/mem')  # whoever reads it gets EIO
+    with pytest.raises(OSError, match='Input/output error'):
+        tensor_io.open_orbax(tmp_path)

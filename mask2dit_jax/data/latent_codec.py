@@ -320,6 +320,11 @@ def for_run(config: config_lib.Config, workdir) -> LatentCodec:
       ValueError: if config.data.codec asks for the other codec, or the codec does not fit the
         transformer.
     """
+    if config.data.codec == 'stories' and (pathlib.Path(workdir) / 'codec.safetensors').exists():
+        return StoriesCodec(
+            config, workdir
+        )  # of a run that goes on, whose base may have moved away
+
     folder = model_folder(config)
     if (folder is None) != (config.data.codec == 'stories'):
         raise ValueError(
@@ -343,7 +348,12 @@ def model_folder(config: config_lib.Config) -> pathlib.Path | None:
       FileNotFoundError: if init_from is neither a model folder nor a workdir, or
         config.data.encoded is not a data set.
     """
-    folder = pretrained_folder(config)
+    try:
+        folder = pretrained_folder(config)
+    except FileNotFoundError:  # a run that goes on does not need its base
+        if not config.data.encoded:
+            raise
+        folder = None
     if folder is None and config.data.encoded:
         settings = records_lib.read_settings(config.data.encoded)
         folder = pathlib.Path(settings['folder'])

@@ -2,17 +2,20 @@
 
 JAX notices a process that is killed or stopped: the runtime of every process sends heartbeats from
 a thread of its own, and JAX ends the other processes when they cease. JAX cannot notice a process
-whose Python hangs while its threads live (a file system that does not answer): `barrier` does.
+whose Python hangs while its threads live (a file system that does not answer): `barrier` does, and
+watchdog.py ends the process that hangs.
 """
 
 import contextlib
 import itertools
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
 import zlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -21,11 +24,12 @@ import safetensors.numpy
 from absl import logging
 from jax.experimental import multihost_utils
 
+from mask2dit_jax.distributed import watchdog
+
 # A process without a sign of life for this long counts as dead.
 HEARTBEAT_SECONDS = 60
 # If nothing slow precedes a step, processes may come to it this much later than the first one.
 PEER_SECONDS = 90
-_UNLIMITED_SECONDS = 7 * 24 * 3600
 
 
 def tpu_chips() -> int:
@@ -119,7 +123,7 @@ def gather(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def barrier(step: int, limited: bool) -> None:
+def barrier(step: int, limited: bool, slow_seconds: float = PEER_SECONDS) -> None:
     """Waits for all processes before a step.
 
     Args:
@@ -127,6 +131,7 @@ def barrier(step: int, limited: bool) -> None:
       limited: whether to end the wait after PEER_SECONDS. To be false where a process may well be
         minutes late, because it compiled or saved before this step. The duration of steps does not
         matter, since processes wait for the end of every step together.
+      slow_seconds: when the wait ends if it is not `limited`.
 
     Raises:
       TimeoutError: if some processes do not come.
@@ -134,43 +139,101 @@ def barrier(step: int, limited: bool) -> None:
     if jax.process_count() == 1:
         return
 
-    seconds = PEER_SECONDS if limited else _UNLIMITED_SECONDS
+    seconds = PEER_SECONDS if limited else slow_seconds
+    watchdog.enter('other processes', seconds + PEER_SECONDS)
     wait = ocp.multihost.get_barrier_sync_fn()
     try:
-        wait(key=f'step {step}', timeout_ms=1000 * seconds)
+        wait(key=f'step {step}', timeout_ms=int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
         raise TimeoutError(
-            f'Another process did not come to step {step} within {seconds} s: it hangs, or it is '
+            f'Another process did not come to step {step} within {seconds:g} s: it hangs, or it is '
             'gone. Start all processes again; they resume.'
         ) from error
 
 
 @contextlib.contextmanager
 def termination():
-    """Yields a function that says whether to stop, because SIGTERM came to one of the processes.
+    """Yields a function that says whether to stop, because SIGTERM or Ctrl-C came to a process.
 
-    The function must be called after every step; all processes get True after the same step. While
-    Python waits (for the compiler, say), the signal waits, too. Outside the context SIGTERM ends a
-    single process at once. With several processes it does so after the context; when it comes
-    before the context, JAX remembers it.
+    The function returns 'SIGTERM', 'Ctrl-C', or '' to go on. It must be called after every step;
+    all processes are told to stop after the same step. Ctrl-C, that is SIGINT, means the same as
+    SIGTERM, and a second one ends the process at once, whatever it is doing. A process that was
+    started with SIGINT ignored (by nohup, or in the background of a script) goes on ignoring it.
+
+    Outside the context SIGTERM ends a single process at once. With several processes it does so
+    after the context; when it comes before the context, JAX remembers it.
     """
-    if jax.distributed.is_initialized():
+    several = jax.distributed.is_initialized()
+    reasons = []
+
+    def hear(number: int) -> None:
+        name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
+        if name == 'Ctrl-C' and name in reasons:
+            logging.warning('Ctrl-C again: stopped at once. The same command resumes.')
+            logging.flush()
+            os._exit(128 + number)
+        if not reasons:
+            logging.warning(
+                '%s: what runs now is finished, then the state is saved. Ctrl-C%s stops at once.',
+                name,
+                ' again' if name == 'Ctrl-C' else ' twice',
+            )
+        reasons.append(name)
+        if several and name == 'Ctrl-C':
+            os.kill(os.getpid(), signal.SIGTERM)  # by which JAX tells the other processes
+
+    # JAX handles SIGTERM itself where there are several processes.
+    handled = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    handled = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]
+    with _signals(handled, hear):
+        if not several:
+            yield lambda: reasons[0] if reasons else ''
+            return
+
         # The count begins at 1, and not at the step that a run resumes at: if the signal comes
         # before the first call, JAX takes call 1 for the one that says True.
         calls = itertools.count(1)
+
+        def reached() -> str:
+            if not multihost_utils.reached_preemption_sync_point(next(calls)):
+                return ''
+            return reasons[0] if reasons else 'SIGTERM'
+
         try:
-            yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+            yield reached
         finally:
             # JAX's own handler would swallow the signal, since nobody asks any more.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return
 
-    received = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
+
+@contextlib.contextmanager
+def _signals(numbers: list[int], hear: Callable[[int], None]):
+    """Calls `hear` with the number of each signal that comes, from a thread of its own.
+
+    Python would call a handler only when the main thread comes back from the compiler, or from
+    waiting for a device. The thread hears of the signal at once.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def listen() -> None:
+        while received := receiver.recv(1):  # one byte per signal; none once the sender is closed
+            if received[0] in numbers:
+                hear(received[0])
+
+    thread = threading.Thread(target=listen, name='signals', daemon=True)
+    thread.start()
+    previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     try:
-        yield received.is_set
+        yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        sender.close()
+        thread.join()
+        receiver.close()
 
 
 @contextlib.contextmanager
@@ -182,7 +245,7 @@ def ending_together():
     """
     try:
         yield
-    except Exception:
+    except BaseException:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()

@@ -119,7 +119,24 @@ def load_base(config: config_lib.Config, target):
     return params
 
 
-def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
+def base_checksum(params) -> int:
+    """What tells the parameters that a run starts from from others, wherever they lie."""
+    return checkpoint.checksums({'base': params})['base']
+
+
+def pinned_base(workdir) -> str:
+    """init_from in the configuration of a run that goes on; empty for a new run, or if the file
+    cannot tell."""
+    if not checkpoint.folders(workdir):
+        return ''
+    try:
+        return config_lib.load_run(workdir).init_from
+    except (FileNotFoundError, ValueError) as error:
+        logging.warning('%s', error)
+        return ''
+
+
+def resolve_base_checkpoint(config: config_lib.Config, pinned: str = '') -> config_lib.Config:
     """Makes init_from of a run with LoRA name one checkpoint instead of a workdir.
 
     The base is read again whenever the run is resumed or sampled. A workdir would then mean its
@@ -127,6 +144,8 @@ def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
 
     Args:
       config: the run's configuration.
+      pinned: of `pinned_base`. If it is a checkpoint, the one of this step is taken of a workdir,
+        which may have moved.
 
     Returns:
       `config` with the checkpoint in init_from; unchanged without LoRA.
@@ -152,9 +171,14 @@ def resolve_base_checkpoint(config: config_lib.Config) -> config_lib.Config:
                 f'{folder}, the base of LoRA, holds no checkpoint: train it first, or give another '
                 'by --config.init_from.'
             )
-        folder = good_checkpoint(folder)
+        if pathlib.Path(pinned).parent.name == checkpoint.FOLDER:
+            folder = checkpoint.folders(folder)[-1].with_name(pathlib.Path(pinned).name)
+        else:
+            folder = good_checkpoint(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f'{folder}, the base of LoRA, does not exist: give another one by --config.init_from.'
+            f'{folder}, the base of LoRA, does not exist: '
+            + ('put it back, or say where it is' if pinned else 'give another one')
+            + ' by --config.init_from.'
         )
     return dataclasses.replace(config, init_from=str(folder))

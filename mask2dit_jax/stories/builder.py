@@ -7,12 +7,15 @@ those that the code renders today.
 import dataclasses
 import hashlib
 import os
+import shutil
 
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
 
+from mask2dit_jax import storage
+from mask2dit_jax.distributed import watchdog
 from mask2dit_jax.stories import rendering, world
 
 SEED = 0
@@ -84,6 +87,7 @@ class Stories(tfds.core.GeneratorBasedBuilder):
             unit='story',
         )
         for index in indices:
+            watchdog.enter('data')
             story = make_story(config, split, index)
             example = {
                 'index': index,
@@ -182,19 +186,32 @@ def load(
         raise ValueError(f'num_train {num_train} and num_test {num_test} must be at least 1.')
 
     config = StoriesConfig(frames=frames, size_px=size_px, num_train=num_train, num_test=num_test)
-    builder = Stories(config=config, data_dir=os.fspath(data_dir), file_format='array_record')
 
+    def make_builder():  # it looks for the examples when it is made, and never again
+        return Stories(config=config, data_dir=os.fspath(data_dir), file_format='array_record')
+
+    builder = make_builder()
     if not builder.data_path.exists():
-        logging.info(
-            'Rendering %d + %d stories to %s (once).', num_train, num_test, builder.data_path
-        )
-        _build(builder)
+        # Another run may be at it: then this one waits, and finds them there.
+        with storage.claim(builder.data_path.parent, waits=True):
+            builder = make_builder()
+            if not builder.data_path.exists():
+                logging.info(
+                    'Rendering %d + %d stories to %s (once).',
+                    num_train,
+                    num_test,
+                    builder.data_path,
+                )
+                _build(builder)
 
     return StorySource(builder.as_data_source(split), config, split, builder.data_path)
 
 
 def _build(builder):
-    """Writes both splits."""
+    """Writes both splits; what killed runs left of them is removed."""
+    for left in builder.data_path.parent.glob(f'{builder.data_path.name}.incomplete*'):
+        shutil.rmtree(left)
+
     # The bars of TFDS do not know the number of examples; those of _generate_examples do.
     tfds.disable_progress_bar()
     try:

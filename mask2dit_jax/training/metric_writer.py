@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 from absl import logging
 
-from mask2dit_jax import logs
+from mask2dit_jax import logs, storage
 
 _WINDOW_WRITES = 10  # the speed is averaged over the last ten writes
 
@@ -40,25 +40,51 @@ def _speed(marks: Sequence[_Mark]) -> float | None:
     return steps / seconds
 
 
-def _drop_steps_after(path: pathlib.Path, last_step: int) -> None:
-    """Removes records of later steps, and an incomplete last line, from a metrics.jsonl.
-
-    A line is incomplete if the run was killed while it was written. The file is replaced in one
-    operation: a kill leaves either the old or the new one.
-    """
-    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
-    complete_lines = [line for line in lines if line.endswith('\n')]
-
+def _step_of(line: bytes) -> int | None:
+    """The step of a record; None if the line is no record."""
     try:
-        kept = [line for line in complete_lines if json.loads(line)['step'] <= last_step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} has a line that is not a metrics record ({error}): repair or move the file.'
-        ) from error
+        step = json.loads(line.decode('utf-8'))['step']
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
-    rewritten = path.with_name(path.name + '.tmp')
-    rewritten.write_text(''.join(kept), encoding='utf-8')
-    os.replace(rewritten, path)
+
+def _clean_up(path: pathlib.Path, last_step: int) -> None:
+    """Leaves one record of each step up to `last_step` in a metrics.jsonl.
+
+    Records of later steps are removed, and so is a last line without an end: the run was killed
+    while it was written. Lines that are no records, and records of a step that comes again later in
+    the file, are moved to metrics.jsonl.bad. The file is replaced in one operation: a kill leaves
+    either the old or the new one.
+    """
+    content = path.read_bytes()
+    # What a machine that lost its power had not written yet may be zeros.
+    lines = [line.strip(b'\0') for line in content.split(b'\n')[:-1]]
+    steps = [_step_of(line) for line in lines]
+    last_place = {step: place for place, step in enumerate(steps)}
+
+    kept = []
+    bad = []
+    for place, (line, step) in enumerate(zip(lines, steps)):
+        if step is None or last_place[step] != place:
+            bad.append(line)
+        elif step <= last_step:
+            kept.append(line)
+
+    if bad:
+        aside = path.with_name(f'{path.name}.bad')
+        with aside.open('ab') as file:
+            file.writelines(line + b'\n' for line in bad)
+        logging.warning(
+            '%d line(s) of %s are no record, or one of a step that comes again: moved to %s.',
+            len(bad),
+            path,
+            aside.name,
+        )
+    rewritten = b''.join(line + b'\n' for line in kept)
+    if rewritten != content:
+        with storage.whole_file(path) as temporary:
+            temporary.write_bytes(rewritten)
 
 
 def _open_board(workdir: pathlib.Path, start_step: int):
@@ -71,14 +97,19 @@ def _open_board(workdir: pathlib.Path, start_step: int):
 
     import tensorboardX
 
-    return tensorboardX.SummaryWriter(
-        os.fspath(workdir / 'tensorboard'),
-        # TensorBoard hides what earlier files say about this step and later ones.
-        purge_step=start_step + 1,
-        # tensorboardX writes in a thread, for which its flush() does not wait. With one second
-        # between writes, a kill costs at most one record.
-        flush_secs=1,
-    )
+    try:
+        return tensorboardX.SummaryWriter(
+            os.fspath(workdir / 'tensorboard'),
+            # TensorBoard hides what earlier files say about this step and later ones.
+            purge_step=start_step + 1,
+            # tensorboardX writes in a thread, for which its flush() does not wait. With one second
+            # between writes, a kill costs at most one record.
+            flush_secs=1,
+        )
+    except OSError as error:
+        # metrics.jsonl holds the same: no reason to end a run.
+        logging.warning('No TensorBoard files are written: %s.', error)
+        return None
 
 
 class MetricWriter:
@@ -95,10 +126,10 @@ class MetricWriter:
           total_steps: the step at which training ends, for the ETA.
           start_step: the step from which the run is resumed. Records of later steps, written by a
             run that was killed after its last checkpoint, are removed: no step appears twice.
+            Lines that are no records are moved to metrics.jsonl.bad.
 
         Raises:
-          ValueError: for a remote workdir, where files cannot be appended to, or a damaged
-            metrics.jsonl.
+          ValueError: for a remote workdir, where files cannot be appended to.
         """
         self._total_steps = total_steps
         self._marks = collections.deque(maxlen=_WINDOW_WRITES + 1)
@@ -117,7 +148,7 @@ class MetricWriter:
 
         path = workdir / 'metrics.jsonl'
         if path.exists():
-            _drop_steps_after(path, start_step)
+            _clean_up(path, start_step)
         self._file = path.open('a', encoding='utf-8')
 
         self._board = _open_board(workdir, start_step)

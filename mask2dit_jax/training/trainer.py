@@ -1,5 +1,7 @@
 """The training run: data, state, loop, sample grids, checkpoints, and the scores at the end."""
 
+import collections
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -11,13 +13,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from mask2dit_jax import checkpoint, hardware
+from mask2dit_jax import checkpoint, hardware, storage
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import latent_codec
 from mask2dit_jax.data import records as records_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.distributed import multihost, partitioning
+from mask2dit_jax.distributed import multihost, partitioning, watchdog
 from mask2dit_jax.models import flops
 from mask2dit_jax.pretrained import runs
 from mask2dit_jax.training import ema as ema_lib
@@ -25,6 +27,9 @@ from mask2dit_jax.training import metric_writer, validation
 from mask2dit_jax.training import train_step as train_step_lib
 
 TRACED_STEPS = 3  # enough to see one that is neither the first nor the last
+# Steps that devices may not have finished. Two keep them busy; with more, SIGTERM would wait for
+# all of them, and each holds its batch in the devices' memory.
+STEPS_IN_FLIGHT = 2
 
 Layout = tuple[int, ...]  # frames per scene
 
@@ -43,18 +48,46 @@ def train_and_evaluate(
 
     Returns:
       The rows of `score_stories` (of `held_out_losses`, if the run trains on encoded clips), by the
-      EMA parameters; None if SIGTERM stopped training, at a step that is saved.
+      EMA parameters; None if SIGTERM or Ctrl-C stopped training, at a step that is saved.
 
     Raises:
       FloatingPointError: if training diverges.
-      RuntimeError: if a checkpoint cannot be written.
+      RuntimeError: if a checkpoint cannot be written, or if none can be read though none is known
+        to be damaged.
+      storage.ClaimedError: if another run writes to the workdir, or has taken it over.
       TimeoutError: if another process hangs.
       ValueError: if the workdir holds another run, LoRA has no base, or the run does not contain
         all the steps to record.
     """
-    started = time.monotonic()
-    config = runs.resolve_base_checkpoint(config)
     workdir = pathlib.Path(workdir)
+    pinned = runs.pinned_base(workdir)
+    config = runs.resolve_base_checkpoint(config, pinned)
+    with watchdog.watching(dataclasses.asdict(config.limits)), _owned(workdir) as check_owner:
+        return _train_and_evaluate(config, workdir, trace_step, pinned, check_owner)
+
+
+@contextlib.contextmanager
+def _owned(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of the workdir; yields a function that checks that they are.
+
+    Process 0 owns it for all processes of the run.
+    """
+    if jax.process_index() != 0:
+        yield lambda: None
+        return
+    with storage.claim(workdir) as held:
+        yield held.check
+
+
+def _train_and_evaluate(
+    config: config_lib.Config,
+    workdir: pathlib.Path,
+    trace_step: int | None,
+    pinned: str,
+    check_owner: Callable[[], None],
+) -> list[dict] | None:
+    """`train_and_evaluate` in a workdir that belongs to this run."""
+    started = time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
     total_steps = config.train.steps
 
@@ -65,10 +98,28 @@ def train_and_evaluate(
     codec = latent_codec.for_run(config, workdir)
     for layout in config.data.layouts:
         codec.latent_frames(layout)
+    watchdog.enter('data')
     batches = batches_lib.train_batches(config, workdir, codec)
 
-    # 3. State.
-    state, shardings = _initial_state(config, codec, mesh)
+    # 3. State, of the newest good checkpoint or fresh.
+    watchdog.enter('restore')
+    meta = _run_meta(config, batches)
+    found = checkpoint.folders(workdir)
+    multihost.assert_same_on_all_hosts(
+        configuration=config,
+        data=batches.fingerprint,
+        base=pinned,
+        checkpoints=[path.name for path in found],
+    )
+    if found:
+        is_moved = config.init_from != pinned
+        state, shardings, meta = _resume(config, codec, mesh, workdir, meta, is_moved)
+    else:
+        state, shardings = _initial_state(config, codec, mesh)
+        if config.init_from:
+            base = state.frozen_params if config.lora.rank else state.params
+            meta['init_from'] = runs.base_checksum(base)
+    start = int(state.step)
     logging.info(
         '%d trained and %d frozen parameters on mesh %s.',
         _num_parameters(state.params),
@@ -76,20 +127,8 @@ def train_and_evaluate(
         dict(mesh.shape),
     )
 
-    # 4. Resume.
-    meta = _run_meta(config, batches)
-    found = checkpoint.folders(workdir)
-    multihost.assert_same_on_all_hosts(
-        configuration=config, data=batches.fingerprint, checkpoints=[path.name for path in found]
-    )
-    start = 0
-    if found:
-        # The fresh arrays are freed before the saved ones are read: both would not fit.
-        targets = _restore_targets(state)
-        frozen_params = state.frozen_params
-        del state
-        state, start = _restore(workdir, targets, frozen_params, shardings, meta)
-
+    # 4. Where checkpoints go.
+    check_owner()
     checkpoints = checkpoint.manager(
         workdir, config.train.keep_checkpoints, config.train.keep_every_steps, start
     )
@@ -113,73 +152,109 @@ def train_and_evaluate(
     # 6. The loop.
     jitted_steps = _jit_steps(config, codec, shardings, mesh)
     prepare = _batch_preparer(config, batches, mesh)
+    slow_seconds = max(dataclasses.asdict(config.limits).values())
     compiled = set()
     steady = False  # whether nothing slow came between the barrier before and the next one
-    stopped = False
+    stopped = ''
+
+    def record(done: int) -> None:
+        values = recorder.record(done)
+        check_owner()
+        writer.write(done, values)
+
+    def save(done: int) -> None:
+        watchdog.enter('save')
+        check_owner()
+        checkpoint.save(checkpoints, done, state, meta)
+
+    def draw(done: int) -> None:
+        watchdog.enter('sample')
+        check_owner()
+        ema = ema_lib.model_ema(config, state)  # under LoRA a second model, freed on return
+        grids = validation.write_sample_grids(config, ema, codec, workdir, done)
+        writer.write_images(done, validation.by_task(grids))
+
+    # A run that ended while it drew had saved this step before.
+    if start and _due(start, config.train, stopped=False).sample:
+        is_drawn = validation.has_sample_grids(config, workdir, start)
+        if not multihost.all_agree(is_drawn):
+            draw(start)
+
     with (
         multihost.termination() as terminated,
         batches_lib.prefetched(prepare, range(start, total_steps)) as ready,
     ):
         for step in range(start, total_steps):
             trace.start_before(step)
+            watchdog.enter('step')
+            recorder.wait_for_device()
+            watchdog.enter('data')
             layout, batch = recorder.wait_for(ready)
 
-            # The wait has a limit only where no process has a good reason to come minutes late.
-            multihost.barrier(step, limited=steady)
-
-            state, metrics = jitted_steps[layout](state, batch, batches.null_text)
-            recorder.add(layout, metrics)
-            done = step + 1
+            # The wait has a short limit only where no process has a good reason to come late.
+            multihost.barrier(step, limited=steady, slow_seconds=slow_seconds)
 
             compiles = layout not in compiled
             compiled.add(layout)
+            watchdog.enter('compile' if compiles else 'step')
+            state, metrics = jitted_steps[layout](state, batch, batches.null_text)
+            recorder.add(layout, metrics)
+            done = step + 1
             traced = trace.stop_after(step, state)
 
             # SIGTERM to any process stops all after the same step.
             stopped = terminated()
-            due = _due(done, config.train, stopped)
+            due = _due(done, config.train, bool(stopped))
 
             if due.log:
-                writer.write(done, recorder.record(done))
+                record(done)
 
             # A save that fails in the background ends the run at once, not at the next save.
             checkpoint.check(checkpoints)
             if due.save:
-                checkpoint.save(checkpoints, done, state, meta)
+                save(done)
 
             if stopped:
                 break
 
             if due.sample:
-                ema = ema_lib.model_ema(config, state)
-                grids = validation.write_sample_grids(config, ema, codec, workdir, done)
-                writer.write_images(done, validation.by_task(grids))
-                del ema  # under LoRA a second model, for which the next step has no memory
+                draw(done)
+                # Who was told to stop meanwhile need not run another step.
+                stopped = terminated()
+                if stopped:
+                    if not due.log:
+                        record(done)
+                    if not due.save:
+                        save(done)
+                    break
 
             steady = not (compiles or traced or due.save or due.sample)
 
+        watchdog.enter('save')
         checkpoint.finish(checkpoints)
 
     if stopped:
         writer.close()
         logging.info(
-            'Stopped by SIGTERM at step %d of %d; the same command resumes.',
-            done,
-            total_steps,
+            'Stopped by %s at step %d of %d; the same command resumes.', stopped, done, total_steps
         )
         return None
 
     # 7. Sample grids and scores of the EMA parameters.
+    watchdog.enter('sample')
+    check_owner()
     ema = ema_lib.model_ema(config, state)
     grids = validation.write_sample_grids(config, ema, codec, workdir, total_steps)
     if start < total_steps:  # TensorBoard has the grids of a finished run already
         writer.write_images(total_steps, validation.by_task(grids))
     writer.close()
 
+    watchdog.enter('score')
     if config.data.encoded:
         rows = validation.held_out_losses(config, ema, codec)
     else:
         rows = validation.score_stories(config, ema, codec, workdir)
+    check_owner()
     validation.write_scores(rows, workdir, time.monotonic() - started)
     return rows
 
@@ -187,12 +262,8 @@ def train_and_evaluate(
 # The state: fresh, or of a checkpoint.
 
 
-def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, mesh):
-    """The state at step 0, made where its shardings put it, and these shardings.
-
-    Its parameters are random, or from a model folder or the EMA of another run if the configuration
-    says so.
-    """
+def _state_maker(config: config_lib.Config, codec: latent_codec.LatentCodec, mesh):
+    """A function that makes the random state at step 0, its shapes, and its shardings."""
     model_config = config.model
     frames = codec.latent_frames(config.data.layouts[0])
     latents = np.zeros((sum(frames), *codec.latent_shape), np.float32)  # [T, H, W, C]
@@ -204,7 +275,16 @@ def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, m
         return train_step_lib.init_state(config, (latents, text, frames))
 
     abstract = jax.eval_shape(init)
-    shardings = partitioning.shardings(abstract, mesh)
+    return init, abstract, partitioning.shardings(abstract, mesh)
+
+
+def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, mesh):
+    """The state at step 0, made where its shardings put it, and these shardings.
+
+    Its parameters are random, or from a model folder or the EMA of another run if the configuration
+    says so.
+    """
+    init, abstract, shardings = _state_maker(config, codec, mesh)
 
     if config.lora.rank:
         # The base is read, and never made at random: the compiler drops what is not returned.
@@ -221,6 +301,60 @@ def _initial_state(config: config_lib.Config, codec: latent_codec.LatentCodec, m
         params = runs.load_base(config, target)
         state = state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params))
     return state, shardings
+
+
+def _resume(
+    config: config_lib.Config,
+    codec: latent_codec.LatentCodec,
+    mesh,
+    workdir: pathlib.Path,
+    meta: dict,
+    is_moved: bool,
+):
+    """The state of the newest good checkpoint.
+
+    The base is read if it is part of the state, as under LoRA, and if it is at another place than
+    before: it must be the same one.
+
+    Args:
+      config, codec, mesh: of the run.
+      workdir: its folder.
+      meta: of `_run_meta`.
+      is_moved: whether init_from is not what it was.
+
+    Returns:
+      The state, its shardings, and `meta` with the base's checksum.
+    """
+    _, abstract, shardings = _state_maker(config, codec, mesh)
+    frozen_params = ()
+    meta = dict(meta)
+    if config.lora.rank:
+        target = partitioning.abstract_arrays(abstract.frozen_params, mesh)
+        frozen_params = runs.load_base(config, target)
+        meta['init_from'] = runs.base_checksum(frozen_params)
+    elif config.init_from and is_moved:
+        target = partitioning.abstract_arrays(abstract.params, mesh)
+        meta['init_from'] = runs.base_checksum(runs.load_base(config, target))
+
+    targets = {
+        item: jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            getattr(abstract, field),
+            getattr(shardings, field),
+        )
+        for item, field in checkpoint.ITEMS.items()
+    }
+    path, items = checkpoint.latest(workdir, targets, meta)
+    logging.info('Resuming %s.', path)
+    meta['init_from'] = checkpoint.read_meta(path).get('init_from')
+
+    restored = {checkpoint.ITEMS[item]: tree for item, tree in items.items()}
+    state = train_step_lib.TrainState(
+        step=jax.device_put(np.int32(path.name), shardings.step),
+        frozen_params=frozen_params,
+        **restored,
+    )
+    return state, shardings, meta
 
 
 def _num_parameters(tree) -> int:
@@ -254,8 +388,11 @@ _MAY_CHANGE = {
 
 
 def _run_meta(config: config_lib.Config, batches: batches_lib.Batches) -> dict:
-    """Everything that must be the same for a run to continue, by name; checkpoints hold it."""
-    meta = {}
+    """Everything that must be the same for a run to continue, by name; checkpoints hold it.
+
+    Where the run has a base, they also hold its checksum, as 'init_from': the folder may move.
+    """
+    meta = {} if config.init_from else {'init_from': ''}
     for key, value in checkpoint.flat(dataclasses.asdict(config)).items():
         if key not in _MAY_CHANGE and key.partition('.')[0] not in _MAY_CHANGE:
             meta[key] = value
@@ -265,35 +402,6 @@ def _run_meta(config: config_lib.Config, batches: batches_lib.Batches) -> dict:
         settings = records_lib.read_settings(config.data.encoded)
         meta |= {f'encoded.{key}': settings[key] for key in settings if key != 'folder'}
     return meta | {'data': batches.fingerprint}
-
-
-def _restore_targets(state: train_step_lib.TrainState) -> dict:
-    """Shapes and shardings of the saved items, by item; they hold no arrays."""
-
-    def abstract(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-    return {
-        item: jax.tree.map(abstract, getattr(state, field))
-        for item, field in checkpoint.ITEMS.items()
-    }
-
-
-def _restore(
-    workdir: pathlib.Path, targets: dict, frozen_params, shardings, meta: dict
-) -> tuple[train_step_lib.TrainState, int]:
-    """The state of the newest good checkpoint, and its step."""
-    path, items = checkpoint.latest(workdir, targets, meta)
-    step = int(path.name)
-    logging.info('Resuming %s.', path)
-
-    restored = {checkpoint.ITEMS[item]: tree for item, tree in items.items()}
-    state = train_step_lib.TrainState(
-        step=jax.device_put(np.int32(step), shardings.step),
-        frozen_params=frozen_params,
-        **restored,
-    )
-    return state, step
 
 
 # The loop: its functions, what is due at a step, what is recorded.
@@ -363,14 +471,21 @@ class _Recorder:
     Attributes:
       peak_share: of `_peak_share`.
       pending: the metrics of the steps since the last record.
+      in_flight: the metrics of the steps that the devices may not have finished.
       waited_seconds: how long the loop waited for data since the last record.
       recorded_at: the time.monotonic of the last record; None before the first one.
     """
 
     peak_share: dict[Layout, float]
     pending: list[_StepMetrics] = dataclasses.field(default_factory=list)
+    in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)
     waited_seconds: float = 0.0
     recorded_at: float | None = None
+
+    def wait_for_device(self) -> None:
+        """Waits until another step may be sent to the devices."""
+        while len(self.in_flight) >= STEPS_IN_FLIGHT:
+            jax.block_until_ready(self.in_flight.popleft())
 
     def wait_for(self, ready: Iterator[tuple[Layout, dict]]) -> tuple[Layout, dict]:
         """The next layout and batch; the time until they are there counts as waiting for data."""
@@ -382,6 +497,7 @@ class _Recorder:
     def add(self, layout: Layout, metrics: dict[str, jax.Array]) -> None:
         """Keeps the metrics of one step."""
         self.pending.append(_StepMetrics(layout, metrics))
+        self.in_flight.append(metrics)
 
     def record(self, step: int) -> dict[str, float]:
         """Means since the last record; waits for the device.

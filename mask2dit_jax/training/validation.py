@@ -15,12 +15,12 @@ import numpy as np
 import tqdm
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import logs, pipeline, tables
+from mask2dit_jax import logs, pipeline, storage, tables
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import encoded_clips, latent_codec, sheets, story_file, video
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.distributed import multihost
+from mask2dit_jax.distributed import multihost, watchdog
 from mask2dit_jax.models import dit
 from mask2dit_jax.stories import builder, world
 from mask2dit_jax.stories import scores as scores_lib
@@ -102,7 +102,7 @@ def write_sample_grids(
     for task, given_scenes in _given_scenes_by_task(frames).items():
         grid = _sample_grid(config, params, codec, workdir, frames, given_scenes)
 
-        path = pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{task}.png'
+        path = _grid_path(workdir, step, task)
         paths.append(path)
 
         # All processes take part in sampling, but one is enough to draw.
@@ -161,6 +161,16 @@ def _sample_grid(
         scenes = [shown[f'{row}/{scene}'] for scene in range(len(frames))]
         stories.append(_Story(json.loads(text), scenes))
     return stories
+
+
+def _grid_path(workdir, step: int, task: str) -> pathlib.Path:
+    return pathlib.Path(workdir) / 'sheets' / f'{step:08d}_{task}.png'
+
+
+def has_sample_grids(config: config_lib.Config, workdir, step: int) -> bool:
+    """Whether all sample grids of a step are in the workdir."""
+    tasks = _given_scenes_by_task(config.data.layouts[0])
+    return all(_grid_path(workdir, step, task).exists() for task in tasks)
 
 
 def by_task(paths: list[pathlib.Path]) -> dict[str, pathlib.Path]:
@@ -224,10 +234,13 @@ def _write_grid(path: pathlib.Path, stories: list[_Story], given_scenes: int) ->
     captions = [story.captions for story in stories]
     given = [[scene < given_scenes for scene in range(len(story.scenes))] for story in stories]
     grid = sheets.story_grid([story.scenes for story in stories], captions, given=given)
-    video.write_png(path, grid)
 
+    # The picture comes last: where it is, the captions are.
     description = {'stories': captions, 'given_scenes': given_scenes}
-    path.with_suffix('.json').write_text(json.dumps(description) + '\n', encoding='utf-8')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_text(path.with_suffix('.json'), json.dumps(description) + '\n')
+    with storage.whole_file(path) as temporary:
+        video.write_png(temporary, grid)
 
 
 # 2. Exact scores of rendered stories.
@@ -264,6 +277,7 @@ def _generated_batches(
 
     starts = range(0, config.eval.stories, batch_size)
     for first in tqdm.tqdm(starts, desc=desc, unit='batch', disable=jax.process_index() != 0):
+        watchdog.enter('score')
         examples = [source[(first + row) % len(source)] for row in rows]
         stories = [example['story'] for example in examples]
 
@@ -406,6 +420,7 @@ def held_out_losses(
             error = 0.0
             count = 0.0
             for first in range(0, len(stories), config.eval.batch_size):
+                watchdog.enter('score')
                 batch = _loss_batch(config, encoded, stories, whole.source, is_given, first, mesh)
                 sums = jitted_loss(params, batch)
                 error += float(sums[0])
@@ -498,11 +513,11 @@ def write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> Non
     if jax.process_index() != 0:
         return
 
-    (workdir / 'scores.json').write_text(json.dumps(rows, indent=2) + '\n')
+    storage.write_text(workdir / 'scores.json', json.dumps(rows, indent=2) + '\n')
 
     columns = [column for column in SCORE_COLUMNS if column in rows[0]]
     table = tables.format_table([_rounded(row) for row in rows], columns)
-    (workdir / 'scores.md').write_text(table + '\n')
+    storage.write_text(workdir / 'scores.md', table + '\n')
 
     print(
         f'\n{table}\n\n'

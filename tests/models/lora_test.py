@@ -320,15 +320,21 @@ def test_checkpoints_hold_lora_alone(finished, base):
     assert cfg.init_from == str(checkpoint.folders(base)[-1])
 
 
-def test_resume_is_bit_equal(finished, tmp_path):
+def test_resume_is_bit_equal_though_the_base_moved_and_trained_on(finished, base, tmp_path):
     workdir, rows = finished
+    moved = tmp_path / 'moved'
+    shutil.copytree(base, moved)
+    newest = checkpoint.folders(moved)[-1]
+    shutil.copytree(checkpoint.folders(moved)[0], newest.with_name('1000'))
+
     other = tmp_path / 'lora'
     shutil.copytree(workdir, other)
     shutil.copytree(workdir.parent / 'data', tmp_path / 'data')
     shutil.rmtree(other / 'checkpoints/6')  # as if killed after the checkpoint of step 3
 
-    cfg = config_lib.load(workdir / 'config.json')
+    cfg = dataclasses.replace(config_lib.load(workdir / 'config.json'), init_from=str(moved))
     assert trainer.train_and_evaluate(cfg, other) == rows
+    assert config_lib.load(other / 'config.json').init_from == str(newest)
     assert_equal(read_items(other), read_items(workdir))
 
 

@@ -1,9 +1,13 @@
 """The world of stories: exact scores, the codec, and the TFDS builder."""
 
 import dataclasses
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from conftest import child_environment
 
 from mask2dit_jax.stories import builder, rendering, scores, world
 from mask2dit_jax.stories import codec as codec_lib
@@ -374,3 +378,40 @@ def test_load_refuses_stories_of_another_world(tmp_path, monkeypatch):
     monkeypatch.setitem(world.EXTENTS, 'tower', (3.0, 1.0))
     with pytest.raises(ValueError, match=r'stories.2x4_16px_4_1.*delete'):
         builder.load(tmp_path, (4, 4), num_train=4, num_test=1)
+
+
+RENDERING = """
+import sys
+from absl import logging
+from mask2dit_jax.stories import builder
+logging.set_verbosity(logging.INFO)
+source = builder.load(sys.argv[1], (4,), num_train=300, num_test=2)
+print(len(source), source.fingerprint)
+"""
+
+
+def test_of_two_that_need_the_same_stories_one_renders_and_the_other_waits(tmp_path):
+    def start():
+        return subprocess.Popen(
+            [sys.executable, '-c', RENDERING, str(tmp_path)],
+            env=child_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # One that is killed at it is followed by the others.
+    killed = start()
+    folder = tmp_path / 'stories/1x4_16px_300_2'
+    while not list(folder.glob('*incomplete*')):
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.kill()
+    killed.communicate()
+
+    both = [start(), start()]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
+    assert sum('Rendering 300 + 2 stories' in errors for _, errors in outputs) == 1
+    assert [path.name for path in folder.iterdir()] == ['1.0.0']

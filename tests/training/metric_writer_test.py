@@ -176,12 +176,54 @@ def test_a_full_disk_names_the_file(tmp_path):
         writer.write(1, {'loss': 1.0})
 
 
-def test_damaged_file_and_remote_folder_are_errors(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(ValueError, match=r'metrics\.jsonl has a line that is not a metrics record'):
-        metric_writer.MetricWriter(tmp_path, 10, start_step=5)
-    assert 'nonsense' in (tmp_path / 'metrics.jsonl').read_text()
+@pytest.mark.parametrize(
+    'content, steps, bad',
+    [
+        (b'{"step": 1}\nnonsense\n{"step": 2}\n', [1, 2], [b'nonsense']),
+        (b'{"step": 1}\n{"step": 2}\n{"st', [1, 2], None),
+        (b'{"step": 1}\n{"step": 2}\n' + bytes(4096), [1, 2], None),
+        (b'{"step": 1}\n' + bytes(64) + b'{"step": 2}\n', [1, 2], None),
+        (b'{"step": 1}\n\xff\xfe{}\n{"step": 2}\n', [1, 2], [b'\xff\xfe{}']),
+        (b'{"step": 1}\n{"step": 1, "x": 2}\n', [1], [b'{"step": 1}']),
+        (b'{"step": 1}\n\n' + b'[' * 100_000 + b'\n', [1], [b'', b'[' * 100_000]),
+        (b'{"step": 9}\n{"step": 1}\n', [1], None),
+        (
+            b'\n'.join(junk := [b'5', b'null', b'[]', b'{}', b'"a"', b'{"step": "1"}']) + b'\n',
+            [],
+            junk,
+        ),
+        (b'{"step": true}\n{"step": 1.5}\n{"step": NaN}\n{"step": 3}\n', [3], 3),
+        (b'', [], None),
+    ],
+)
+def test_lines_that_are_no_records_are_set_aside(tmp_path, content, steps, bad, caplog):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING, logger='absl'):
+        writer = metric_writer.MetricWriter(tmp_path, 10, start_step=5)
+    assert [record['step'] for record in _records(tmp_path)] == steps
 
+    aside = tmp_path / 'metrics.jsonl.bad'
+    assert aside.exists() == ('moved to metrics.jsonl.bad' in caplog.text) == (bad is not None)
+    if bad is not None:
+        lines = aside.read_bytes().splitlines()
+        assert lines == bad if isinstance(bad, list) else len(lines) == bad
+
+    writer.write(6, {'loss': 1.0})
+    assert [record['step'] for record in _records(tmp_path)] == [*steps, 6]
+    writer.close()
+
+
+def test_a_board_that_cannot_be_written_does_not_end_a_run(tmp_path, caplog):
+    pytest.importorskip('tensorboardX')
+    (tmp_path / 'tensorboard').write_text('a file')
+    writer = metric_writer.MetricWriter(tmp_path, 10)
+    writer.write(1, {'loss': 1.0})
+    writer.close()
+    assert 'No TensorBoard files are written' in caplog.text
+
+
+def test_remote_folder_is_an_error():
     with pytest.raises(ValueError, match='gs://bucket/run'):
         metric_writer.MetricWriter('gs://bucket/run', 10)
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +47,9 @@ FLAGS = [
 # Runs main. It also writes down every batch that is made, and then does what the test says.
 CODE = """
 import hashlib, json, os, signal, sys, time
+
+# pytest may have been started with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tensorboardX imports torch where it can, which takes as long as everything else.
 sys.modules['torch'] = None
@@ -255,16 +259,80 @@ def at_batch(step, action) -> str:
     return f'disturb = lambda step: {action} if step == {step} else None\n'
 
 
+# Code that kills the process at a marked point.
+DIE = """
+from mask2dit_jax import checkpoint, storage
+from mask2dit_jax.stories import builder, scores
+from mask2dit_jax.training import trainer, validation
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_call(count, function):
+    calls = []
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return die() if len(calls) == count else function(*args, **kwargs)
+    return counted
+
+def before_rename(name):
+    def replace(source, target, do=os.replace):
+        return die() if str(target).endswith(name) else do(source, target)
+    os.replace = replace
+"""
+KILL_POINTS = {
+    'start': 'trainer.mesh_lib.make_mesh = die',
+    'rendering': 'builder.make_story = at_call(20, builder.make_story)',
+    'the codec': "before_rename('codec.safetensors')",
+    'config.json': "before_rename('config.json')",
+    'metrics.jsonl': "before_rename('metrics.jsonl')",
+    'compiling': """
+def jit_steps(*args, make=trainer._jit_steps):
+    steps = make(*args)
+    def compile(step):
+        return lambda *args: (step.lower(*args), die())
+    return {layout: compile(step) for layout, step in steps.items()}
+trainer._jit_steps = jit_steps
+""",
+    'restoring': 'checkpoint._array_checksum = die',
+    'a batch': 'disturb = lambda step: die() if step % 4 == 3 else None',
+    'a sample grid': 'validation.sheets.story_grid = at_call(2, validation.sheets.story_grid)',
+    'its picture': "before_rename('_generated.png')",
+    'after starting a save': 'checkpoint.save = lambda *a, do=checkpoint.save: die(do(*a))',
+    'the last save': 'checkpoint.finish = die',
+    'scoring': 'scores.score = at_call(2, scores.score)',
+    'scores.md': "before_rename('scores.md')",
+}
+
+
+def final_files(run):
+    """What a finished run leaves beside metrics and checkpoints, by name."""
+    files = [*run.workdir.glob('sheets/*'), *run.workdir.glob('scores.*')]
+    return {path.name: path.read_bytes() for path in files}
+
+
 @pytest.mark.parametrize('kills, steps', [(2, STEPS), pytest.param(20, 60, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_equal(straight, base, kills, steps):
-    longer = f'--config.train.steps={steps}'
+    """Kills at random batches and in saves; the slow variant first kills at every marked point
+    too, with data of its own that is to be rendered."""
+    flags = [f'--config.train.steps={steps}']
+    points = []
     if steps != STEPS:
+        flags.append('--config.train.sample_every_steps=5')
         straight = Run(base / f'straight_{steps}', base)
-        straight.finish(longer)
+        straight.finish(*flags)
+        flags.append(f'--config.data.dir={base}/data_{kills}')
+        points = list(KILL_POINTS)
 
     run = Run(base / f'killed_{kills}', base)
+    for point in points[: points.index('the last save')]:
+        (process,) = run.start(*flags, disturb={0: DIE + KILL_POINTS[point]})
+        # Some points are not always met: nothing is restored where nothing was saved.
+        assert process.wait(300) in (-signal.SIGKILL, 0), run.log()
+        print(f'killed at {point}: {process.returncode}, saved {run.saved()}')
+
     rng = random.Random(kills)
-    for i in range(kills):
+    for i in range(kills - len(points)):
         saved = max(run.saved(), default=0)
         in_save = i % 3 == 0
         if in_save:
@@ -274,15 +342,107 @@ def test_killed_and_resumed_is_bit_equal(straight, base, kills, steps):
             step = min(saved + rng.randint(1, 4), steps - 1)
             code = at_batch(step, 'killing.kill()')
 
-        (process,) = run.start(longer, disturb={0: code})
+        (process,) = run.start(*flags, disturb={0: code})
         assert process.wait(300) == -signal.SIGKILL, run.log()
         if in_save:
             assert run.half_written() and step not in run.saved()
     assert max(run.saved(), default=0) < steps
 
-    run.finish(longer)
+    for point in points[points.index('the last save') :] if points else ():
+        (process,) = run.start(*flags, disturb={0: DIE + KILL_POINTS[point]})
+        assert process.wait(300) == -signal.SIGKILL, run.log()
+        print(f'killed at {point}')
+
+    run.finish(*flags)
     assert_same_bits(run, straight, steps)
     assert not run.half_written()
+    assert final_files(run) == final_files(straight)
+    assert not list((run.workdir / 'checkpoints').glob('*tmp*'))
+    assert not list(run.workdir.rglob('*.damaged*')) + list(run.workdir.rglob('owner.json*'))
+
+
+def telling(base, name, wait) -> tuple[pathlib.Path, str]:
+    """A pipe, and code by which a process says through it that it makes the batch of step 3, and
+    then waits."""
+    pipe = base / name
+    os.mkfifo(pipe)
+    return pipe, at_batch(3, f'(open({str(pipe)!r}, "w").close(), {wait})')
+
+
+def test_one_owner_and_ctrl_c(straight, base, started_processes):
+    run = Run(base / 'interrupted', base)
+    go_on = base / 'go_on'
+    os.mkfifo(go_on)
+    there, code = telling(base, 'there', f'open({str(go_on)!r}).read()')
+    (owner,) = run.start(disturb={0: code})
+    started_processes.append(owner)
+    there.read_text()
+
+    # A second command on the same workdir is refused, and touches nothing.
+    (second,) = run.start()
+    assert second.wait(200) not in (0, -signal.SIGKILL)
+    assert f'{run.workdir} is being written by process {owner.pid} of host' in run.log()
+    assert owner.poll() is None
+
+    # Ctrl-C saves.
+    owner.send_signal(signal.SIGINT)
+    go_on.write_text('')
+    assert owner.wait(100) == 0
+    stopped = max(run.records())
+    log = (run.workdir / 'log.0.0').read_text()
+    assert f'Stopped by Ctrl-C at step {stopped} of {STEPS}; the same command resumes.' in log
+    assert stopped < STEPS
+    assert run.saved()[-1] == stopped
+
+    # One that waits for ever does not stop before the second Ctrl-C.
+    there, code = telling(base, 'waits', 'time.sleep(1e6)')
+    code = code.replace('step == 3', f'step == {stopped}')
+    (hanging,) = run.start(disturb={0: code})
+    started_processes[:] = [hanging]
+    there.read_text()
+    hanging.send_signal(signal.SIGINT)
+    while 'Ctrl-C again stops at once' not in run.log():
+        assert hanging.poll() is None
+        time.sleep(0.1)
+    hanging.send_signal(signal.SIGINT)
+    assert hanging.wait(10) == 128 + signal.SIGINT
+
+    run.finish()
+    assert_same_bits(run, straight)
+
+
+# The phase, what hangs in it, and how far the run must have come.
+HANGS = {
+    'start': 'trainer.mesh_lib.make_mesh = hang',
+    'data': 'disturb = hang',
+    'restore': 'checkpoint.latest = hang',
+    'compile': 'trainer._jit_steps = lambda *args: collections.defaultdict(lambda: hang)',
+    'save': 'checkpoint.save = hang',
+    'sample': 'validation.write_sample_grids = hang',
+    'score': 'scores.score = hang',
+}
+
+
+@pytest.mark.parametrize(
+    'phase',
+    [
+        'sample',
+        *(pytest.param(name, marks=pytest.mark.slow) for name in HANGS if name != 'sample'),
+    ],
+)
+def test_a_hang_in_any_phase_ends_the_run(straight, base, phase, started_processes):
+    run = Run(base / f'hangs_{phase}', base)
+    shutil.copytree(straight.workdir, run.workdir, dirs_exist_ok=True)
+    for step in (6, 8, 10):
+        shutil.rmtree(run.workdir / f'checkpoints/{step}')
+    code = f'{DIE}import collections\nhang = lambda *args: time.sleep(1e6)\n{HANGS[phase]}'
+    started_processes += run.start(
+        f'--config.limits.{phase}=5', '--config.train.sample_every_steps=3', disturb={0: code}
+    )
+    assert started_processes[0].wait(200) == 1
+    assert f"Phase '{phase}' hangs: no sign of life for 5 s." in run.log()
+    assert f'{phase} 5 s' in run.log()  # told at the start
+    assert 'in <lambda>' in run.log()  # where it stands
 
 
 # When checkpoint 6 begins, after 4 is finished, no file may become larger than a small part of a

@@ -233,6 +233,75 @@ def test_the_share_of_the_peak_counts_model_flops_of_all_devices(finished):
     assert trainer._peak_share(cfg, mesh_lib.make_mesh(cfg.mesh), codec) == {}
 
 
+class EnoughError(Exception):
+    pass
+
+
+def test_at_most_two_steps_are_in_flight(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / 'run')
+    shutil.copytree(workdir.parent / 'data', tmp_path / 'data')
+    cfg = smoke_config(steps=1000)
+    train = dataclasses.replace(cfg.train, log_every_steps=1000, checkpoint_every_steps=1000)
+    cfg = dataclasses.replace(cfg, train=train)
+
+    sent = []
+    running = []
+    jit_steps = trainer._jit_steps
+
+    def counting(step):
+        def run(*args):
+            if len(sent) == 12:
+                raise EnoughError
+            state, metrics = step(*args)
+            sent.append(metrics['loss'])
+            running.append(sum(not loss.is_ready() for loss in sent))
+            return state, metrics
+
+        return run
+
+    def jit_counting_steps(*args):
+        return {layout: counting(step) for layout, step in jit_steps(*args).items()}
+
+    monkeypatch.setattr(trainer, '_jit_steps', jit_counting_steps)
+    with pytest.raises(EnoughError):
+        trainer.train_and_evaluate(cfg, tmp_path / 'run')
+    assert 1 <= max(running) <= 2, running
+
+
+def test_a_run_goes_on_without_its_base_but_not_from_another(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / 'base')
+    shutil.copytree(workdir.parent / 'data', tmp_path / 'data')
+
+    def enough(*_):
+        raise EnoughError
+
+    def train(steps, base):
+        """Trains, or resumes, and stops where nothing follows that matters here."""
+        with pytest.raises(EnoughError):
+            trainer.train_and_evaluate(smoke_config(steps, init_from=str(base)), tmp_path / 'run')
+        return config_lib.load(tmp_path / 'run/config.json').init_from
+
+    monkeypatch.setattr(validation, 'write_sample_grids', enough)
+    train(1, tmp_path / 'base')
+    assert (tmp_path / 'run/checkpoints/1').is_dir()
+    monkeypatch.setattr(trainer, '_jit_steps', enough)
+
+    # It is gone, and not needed.
+    (tmp_path / 'base').rename(tmp_path / 'moved')
+    assert train(2, tmp_path / 'base') == str(tmp_path / 'base')
+
+    # Another folder must hold the same parameters.
+    shutil.copytree(tmp_path / 'moved', tmp_path / 'other')
+    shutil.rmtree(tmp_path / 'other/checkpoints/6')
+    with pytest.raises(ValueError, match='trained with another init_from'):
+        train(2, tmp_path / 'other')
+    with pytest.raises(ValueError, match='trained with another init_from'):
+        train(2, '')
+    assert train(2, tmp_path / 'moved') == str(tmp_path / 'moved')
+
+
 def test_steps_that_are_not_run_cannot_be_recorded(finished):
     with pytest.raises(
         ValueError, match='--trace_step=2 cannot be recorded: this run goes from step 6 to 6'
