@@ -46,10 +46,9 @@ import math
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import logs
+from mask2dit_jax import logs, paths
 from mask2dit_jax.data import encoded_clips
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import multihost
@@ -59,12 +58,9 @@ from mask2dit_jax.training import trainer
 # --help shows the module's docstring.
 __doc__ = f'{__doc__}\n{config_lib.describe()}'
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config',
-    None,
+_CONFIG = config_lib.define_flag(
     'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Flags such as '
-    '--config.train.steps=2000 override single values.',
-    lock_config=True,
+    '--config.train.steps=2000 override single values.'
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -101,9 +97,11 @@ _PROCESS_ID = flags.DEFINE_integer(
     'process_id', None, 'Number of this process, from 0.', lower_bound=0
 )
 flags.mark_flags_as_required(['config', 'workdir'])
+paths.check_flags_local('workdir', 'checkpoint')
 
 
 def main(argv):
+    config = config_lib.parse(_CONFIG.value)
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     process_flags = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
@@ -119,7 +117,6 @@ def main(argv):
         )
 
     # What is started from or trained on has a say in the sizes.
-    config = config_lib.parse(_CONFIG.value)
     if _CHECKPOINT.value:
         config = load_lib.with_model_from(config, _CHECKPOINT.value)
     if config.data.encoded:

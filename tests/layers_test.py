@@ -13,6 +13,8 @@ ORDER = (
     'hardware',
     'layout',
     'logs',
+    'paths',
+    'ranges',
     'tables',
     'tensor_io',
     'distributed',
