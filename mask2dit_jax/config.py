@@ -263,37 +263,49 @@ def _placeholders(plain: dict) -> dict:
     }
 
 
-class _NumberParser(flags.ArgumentParser):
-    """Numbers as numbers, and other text as it is: `parse` refuses it with what is allowed."""
+class _LenientParser(flags.ArgumentParser):
+    """Text as the first of some functions reads it; what none can read stays text, and `parse`
+    refuses it together with everything else that is wrong."""
+
+    def __init__(self, *readers):
+        self._readers = readers
 
     def parse(self, argument):
         if argument == 'None':
             return None
-        for kind in (int, float):
+        if not isinstance(argument, str):
+            return argument
+        for read in self._readers:
             try:
-                return kind(argument) if isinstance(argument, str) else argument
+                return read(argument)
             except ValueError:
                 continue
         return argument
 
     def flag_type(self):
-        return 'number'
+        return 'setting'
 
 
-class _FileParser(config_flags.ConfigFileFlagParser):
+class _FileParser(flags.ArgumentParser):
     """Loads a configuration file; what is misspelt is a ValueError of one sentence."""
+
+    def __init__(self, loader: flags.ArgumentParser):
+        self._loader = loader  # that of ml_collections
 
     def parse(self, argument):
         paths.check_local(**{'--config': argument})
-        file = pathlib.Path(argument.partition(':')[0])
+        name = argument.partition(':')[0]
+        file = pathlib.Path(name)
         if not file.is_file():
             known = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
             known |= {path.stem: path for path in file.parent.glob('*.py')}
             near = ranges.nearest(file.stem, known, shown=known)
-            raise ValueError(f'{file} is not a file{near}: give FILE.py or FILE.py:VARIANT.')
+            raise ValueError(f'{name!r} is not a file{near}: give FILE.py or FILE.py:VARIANT.')
 
         try:
-            config = super().parse(argument)
+            config = self._loader.parse(argument)
+        except SyntaxError as error:
+            raise ValueError(f'{name} is not a configuration file in Python ({error}).') from error
         except ValueError as error:
             # ml_collections puts the traceback into the message.
             raise ValueError(str(error.__context__)) from None
@@ -329,9 +341,13 @@ def define_flag(help_text: str) -> flags.FlagHolder:
     flag = config_flags.DEFINE_config_file(
         'config', None, help_text, lock_config=False, accept_new_attributes=True
     )
-    flags.FLAGS['config'].parser = _FileParser('config', lock_config=False)
-    for kind in (int, float):
-        config_flags.register_flag_parser_for_type(kind, _NumberParser())
+    flags.FLAGS['config'].parser = _FileParser(flags.FLAGS['config'].parser)
+    for kind, readers in {
+        int: (int, float),
+        float: (int, float),
+        bool: (flags.BooleanParser().parse,),
+    }.items():
+        config_flags.register_flag_parser_for_type(kind, _LenientParser(*readers))
     return flag
 
 
@@ -488,7 +504,7 @@ def _completed(cls, given, where: str, found: list[str]) -> dict:
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         values[name] = float(value) if is_whole and isinstance(field.default, float) else value
 
-    found += ranges.problems(cls, values, where)
+    found += ranges.problems(cls, values, f'{where}.')
     return values
 
 
@@ -570,16 +586,16 @@ def _conflicts(config) -> list[str]:
             f'config.schedule.beta_start {schedule.beta_start} must not be above beta_end '
             f'{schedule.beta_end}.'
         )
-    return found + _step_conflicts(config.sample.steps, schedule)
+    return found + step_conflicts(config.sample.steps, schedule, 'config.sample.')
 
 
-def _step_conflicts(steps: int, schedule) -> list[str]:
-    """Says whether the noise schedule has no so many sampling steps."""
+def step_conflicts(steps: int, schedule, where: str = '') -> list[str]:
+    """Says whether a noise schedule lacks so many sampling steps; `where` stands before 'steps'."""
     total = schedule.num_train_timesteps
     if steps > total:
         return [
-            f'config.sample.steps is {steps}: use a whole number from 1 to '
-            f'config.schedule.num_train_timesteps, {total}.'
+            f'{where}steps is {steps}: use a whole number from 1 to {total}, the '
+            'num_train_timesteps of config.schedule.'
         ]
     first = (steps - 1) * (total // steps) + schedule.steps_offset
     if schedule.timestep_spacing == 'leading' and first >= total:
@@ -653,6 +669,7 @@ def load_run(folder) -> Config:
     Raises:
       FileNotFoundError, ValueError: as for `load`.
     """
+    paths.check_local(folder=folder)
     folder = pathlib.Path(folder).absolute()
     is_checkpoint = folder.parent.name == 'checkpoints'
     workdir = folder.parent.parent if is_checkpoint else folder

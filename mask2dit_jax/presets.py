@@ -5,6 +5,7 @@ import math
 import ml_collections
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax import ranges
 from mask2dit_jax.hardware import SLICES
 
 # Differences from the defaults, which are CogVideoX-5B's. Heads of 64 leave half of a TPU's matrix
@@ -43,10 +44,11 @@ def pod(variant: str) -> ml_collections.ConfigDict:
     known_kind = not slice_name or kind in SLICES
     known_count = not count or (count.isdigit() and count != '0')
     if words or not known_kind or not known_count:
+        near = ranges.nearest(variant, (*MODELS, *SLICES))
         raise ValueError(
-            f'{variant!r} is not a variant of this file: give MODEL, SLICE or MODEL,SLICE, with a '
-            f'model of {", ".join(MODELS)} and a slice of {", ".join(SLICES)}, several as in '
-            'v6e-256x2.'
+            f'{variant!r} is not a variant of this file{near}: give MODEL, SLICE or MODEL,SLICE, '
+            f'with a model of {", ".join(MODELS)} and a slice of {", ".join(SLICES)}, several as '
+            'in v6e-256x2.'
         )
 
     config = config_lib.default()

@@ -141,7 +141,7 @@ def problems(cls, values: dict, where: str) -> list[str]:
     Args:
       cls: a dataclass whose fields have ranges.
       values: values of some of its fields, by name.
-      where: name of the section, as in 'config.train'.
+      where: what stands before the names of the fields, such as 'config.train.'.
 
     Returns:
       A sentence for each field that is, with its name, its value and what is allowed.
@@ -153,7 +153,7 @@ def problems(cls, values: dict, where: str) -> list[str]:
             continue
         value = values[declared.name]
         if not allowed.allows(value):
-            found.append(f'{where}.{declared.name} is {value!r}: use {allowed.says}.')
+            found.append(f'{where}{declared.name} is {value!r}: use {allowed.says}.')
     return found
 
 
@@ -203,7 +203,9 @@ def check_flag(name: str, cls, key: str) -> None:
 
 def _number(value):
     """Elements of list flags are strings."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    for kind in (int, float):
+        try:
+            return kind(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
+    return value

@@ -21,9 +21,11 @@ import pathlib
 import jax
 from absl import app, flags
 
-from mask2dit_jax import logs, pipeline
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import logs, paths, pipeline, ranges
 from mask2dit_jax.data import story_file
 from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import vae
 
 _WORKDIR = flags.DEFINE_string(
@@ -86,9 +88,12 @@ _FRAMES = flags.DEFINE_integer(
     lower_bound=1,
 )
 _HEIGHT = flags.DEFINE_integer(
-    'height', None, 'Height in pixels, for model folders only; default: the size of training.'
+    'height',
+    None,
+    'Height in pixels, for model folders only; default: the size of training.',
+    lower_bound=1,
 )
-_WIDTH = flags.DEFINE_integer('width', None, 'Width in pixels, as --height.')
+_WIDTH = flags.DEFINE_integer('width', None, 'Width in pixels, as --height.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum(
     'dtype',
     'bfloat16',
@@ -121,6 +126,12 @@ _MESH = flags.DEFINE_list(
     'spread, and the number over which tokens are; default on accelerators: 2 and the rest.',
 )
 _OUT = flags.DEFINE_string('out', 'samples', 'Folder for mp4, gif, contact sheet and story.json.')
+
+paths.check_flags_local('workdir', 'checkpoint', 'lora', 'story', 'given', 'out')
+ranges.check_flag('seed', config_lib.Config, 'seed')
+ranges.check_flag('steps', config_lib.SampleConfig, 'steps')
+ranges.check_flag('guidance', config_lib.SampleConfig, 'guidance')
+ranges.check_flag('mesh', mesh_lib.MeshConfig, 'fsdp')
 
 
 def _mesh() -> jax.sharding.Mesh:

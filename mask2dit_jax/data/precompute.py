@@ -22,7 +22,7 @@ import tqdm
 from absl import logging
 from safetensors.numpy import load_file, save_file
 
-from mask2dit_jax import tables
+from mask2dit_jax import paths, tables
 from mask2dit_jax.data import clips, latent_codec, records
 from mask2dit_jax.data import manifest as manifest_lib
 from mask2dit_jax.models import dit, t5, vae
@@ -263,6 +263,7 @@ def precompute(job: Job, out, worker: int = 0, num_workers: int = 1, threads: in
       FileNotFoundError, ValueError: naming what is missing or does not fit, before anything is
         read.
     """
+    paths.check_local(out=out, folder=job.folder)
     out = pathlib.Path(out)
     planned = plan(job)
     settings = planned.settings

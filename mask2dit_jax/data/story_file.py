@@ -5,6 +5,8 @@ import pathlib
 
 import numpy as np
 
+from mask2dit_jax import paths
+
 
 def split_scenes(video, frames: tuple[int, ...]) -> list[np.ndarray]:
     """Splits a video [F, H, W, 3] into its scenes.
@@ -26,6 +28,7 @@ def read_story(path) -> tuple[list[str], list[int | None]]:
     Raises:
       ValueError: naming the file and what is wrong in it.
     """
+    paths.check_local(story=path)
     form = '{"scenes": [{"caption": "...", "frames": 8}, ...]}'
     try:
         scenes = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))['scenes']
@@ -37,7 +40,7 @@ def read_story(path) -> tuple[list[str], list[int | None]]:
         raise ValueError(f'{path} is not a story file ({error!r}): write {form}.') from error
 
     texts_fit = all(isinstance(caption, str) for caption in captions)
-    frames_fit = all(number is None or isinstance(number, int) for number in frames)
+    frames_fit = all(number is None or (type(number) is int and number > 0) for number in frames)
     extra = sorted({key for scene in scenes for key in scene} - {'caption', 'frames'})
     if not captions or extra or not texts_fit or not frames_fit:
         raise ValueError(

@@ -12,6 +12,8 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
 
+from mask2dit_jax import paths
+
 
 def to_uint8(frames) -> np.ndarray:
     """Converts float pixels in [0, 1] to uint8 by rounding, clipped; uint8 passes unchanged.
@@ -107,6 +109,7 @@ def _opened(path):
     Raises:
       FileNotFoundError, ValueError: as read_video.
     """
+    paths.check_local(video=path)
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f'{path} is not a file: check the path of the video.')
 
@@ -290,6 +293,7 @@ def read_video(
 
 def _new_file(path) -> str:
     """The path as a string; its folder is made if needed."""
+    paths.check_local(file=path)
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     return os.fspath(path)
 

@@ -127,7 +127,7 @@ class DiTConfig:
     remat: str = ranges.word('none', REMAT)
 
     def __post_init__(self):
-        ranges.refuse(ranges.problems(DiTConfig, vars(self), 'model') or conflicts(self))
+        ranges.refuse(ranges.problems(DiTConfig, vars(self), 'model.') or conflicts(self))
 
     @property
     def width(self) -> int:

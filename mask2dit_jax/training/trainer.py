@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mask2dit_jax import checkpoint, hardware
+from mask2dit_jax import checkpoint, hardware, paths
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import latent_codec
@@ -48,10 +48,12 @@ def train_and_evaluate(
       FloatingPointError: if training diverges.
       RuntimeError: if a checkpoint cannot be written.
       TimeoutError: if another process hangs.
-      ValueError: if the workdir holds another run, LoRA has no base, or the run does not contain
-        all the steps to record.
+      ValueError: if the configuration is wrong, the workdir holds another run or is not on this
+        machine, LoRA has no base, or the run does not contain all the steps to record.
     """
     started = time.monotonic()
+    config_lib.check_training(config)
+    paths.check_local(workdir=workdir)
     config = runs.resolve_base_checkpoint(config)
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
