@@ -55,7 +55,7 @@ def _are_layouts(value) -> bool:
     if not all(isinstance(layout, tuple) and layout for layout in value):
         return False
     lengths = [frames for layout in value for frames in layout]
-    return all(type(frames) is int and frames >= 1 for frames in lengths)
+    return all(ranges.is_whole(frames) and frames >= 1 for frames in lengths)
 
 
 def _are_requirable(value) -> bool:
@@ -501,8 +501,8 @@ def _completed(cls, given, where: str, found: list[str]) -> dict:
 
         value = _tuples(given.get(name, field.default))
         # Whole numbers are numbers, too: 1 for 1.0.
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        values[name] = float(value) if is_whole and isinstance(field.default, float) else value
+        is_real = isinstance(field.default, float)
+        values[name] = float(value) if is_real and ranges.is_whole(value) else value
 
     found += ranges.problems(cls, values, f'{where}.')
     return values

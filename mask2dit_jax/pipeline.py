@@ -367,7 +367,7 @@ def check_sampling(
     for scale in np.ravel(guidance).tolist():
         found += ranges.problems(config_lib.SampleConfig, {'guidance': scale}, '')
     for number in frames:
-        if number is not None and (type(number) is not int or number < 1):
+        if number is not None and (not ranges.is_whole(number) or number < 1):
             found.append(f'frames is {number!r}: use a whole number of at least 1.')
     if np.size(guidance) not in (1, num_scenes):
         found.append(
@@ -482,6 +482,16 @@ class Model:
             raise ValueError('There is no caption: give one for each scene.')
         stories = [captions] if isinstance(captions[0], str) else list(captions)
         num_scenes = len(stories[0])
+        asked = list(frames) if isinstance(frames, Sequence) else [frames] * num_scenes
+        guidance = self.config.sample.guidance if guidance is None else guidance
+        sampling = {
+            'seed': seed,
+            'sampler': self.config.sample.sampler if sampler is None else sampler,
+            'steps': self.config.sample.steps if steps is None else steps,
+            'guidance': np.asarray(guidance, float).tolist(),
+        }
+        check_sampling(self.config, num_scenes, [*asked, given_frames], **sampling)
+
         height_px, width_px = self.codec.size_px
         given_clips = []
         for clip in given:
@@ -493,16 +503,7 @@ class Model:
                     'scale and crop them to codec.size_px, or give a file.'
                 )
             given_clips.append(clip)
-        asked = list(frames) if isinstance(frames, Sequence) else [frames] * num_scenes
         planned = plan_frames(asked, given_clips, self.config.data.layouts[0][0])
-        guidance = self.config.sample.guidance if guidance is None else guidance
-        sampling = {
-            'seed': seed,
-            'sampler': self.config.sample.sampler if sampler is None else sampler,
-            'steps': self.config.sample.steps if steps is None else steps,
-            'guidance': np.asarray(guidance, float).tolist(),
-        }
-        check_sampling(self.config, num_scenes, [*asked, given_frames], **sampling)
         logging.info(
             'Sampling %d video(s) of %s frames.', len(stories), '+'.join(map(str, planned))
         )

@@ -13,6 +13,7 @@ to a flag of a command.
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -47,9 +48,10 @@ def field(default, says: str, allows: Callable[[object], bool]):
     return dataclasses.field(default=default, metadata={'range': Range(says, allows)})
 
 
-def _is_whole(value) -> bool:
+def is_whole(value) -> bool:
+    """Whether a value is a whole number; True and False are none."""
     # bool is a subclass of int.
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def whole(default, least: int, most: int | None = None, or_none: bool = False):
@@ -63,7 +65,7 @@ def whole(default, least: int, most: int | None = None, or_none: bool = False):
     def allows(value) -> bool:
         if value is None:
             return or_none
-        return _is_whole(value) and value >= least and (most is None or value <= most)
+        return is_whole(value) and value >= least and (most is None or value <= most)
 
     return field(default, says, allows)
 
@@ -94,9 +96,12 @@ def real(
     says = ', '.join(['a finite number', *bounds])
 
     def allows(value) -> bool:
-        is_number = _is_whole(value) or isinstance(value, float)
         return (
-            is_number and math.isfinite(value) and least <= value <= most and above < value < below
+            isinstance(value, numbers.Real)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and least <= value <= most
+            and above < value < below
         )
 
     return field(default, says, allows)
@@ -177,7 +182,7 @@ def nearest(name: str, known: Iterable[str], shown: Mapping | None = None) -> st
     Returns:
       ' (did you mean KNOWN?)' with the most similar one, or '' if none is similar.
     """
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     if not close:
         return ''
     return f' (did you mean {shown[close[0]] if shown else close[0]}?)'

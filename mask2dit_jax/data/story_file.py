@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from mask2dit_jax import paths
+from mask2dit_jax import paths, ranges
 
 
 def split_scenes(video, frames: tuple[int, ...]) -> list[np.ndarray]:
@@ -40,7 +40,9 @@ def read_story(path) -> tuple[list[str], list[int | None]]:
         raise ValueError(f'{path} is not a story file ({error!r}): write {form}.') from error
 
     texts_fit = all(isinstance(caption, str) for caption in captions)
-    frames_fit = all(number is None or (type(number) is int and number > 0) for number in frames)
+    frames_fit = all(
+        number is None or (ranges.is_whole(number) and number > 0) for number in frames
+    )
     extra = sorted({key for scene in scenes for key in scene} - {'caption', 'frames'})
     if not captions or extra or not texts_fit or not frames_fit:
         raise ValueError(
