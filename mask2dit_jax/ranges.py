@@ -182,7 +182,7 @@ def nearest(name: str, known: Iterable[str], shown: Mapping | None = None) -> st
     Returns:
       ' (did you mean KNOWN?)' with the most similar one, or '' if none is similar.
     """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1)
     if not close:
         return ''
     return f' (did you mean {shown[close[0]] if shown else close[0]}?)'

@@ -633,6 +633,10 @@ def test_project_and_zone_are_asked_for(cloud, script, args):
         (['create', 'pod', '--slice=v5p-8', '--', 'true'], 'takes no command'),
         (['create', 'pod', '--zome=z'], '--zome=z'),
         (['run', 'pod', '--slice=v5p-8', '--', 'true'], 'there is no pod: create it'),
+        (
+            ['train', 'pod', '--slice=v5p-8', '--', *COMMAND, '--workdir=gs://bucket/run'],
+            "'--workdir=gs://bucket/run' is not on the workers",
+        ),
     ],
     ids=str,
 )
