@@ -138,7 +138,7 @@ def test_a_backend_of_an_earlier_version_loads_under_its_new_name(tmp_path):
             {'model': {'num_layrs': 2}},
             'config.model has unknown keys num_layrs (did you mean num_layers?)',
         ),
-        ({'colour': 1}, 'config has unknown keys colour; it knows seed'),
+        ({'zoo': 1}, 'config has unknown keys zoo; it knows seed'),
         ({'trian': {'steps': 2}}, 'unknown keys trian (did you mean train?)'),
         ({'steps': 2}, 'unknown keys steps (did you mean train.steps or sample.steps?)'),
         ({'train': 5}, 'config.train is 5: give values of its keys'),
