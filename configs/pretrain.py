@@ -4,8 +4,8 @@
     --checkpoint=CogVideoX-5b --config.data.encoded=data/clips
   python -m mask2dit_jax.aot --config=configs/pretrain.py:tpu_native,v6e-64
 
-Variants, after the colon, are those of configs/sft.py. Without --checkpoint the parameters start at
-random, and the VAE is the one that encoded the clips.
+Variants, after the colon, are those of configs/sft.py. Training needs config.data.encoded. Without
+--checkpoint the parameters start at random, and the VAE is the one that encoded the clips.
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ VARIANTS = sft.VARIANTS
 
 def get_config(variant='5b'):
     config = sft.get_config(variant)
+    config.requires = ('data.encoded',)
     config.train.conditional_probability = 0.0
     config.data.scenes = 'unrelated'
     return config

@@ -13,7 +13,7 @@ Variants, after the colon:
 
 --checkpoint is a model folder, or the workdir of a run; its own config.json then sets the model's
 sizes. config.data.encoded is a data set of mask2dit_jax.encode; its frames then set height_px and
-width_px. Without a data set the model trains on rendered stories, which must be square.
+width_px. Training needs both; aot needs neither.
 
 The recipe is Mask²DiT's: AdamW, learning rate 1e-5, 100 warm-up steps, weight decay 0.03, 3 scenes
 of 49 frames, given scenes in half of the examples. Where the published launch script departs from
@@ -41,6 +41,8 @@ def get_config(variant='5b'):
     is_tiny = variant == 'tiny'
     config = presets.pod('' if is_tiny else variant)
 
+    config.requires = ('init_from', 'data.encoded')
+
     # Positions and noise as in the released weights, 2B's (30 layers) shifted.
     config.model.position_rule = 'reference'
     if config.model.num_layers == 30:
@@ -51,8 +53,6 @@ def get_config(variant='5b'):
         layouts=((49, 49, 49),),
         height_px=480,
         width_px=720 if config.mesh.slice else 480,
-        num_train=64,
-        num_test=8,
         fps=8.0,
     )
     config.optimizer.update(learning_rate=1e-5, warmup_steps=100, eps=1e-10, weight_decay=0.03)

@@ -14,6 +14,7 @@ Variants, after the colon:
 """
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax import ranges
 
 VARIANTS = ('dual', 'full', 'isolated', 'unconditional', 'conditional', 'lora', 'mixed', 'smoke')
 
@@ -21,7 +22,8 @@ VARIANTS = ('dual', 'full', 'isolated', 'unconditional', 'conditional', 'lora', 
 def get_config(variant='dual'):
     if variant not in VARIANTS:
         raise ValueError(
-            f'configs/tiny.py has no variant {variant!r}: use one of {", ".join(VARIANTS)}.'
+            f'configs/tiny.py has no variant {variant!r}{ranges.nearest(variant, VARIANTS)}: use '
+            f'one of {", ".join(VARIANTS)}.'
         )
 
     config = config_lib.default()
@@ -61,6 +63,8 @@ def get_config(variant='dual'):
         config.model.pattern = variant
     if variant == 'unconditional':
         config.train.conditional_probability = 0.0
+    if variant in ('conditional', 'lora'):
+        config.requires = ('init_from',)
     if variant == 'conditional':
         config.optimizer.learning_rate = 3e-3
         config.train.update(steps=800, conditional_from_step=0)

@@ -48,6 +48,7 @@ case ${words[0]} in
   train)
     [[ $cluster ]] || die "give --cluster=, the name of one that 'launch/gke.sh cluster' made."
     ((${#remote_command[@]})) || die "train needs a command after --: see --help."
+    refuse_buckets "${remote_command[@]}"
     read_place
     # Training exits with 1 when a peer is lost; xpk restarts only after codes that it is told.
     call "mend what xpk says above; 'xpk workload delete' removes a workload that was made half." \

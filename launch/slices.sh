@@ -59,6 +59,16 @@ read_slice() {
   accelerator+=${BASH_REMATCH[2]}
 }
 
+# refuse_buckets COMMAND...: buckets do not work yet in the package's commands. Told here, it takes no slice to learn it.
+refuse_buckets() {
+  local word
+  [[ " $* " == *" mask2dit_jax."* ]] || return 0
+  for word; do
+    [[ ! $word =~ ^(--[A-Za-z_.]+=)?[A-Za-z][A-Za-z0-9+.-]+:/ ]] ||
+      die "'$word' is not on the workers: buckets and URLs do not work yet; mount it (gcsfuse, NFS) and give the local path."
+  done
+}
+
 # configured PROPERTY VARIABLE FLAG: takes it from gcloud's configuration, and fixes it for the commands that follow.
 configured() {
   if [[ $dry_run ]]; then

@@ -63,7 +63,10 @@ read_arguments() {
   read_slice "$slice"
   if ((slices > 1)); then queued=1; fi
   case $action in
-    run | train) ((${#remote_command[@]})) || die "$action needs a command after --: see --help." ;;
+    run | train)
+      ((${#remote_command[@]})) || die "$action needs a command after --: see --help."
+      refuse_buckets "${remote_command[@]}"
+      ;;
     create | status | logs | stop | delete) ((!${#remote_command[@]})) || die "$action takes no command." ;;
     *) die "unknown action '$action': use create, run, train, status, logs, stop or delete." ;;
   esac

@@ -1,8 +1,10 @@
 """The whole configuration: frozen dataclasses, their validation, their file and their help text.
 
-`default()` returns the defaults as a locked ConfigDict for configs/*.py and for command-line
-overrides. `parse` turns that ConfigDict into dataclasses and refuses keys and values that they do
-not know. Everything else in the package takes the dataclasses; ml_collections stays at this edge.
+`default()` returns the defaults as a ConfigDict for configs/*.py, and `define_flag` the flag
+--config, whose flags --config.SECTION.KEY override single values. `parse` turns that ConfigDict
+into dataclasses, and names everything in it that is wrong: every field declares what it may be
+(see ranges.py). Everything else in the package takes the dataclasses; ml_collections stays at this
+edge.
 """
 
 import dataclasses
@@ -11,21 +13,53 @@ import json
 import math
 import pathlib
 import re
+import sys
 import textwrap
+import types
 
 import ml_collections
+from absl import flags
+from ml_collections import config_dict, config_flags
 
-from mask2dit_jax import storage
+from mask2dit_jax import paths, ranges, storage
+from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.diffusion import schedule as schedule_lib
+from mask2dit_jax.distributed import context_parallel
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
 from mask2dit_jax.models import lora as lora_lib
+
+# --config is a flag of the command that defines it: its --help lists it.
+flags.disclaim_key_flags()
 
 # Values that a key may have.
 OPTIMIZERS = ('adamw', 'muon')
 CODECS = ('stories', 'vae')
 SCENES = ('consecutive', 'unrelated')
 GIVEN = ('leading', 'any')
+CAPTION_STYLES = ('first', 'every')
+
+MAX_STEPS = 2**31 - 1  # the step is an int32
+
+# Keys that a configuration file may require: how to give each.
+REQUIRABLE = {
+    'init_from': '--checkpoint=FOLDER, a model folder or the workdir of another run',
+    'data.encoded': '--config.data.encoded=FOLDER, a data set that mask2dit_jax.encode wrote',
+}
+
+
+def _are_layouts(value) -> bool:
+    """Whether a value is a tuple of stories, each a tuple of frames per scene."""
+    if not isinstance(value, tuple) or not value:
+        return False
+    if not all(isinstance(layout, tuple) and layout for layout in value):
+        return False
+    lengths = [frames for layout in value for frames in layout]
+    return all(ranges.is_whole(frames) and frames >= 1 for frames in lengths)
+
+
+def _are_requirable(value) -> bool:
+    return isinstance(value, tuple) and all(key in tuple(REQUIRABLE) for key in value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +90,25 @@ class DataConfig:
       dir: folder for rendered data sets; empty for <workdir>/../data.
     """
 
-    layouts: tuple[tuple[int, ...], ...] = ((4, 4, 4),)
-    encoded: str = ''
-    held_out: str = ''
-    scenes: str = 'consecutive'
-    codec: str = 'stories'
-    height_px: int = 16
-    width_px: int = 16
-    caption_style: str = 'first'
-    codec_patch_frames: int = 4
-    codec_components: int = 48
-    num_train: int = 16384
-    num_test: int = 512
-    fps: float = 4.0
-    dir: str = ''
+    layouts: tuple[tuple[int, ...], ...] = ranges.field(
+        ((4, 4, 4),),
+        'a tuple of stories, each a tuple of frames per scene (whole numbers of at least 1), such '
+        'as ((4, 4, 4),)',
+        _are_layouts,
+    )
+    encoded: str = ranges.path('')
+    held_out: str = ranges.path('')
+    scenes: str = ranges.word('consecutive', SCENES)
+    codec: str = ranges.word('stories', CODECS)
+    height_px: int = ranges.whole(16, least=1)
+    width_px: int = ranges.whole(16, least=1)
+    caption_style: str = ranges.word('first', CAPTION_STYLES)
+    codec_patch_frames: int = ranges.whole(4, least=1)
+    codec_components: int = ranges.whole(48, least=1)
+    num_train: int = ranges.whole(16384, least=1)
+    num_test: int = ranges.whole(512, least=1)
+    fps: float = ranges.real(4.0, above=0, most=50)  # a gif has at most 50
+    dir: str = ranges.path('')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +133,16 @@ class OptimizerConfig:
         is the typical value of AdamW's updates.
     """
 
-    name: str = 'adamw'
-    learning_rate: float = 1e-5
-    warmup_steps: int = 100
-    final_fraction: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    muon_rms: float = 0.2
+    name: str = ranges.word('adamw', OPTIMIZERS)
+    learning_rate: float = ranges.real(1e-5, above=0)
+    warmup_steps: int = ranges.whole(100, least=0)
+    final_fraction: float = ranges.real(1.0, least=0, most=1)
+    b1: float = ranges.real(0.9, least=0, below=1)
+    b2: float = ranges.real(0.999, least=0, below=1)
+    eps: float = ranges.real(1e-8, above=0)
+    weight_decay: float = ranges.real(0.0, least=0)
+    clip_norm: float = ranges.real(1.0, above=0)
+    muon_rms: float = ranges.real(0.2, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +167,19 @@ class TrainConfig:
       keep_every_steps: checkpoints at multiples of this step stay on disk for good; 0 for none.
     """
 
-    steps: int = 1000
-    batch_size: int = 8
-    grad_accumulation: int = 1
-    caption_dropout: float = 0.1
-    conditional_probability: float = 0.0
-    given: str = 'leading'
-    conditional_from_step: int = 0
-    ema_decay: float = 0.9999
-    log_every_steps: int = 50
-    checkpoint_every_steps: int = 1000
-    sample_every_steps: int = 1000
-    keep_checkpoints: int = 2
-    keep_every_steps: int = 0
+    steps: int = ranges.whole(1000, least=1, most=MAX_STEPS)
+    batch_size: int = ranges.whole(8, least=1)
+    grad_accumulation: int = ranges.whole(1, least=1)
+    caption_dropout: float = ranges.real(0.1, least=0, most=1)
+    conditional_probability: float = ranges.real(0.0, least=0, most=1)
+    given: str = ranges.word('leading', GIVEN)
+    conditional_from_step: int = ranges.whole(0, least=0, most=MAX_STEPS)
+    ema_decay: float = ranges.real(0.9999, least=0, most=1)
+    log_every_steps: int = ranges.whole(50, least=1)
+    checkpoint_every_steps: int = ranges.whole(1000, least=1)
+    sample_every_steps: int = ranges.whole(1000, least=1)
+    keep_checkpoints: int = ranges.whole(2, least=1)
+    keep_every_steps: int = ranges.whole(0, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +193,10 @@ class SampleConfig:
       sheet_stories: stories in a sample grid.
     """
 
-    sampler: str = 'ddim'
-    steps: int = 50
-    guidance: float = 6.0
-    sheet_stories: int = 4
+    sampler: str = ranges.word('ddim', samplers.SAMPLERS)
+    steps: int = ranges.whole(50, least=1)
+    guidance: float = ranges.real(6.0)
+    sheet_stories: int = ranges.whole(4, least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +208,8 @@ class EvalConfig:
       batch_size: stories that are generated at once.
     """
 
-    stories: int = 256
-    batch_size: int = 64
+    stories: int = ranges.whole(256, least=1)
+    batch_size: int = ranges.whole(64, least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +229,14 @@ class LimitsConfig:
       score: a batch of the final scores, compiling included.
     """
 
-    start: float = 1800.0
-    data: float = 1800.0
-    restore: float = 3600.0
-    compile: float = 3600.0
-    step: float = 900.0
-    save: float = 1800.0
-    sample: float = 3600.0
-    score: float = 3600.0
+    start: float = ranges.real(1800.0, above=0, most=1e7)
+    data: float = ranges.real(1800.0, above=0, most=1e7)
+    restore: float = ranges.real(3600.0, above=0, most=1e7)
+    compile: float = ranges.real(3600.0, above=0, most=1e7)
+    step: float = ranges.real(900.0, above=0, most=1e7)
+    save: float = ranges.real(1800.0, above=0, most=1e7)
+    sample: float = ranges.real(3600.0, above=0, most=1e7)
+    score: float = ranges.real(3600.0, above=0, most=1e7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +249,15 @@ class Config:
         parameters; a model folder, released or converted, gives its transformer, and its VAE and
         text encoder are used, too. Empty for random parameters. --checkpoint sets it, and also
         takes the model's sizes from there.
+      requires: keys that must not be empty when training starts, because the recipe of the
+        configuration file makes no sense without them.
     """
 
-    seed: int = 0
-    init_from: str = ''
+    seed: int = ranges.seed(0)
+    init_from: str = ranges.path('')
+    requires: tuple[str, ...] = ranges.field(
+        (), f'a tuple with keys of {", ".join(REQUIRABLE)}', _are_requirable
+    )
     model: dit.DiTConfig = dit.DiTConfig()  # noqa: RUF009 (frozen)
     schedule: schedule_lib.Schedule = schedule_lib.Schedule()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
@@ -227,8 +271,112 @@ class Config:
 
 
 def default() -> ml_collections.ConfigDict:
-    """Returns the defaults as a ConfigDict that refuses new keys."""
-    return ml_collections.ConfigDict(_plain(Config()), convert_dict=True)
+    """Returns the defaults as a ConfigDict.
+
+    It takes keys and values of any kind, because `parse` names all that are wrong at once.
+    """
+    return ml_collections.ConfigDict(_placeholders(_plain(Config())), type_safe=False)
+
+
+def _placeholders(plain: dict) -> dict:
+    """A nested dict with a whole number to come in the place of every None, so that flags can
+    override it."""
+    return {
+        key: _placeholders(value)
+        if isinstance(value, dict)
+        else config_dict.placeholder(int)
+        if value is None
+        else value
+        for key, value in plain.items()
+    }
+
+
+class _LenientParser(flags.ArgumentParser):
+    """Text as the first of some functions reads it; what none can read stays text, and `parse`
+    refuses it together with everything else that is wrong."""
+
+    def __init__(self, *readers):
+        self._readers = readers
+
+    def parse(self, argument):
+        if argument == 'None':
+            return None
+        if not isinstance(argument, str):
+            return argument
+        for read in self._readers:
+            try:
+                return read(argument)
+            except ValueError:
+                continue
+        return argument
+
+    def flag_type(self):
+        return 'setting'
+
+
+class _FileParser(flags.ArgumentParser):
+    """Loads a configuration file; what is misspelt is a ValueError of one sentence."""
+
+    def __init__(self, loader: flags.ArgumentParser):
+        self._loader = loader  # that of ml_collections
+
+    def parse(self, argument):
+        paths.check_local(**{'--config': argument})
+        name = argument.partition(':')[0]
+        file = pathlib.Path(name)
+        if not file.is_file():
+            known = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
+            known |= {path.stem: path for path in file.parent.glob('*.py')}
+            near = ranges.nearest(file.stem, known, shown=known)
+            raise ValueError(f'{name!r} is not a file{near}: give FILE.py or FILE.py:VARIANT.')
+
+        try:
+            config = self._loader.parse(argument)
+        except SyntaxError as error:
+            raise ValueError(f'{name} is not a configuration file in Python ({error}).') from error
+        except ValueError as error:
+            # ml_collections puts the traceback into the message.
+            raise ValueError(str(error.__context__)) from None
+        _make_room(config, flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False))
+        return config
+
+
+def _make_room(config: ml_collections.ConfigDict, argv: list[str]) -> None:
+    """Adds sections that flags such as --config.trian.steps=5 name, so that `parse` can refuse them
+    together with everything else that is wrong."""
+    for argument in argv:
+        match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
+        if not match:
+            continue
+        section = config
+        for name in match[1].split('.')[:-1]:
+            if section.get(name) is None:
+                section[name] = ml_collections.ConfigDict(type_safe=False)
+            section = section[name]
+            if not isinstance(section, ml_collections.ConfigDict):
+                raise ValueError(f'{match[0]} asks for a key of {name}, which is no section.')
+
+
+def define_flag(help_text: str) -> flags.FlagHolder:
+    """Defines the flag --config, a configuration file whose values --config.SECTION.KEY override.
+
+    Args:
+      help_text: the line of --help.
+
+    Returns:
+      The flag; its value is a ConfigDict for `parse`.
+    """
+    flag = config_flags.DEFINE_config_file(
+        'config', None, help_text, lock_config=False, accept_new_attributes=True
+    )
+    flags.FLAGS['config'].parser = _FileParser(flags.FLAGS['config'].parser)
+    for kind, readers in {
+        int: (int, float),
+        float: (int, float),
+        bool: (flags.BooleanParser().parse,),
+    }.items():
+        config_flags.register_flag_parser_for_type(kind, _LenientParser(*readers))
+    return flag
 
 
 def parse(config) -> Config:
@@ -238,14 +386,39 @@ def parse(config) -> Config:
       config: a ConfigDict or a nested dict; keys that it lacks take their defaults.
 
     Raises:
-      ValueError: naming the section and key that is unknown or out of range.
+      ValueError: naming every section and key that is unknown or out of range; if there is none,
+        all that do not fit each other.
     """
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
 
-    parsed = _build(Config, config, 'config')
-    _check(parsed)
-    return parsed
+    found = []
+    values = _completed(Config, config, 'config', found)
+    ranges.refuse(found)
+    ranges.refuse(_conflicts(_namespace(values)))
+    return _build(Config, values)
+
+
+def check_training(config: Config) -> None:
+    """Makes sure that training can start with a configuration, however it was made.
+
+    Its model, codec and sizes must be those of the run: `parse` does not know what --checkpoint and
+    the data set put in their place.
+
+    Raises:
+      ValueError: naming all that is out of range, missing, or does not fit.
+    """
+    found = []
+    _completed(Config, _plain(config), 'config', found)
+    for key in config.requires:
+        section, _, name = key.rpartition('.')
+        if not getattr(getattr(config, section) if section else config, name):
+            found.append(
+                f'config.{key} is empty, and this configuration does not make sense without it: '
+                f'give {REQUIRABLE[key]}.'
+            )
+    ranges.refuse(found)
+    ranges.refuse(_conflicts(config) + _model_conflicts(config))
 
 
 def describe() -> str:
@@ -276,7 +449,7 @@ def describe() -> str:
 
 
 def _describe_keys(prefix: str, section) -> list[str]:
-    """Lines with key, default and meaning of every plain field of a dataclass."""
+    """Lines with key, default, meaning and range of every plain field of a dataclass."""
     meanings = _attribute_texts(type(section))
     lines = []
     for field in dataclasses.fields(section):
@@ -284,7 +457,8 @@ def _describe_keys(prefix: str, section) -> list[str]:
         if dataclasses.is_dataclass(value):
             continue
         lines.append(f'  --{prefix}.{field.name}={value!r}')
-        lines += _wrapped(meanings.get(field.name, ''), '      ')
+        allowed = ranges.of(type(section), field.name).says
+        lines += _wrapped(f'{meanings.get(field.name, "")} Takes {allowed}.', '      ')
     return lines
 
 
@@ -326,83 +500,96 @@ def _tuples(value):
     return value
 
 
-def _build(cls, values: dict, where: str):
-    """An instance of a dataclass from a nested dict; `where` names the section in errors."""
+def _completed(cls, given, where: str, found: list[str]) -> dict:
+    """The values of a dataclass's fields, nested as its sections are.
+
+    Args:
+      cls: the dataclass.
+      given: a nested dict of values; keys that it lacks take their defaults.
+      where: name of the section, as in 'config.train'.
+      found: gets a sentence for everything that is unknown or out of range.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
+    if not isinstance(given, dict):
+        found.append(f'{where} is {given!r}: give values of its keys, as --{where}.KEY=VALUE.')
+        given = {}
+
+    unknown = [f'{key}{_did_you_mean(str(key), fields)}' for key in given if key not in fields]
     if unknown:
-        raise ValueError(
+        found.append(
             f'{where} has unknown keys {", ".join(unknown)}; it knows {", ".join(fields)}.'
         )
 
+    values = {}
+    for name, field in fields.items():
+        if dataclasses.is_dataclass(field.default):
+            section = given.get(name, {})
+            values[name] = _completed(type(field.default), section, f'{where}.{name}', found)
+            continue
+
+        value = _tuples(given.get(name, field.default))
+        # Whole numbers are numbers, too: 1 for 1.0.
+        is_real = isinstance(field.default, float)
+        values[name] = float(value) if is_real and ranges.is_whole(value) else value
+
+    found += ranges.problems(cls, values, f'{where}.')
+    return values
+
+
+def _did_you_mean(key: str, fields) -> str:
+    """The nearest name in the key's own section, or the same name in another section."""
+    near = ranges.nearest(key, fields)
+    if near:
+        return near
+    elsewhere = [
+        f'{section.name}.{key}'
+        for section in dataclasses.fields(Config)
+        if key in getattr(section.default, '__dataclass_fields__', ())
+    ]
+    return f' (did you mean {" or ".join(elsewhere)}?)' if elsewhere else ''
+
+
+def _namespace(values: dict) -> types.SimpleNamespace:
+    """Values as attributes, nested as they are."""
+    return types.SimpleNamespace(
+        **{k: _namespace(v) if isinstance(v, dict) else v for k, v in values.items()}
+    )
+
+
+def _build(cls, values: dict):
+    """An instance of a dataclass from the values of all its fields."""
     built = {}
-    for key, value in values.items():
-        section = fields[key].default
-        if dataclasses.is_dataclass(section):
-            built[key] = _build(type(section), value, f'{where}.{key}')
-        else:
-            built[key] = _tuples(value)
+    for field in dataclasses.fields(cls):
+        value = values[field.name]
+        is_section = dataclasses.is_dataclass(field.default)
+        built[field.name] = _build(type(field.default), value) if is_section else value
     return cls(**built)
 
 
-def _check(config: Config) -> None:
-    """Refuses values that are out of range or do not fit together."""
+def _conflicts(config) -> list[str]:
+    """Says which values, all of them in their ranges, do not fit each other.
+
+    Args:
+      config: Config, or a namespace with the same values.
+    """
     data = config.data
     train = config.train
     mesh = config.mesh
+    schedule = config.schedule
+    found = [f'config.{conflict}' for conflict in dit.conflicts(config.model)]
 
-    # Low-rank fine-tuning.
-    for name in ('rank', 'alpha'):
-        value = getattr(config.lora, name)
-        if value < 0:
-            raise ValueError(f'config.lora.{name} must not be negative, got {value}.')
-
-    # Words of which only a few are known.
-    for name, value, known in (
-        ('optimizer.name', config.optimizer.name, OPTIMIZERS),
-        ('data.codec', data.codec, CODECS),
-        ('data.scenes', data.scenes, SCENES),
-        ('train.given', train.given, GIVEN),
-    ):
-        if value not in known:
-            raise ValueError(f'config.{name} is {value!r}: use one of {", ".join(known)}.')
-
-    # Data.
     if data.held_out and not data.encoded:
-        raise ValueError(
-            'config.data.held_out goes with config.data.encoded: give both, or neither.'
-        )
-    if not data.layouts:
-        raise ValueError(
-            'config.data.layouts is empty: list at least one kind of story, e.g. ((4, 4, 4),).'
-        )
-    for layout in data.layouts:
-        if not layout or min(layout) < 1:
-            raise ValueError(
-                f'config.data.layouts has {layout}: a story needs scenes, and a scene frames.'
-            )
-
-    # How long phases may take.
-    for name, value in dataclasses.asdict(config.limits).items():
-        if not 0 < value <= 1e7:
-            raise ValueError(f'config.limits.{name} must be seconds in 0...1e7, got {value}.')
-
-    # The training loop.
-    for name in ('caption_dropout', 'conditional_probability', 'ema_decay'):
-        value = getattr(train, name)
-        if not 0 <= value <= 1:
-            raise ValueError(f'config.train.{name} must lie in 0...1, got {value}.')
-    if train.keep_checkpoints < 1 or train.keep_every_steps % train.checkpoint_every_steps:
-        raise ValueError(
-            f'config.train.keep_checkpoints {train.keep_checkpoints} must be at least 1 and '
-            f'keep_every_steps {train.keep_every_steps} a multiple of checkpoint_every_steps '
-            f'{train.checkpoint_every_steps}.'
+        found.append('config.data.held_out goes with config.data.encoded: give both, or neither.')
+    if train.keep_every_steps % train.checkpoint_every_steps:
+        found.append(
+            f'config.train.keep_every_steps {train.keep_every_steps} must be a multiple of '
+            f'checkpoint_every_steps {train.checkpoint_every_steps}.'
         )
 
     # Batches divide over the devices. In sampling, guidance doubles the batch.
     groups = mesh.data * mesh.fsdp
     if train.batch_size % (train.grad_accumulation * groups):
-        raise ValueError(
+        found.append(
             f'config.train.batch_size {train.batch_size} does not divide into grad_accumulation '
             f'{train.grad_accumulation} x data {mesh.data} x fsdp {mesh.fsdp}: make it a multiple.'
         )
@@ -411,16 +598,62 @@ def _check(config: Config) -> None:
         ('sample.sheet_stories', config.sample.sheet_stories),
     ):
         if 2 * size % groups:
-            raise ValueError(
+            found.append(
                 f'config.{name} {size}, doubled for guidance, does not divide over data '
                 f'{mesh.data} x fsdp {mesh.fsdp}: make it a multiple of '
                 f'{groups // math.gcd(2, groups)}.'
             )
     if config.eval.stories % config.eval.batch_size:
-        raise ValueError(
+        found.append(
             f'config.eval.stories {config.eval.stories} is not a multiple of eval.batch_size '
             f'{config.eval.batch_size}.'
         )
+
+    if schedule.beta_start > schedule.beta_end:
+        found.append(
+            f'config.schedule.beta_start {schedule.beta_start} must not be above beta_end '
+            f'{schedule.beta_end}.'
+        )
+    return found + step_conflicts(config.sample.steps, schedule, 'config.sample.')
+
+
+def step_conflicts(steps: int, schedule, where: str = '') -> list[str]:
+    """Says whether a noise schedule lacks so many sampling steps; `where` stands before 'steps'."""
+    total = schedule.num_train_timesteps
+    if steps > total:
+        return [
+            f'{where}steps is {steps}: use a whole number from 1 to {total}, the '
+            'num_train_timesteps of config.schedule.'
+        ]
+    first = (steps - 1) * (total // steps) + schedule.steps_offset
+    if schedule.timestep_spacing == 'leading' and first >= total:
+        return [
+            f'config.schedule.steps_offset {schedule.steps_offset} leads {steps} sampling steps '
+            f'beyond num_train_timesteps {total}: use at most {total - 1 - first}.'
+        ]
+    return []
+
+
+def _model_conflicts(config: Config) -> list[str]:
+    """Says what does not fit the model that is trained, and the data that it is trained on."""
+    data = config.data
+    found = []
+
+    axes = {axis: getattr(config.mesh, axis) for axis in mesh_lib.AXES}
+    groups = axes['data'] * axes['fsdp']
+    try:
+        # Tokens are checked when the size of the latents is known.
+        heads = config.model.num_attention_heads
+        context_parallel.check(axes, batch=groups, num_tokens=axes['context'], num_heads=heads)
+    except ValueError as error:
+        found.append(str(error))
+
+    if not data.encoded and config.sample.sheet_stories > data.num_test:
+        found.append(
+            f'config.sample.sheet_stories {config.sample.sheet_stories} must not be above '
+            f'config.data.num_test {data.num_test}, the stories that are held out.'
+        )
+    return found
 
 
 def save(config: Config, path: pathlib.Path) -> None:
@@ -465,6 +698,7 @@ def load_run(folder) -> Config:
     Raises:
       FileNotFoundError, ValueError: as for `load`.
     """
+    paths.check_local(folder=folder)
     folder = pathlib.Path(folder).absolute()
     is_checkpoint = folder.parent.name == 'checkpoints'
     workdir = folder.parent.parent if is_checkpoint else folder

@@ -21,7 +21,7 @@ import time
 
 from absl import app, flags
 
-from mask2dit_jax import logs
+from mask2dit_jax import logs, paths
 from mask2dit_jax.pretrained import export
 
 
@@ -53,4 +53,5 @@ if __name__ == '__main__':
         "alone under diffusers' names.",
         required=True,
     )
+    paths.check_flags_local('from', 'to')
     app.run(main)

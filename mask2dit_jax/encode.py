@@ -41,7 +41,8 @@ import time
 import jax
 from absl import app, flags
 
-from mask2dit_jax import logs
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import logs, paths, ranges
 from mask2dit_jax.data import precompute
 from mask2dit_jax.data import records as records_lib
 from mask2dit_jax.pretrained import config_json
@@ -221,4 +222,6 @@ if __name__ == '__main__':
         'The number of videos that are read at the same time.',
         lower_bound=1,
     )
+    paths.check_flags_local('manifest', 'root', 'checkpoint', 'out')
+    ranges.check_flag('seed', config_lib.Config, 'seed')
     app.run(main)

@@ -37,7 +37,8 @@ scenes, which frames and which encoder it takes: compare only numbers of one pro
 
 from absl import app, flags
 
-from mask2dit_jax import logs
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import logs, paths, ranges
 from mask2dit_jax.evaluation import evaluator, report_table
 
 
@@ -115,4 +116,15 @@ if __name__ == '__main__':
         'Folder for evaluation.md, evaluation.json and features.safetensors.',
         required=True,
     )
+    paths.check_flags_local(
+        'videos',
+        'story',
+        'encoder',
+        'frame_encoder',
+        'video_encoder',
+        'features',
+        'reference',
+        'out',
+    )
+    ranges.check_flag('seed', config_lib.Config, 'seed')
     app.run(main)

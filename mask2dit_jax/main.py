@@ -53,9 +53,8 @@ import signal
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
-from mask2dit_jax import checkpoint, logs
+from mask2dit_jax import checkpoint, logs, paths
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import encoded_clips
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -66,12 +65,9 @@ from mask2dit_jax.training import trainer
 # --help shows the module's docstring.
 __doc__ = f'{__doc__}\n{config_lib.describe()}'
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config',
-    None,
+_CONFIG = config_lib.define_flag(
     'Configuration file, with a variant after a colon: configs/tiny.py:isolated. Flags such as '
-    '--config.train.steps=2000 override single values.',
-    lock_config=True,
+    '--config.train.steps=2000 override single values.'
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -108,6 +104,7 @@ _PROCESS_ID = flags.DEFINE_integer(
     'process_id', None, 'Number of this process, from 0.', lower_bound=0
 )
 flags.mark_flags_as_required(['config', 'workdir'])
+paths.check_flags_local('workdir', 'checkpoint')
 
 
 def _with_model_from(config: config_lib.Config, folder: str, workdir: str) -> config_lib.Config:
@@ -120,6 +117,7 @@ def _with_model_from(config: config_lib.Config, folder: str, workdir: str) -> co
 
 
 def main(argv):
+    config = config_lib.parse(_CONFIG.value)
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
     process_flags = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
@@ -139,7 +137,6 @@ def main(argv):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     # What is started from or trained on has a say in the sizes.
-    config = config_lib.parse(_CONFIG.value)
     if _CHECKPOINT.value:
         config = _with_model_from(config, _CHECKPOINT.value, _WORKDIR.value)
     if config.data.encoded:

@@ -23,14 +23,14 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from mask2dit_jax import checkpoint
+from mask2dit_jax import checkpoint, paths, ranges
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import clips, latent_codec, latent_file, manifest, samples, story_file
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import context_parallel, partitioning
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.models import dit, lora
+from mask2dit_jax.models import dit, lora, vae
 from mask2dit_jax.pretrained import config_json, lora_files, names, runs
 from mask2dit_jax.pretrained import load as load_lib
 
@@ -571,6 +571,41 @@ Video = samples.Video
 save = samples.save
 
 
+def check_sampling(
+    config: config_lib.Config,
+    num_scenes: int,
+    frames: Sequence[int | None],
+    *,
+    seed: int,
+    sampler: str,
+    steps: int,
+    guidance,
+) -> None:
+    """Refuses what cannot be sampled, before anything is loaded.
+
+    Args:
+      config: the model's configuration, whose fields have the ranges.
+      num_scenes: scenes of a story.
+      frames: numbers of frames that are asked for; None for those that are not.
+      seed, sampler, steps, guidance: as in `generate`.
+
+    Raises:
+      ValueError: naming all that is wrong, and what is allowed.
+    """
+    found = ranges.problems(config_lib.Config, {'seed': seed}, '')
+    found += ranges.problems(config_lib.SampleConfig, {'sampler': sampler, 'steps': steps}, '')
+    for scale in np.ravel(guidance).tolist():
+        found += ranges.problems(config_lib.SampleConfig, {'guidance': scale}, '')
+    for number in frames:
+        if number is not None and (not ranges.is_whole(number) or number < 1):
+            found.append(f'frames is {number!r}: use a whole number of at least 1.')
+    if np.size(guidance) not in (1, num_scenes):
+        found.append(
+            f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.'
+        )
+    ranges.refuse(found or config_lib.step_conflicts(steps, config.schedule))
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """Videos that are to be made, after everything has been checked that is cheap to check.
@@ -708,23 +743,22 @@ class Model:
         stories = [captions] if isinstance(captions[0], str) else list(captions)
         stories = [list(story) for story in stories]
 
+        asked = list(frames) if isinstance(frames, Sequence) else [frames] * len(stories[0])
+        guidance = self.config.sample.guidance if guidance is None else guidance
+        sampling = {
+            'seed': seed,
+            'sampler': self.config.sample.sampler if sampler is None else sampler,
+            'steps': self.config.sample.steps if steps is None else steps,
+            'guidance': np.asarray(guidance, float).tolist(),
+        }
+        check_sampling(self.config, len(stories[0]), [*asked, given_frames], **sampling)
+
         scenes = []
         for item in given:
             scenes += _open_given(item, self.codec, given_frames, seed)
-        asked = list(frames) if isinstance(frames, Sequence) else [frames] * len(stories[0])
         lengths = [scene.frames for scene in scenes]
         planned = plan_frames(asked, lengths, self.config.data.layouts[0][0])
         mesh = self._mesh_for(self._num_tokens(planned))
-
-        guidance = self.config.sample.guidance if guidance is None else guidance
-        _check_guidance(guidance, len(planned))
-        sampling = {
-            'seed': seed,
-            'sampler': sampler or self.config.sample.sampler,
-            'steps': steps or self.config.sample.steps,
-            'guidance': np.asarray(guidance, float).tolist(),
-        }
-        samplers.sampler_table(sampling['sampler'], self.config.schedule, sampling['steps'])
         record = {
             'scenes': _scene_records(stories[0], planned),
             'checkpoint': self.source,
@@ -946,6 +980,7 @@ def load(
       FileNotFoundError: if there is no model at that path.
       ValueError: naming what does not fit.
     """
+    paths.check_local(path=path, lora_file=lora_file)
     path = pathlib.Path(path)
     if (path / 'transformer').is_dir():
         settings = ModelFolder(**folder_settings)
@@ -992,12 +1027,15 @@ class ModelFolder:
       mask_padding: hide padding from the text encoder; the reference does not.
     """
 
-    height: int | None = None
-    width: int | None = None
-    dtype: str = 'bfloat16'
-    tiling: bool = False
-    decode_rule: str = 'reference'
-    mask_padding: bool = False
+    height: int | None = ranges.whole(None, least=1, or_none=True)
+    width: int | None = ranges.whole(None, least=1, or_none=True)
+    dtype: str = ranges.word('bfloat16', dit.DTYPES)
+    tiling: bool = ranges.switch(False)
+    decode_rule: str = ranges.word('reference', vae.DECODE_RULES)
+    mask_padding: bool = ranges.switch(False)
+
+    def __post_init__(self):
+        ranges.refuse(ranges.problems(ModelFolder, vars(self), ''))
 
 
 def _open_folder(folder: pathlib.Path, settings: ModelFolder):

@@ -1,11 +1,12 @@
 """Models and TPU slices by name, as in --config=configs/sft.py:5b,v5p-128."""
 
-import dataclasses
 import math
 
 import ml_collections
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax import ranges
+from mask2dit_jax.hardware import SLICES
 
 # Differences from the defaults, which are CogVideoX-5B's. Heads of 64 leave half of a TPU's matrix
 # units idle: tpu_native has heads of 128 at 5B's width and number of parameters. No weights were
@@ -21,47 +22,6 @@ MODELS = {
         'sample_frames': 81,
     },
     'tpu_native': {'num_attention_heads': 24, 'attention_head_dim': 128},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A TPU slice.
-
-    Attributes:
-      topology: generation of the chips and shape of their torus, as libtpu names them.
-      context: size of the mesh axis context, i.e. chips that share the tokens of an example, where
-        the number of heads allows. It is made of whole axes of the torus for 48 heads.
-    """
-
-    topology: str
-    context: int
-
-    @property
-    def chips(self) -> int:
-        shape = self.topology.split(':')[1]
-        return math.prod(int(size) for size in shape.split('x'))
-
-
-# By accelerator type. Its number counts chips for v5e and v6e, but cores, two per chip, for v4 and
-# v5p.
-SLICES = {
-    'v4-8': Slice('v4:2x2x1', 2),
-    'v4-128': Slice('v4:4x4x4', 4),
-    'v4-256': Slice('v4:4x4x8', 8),
-    'v4-512': Slice('v4:4x8x8', 8),
-    'v5p-8': Slice('v5p:2x2x1', 2),
-    'v5p-128': Slice('v5p:4x4x4', 4),
-    'v5p-256': Slice('v5p:4x4x8', 8),
-    'v5p-512': Slice('v5p:4x8x8', 8),
-    'v5e-8': Slice('v5e:2x4', 4),
-    'v5e-64': Slice('v5e:8x8', 8),
-    'v5e-128': Slice('v5e:8x16', 8),
-    'v5e-256': Slice('v5e:16x16', 16),
-    'v6e-8': Slice('v6e:2x4', 4),
-    'v6e-64': Slice('v6e:8x8', 8),
-    'v6e-128': Slice('v6e:8x16', 8),
-    'v6e-256': Slice('v6e:16x16', 16),
 }
 
 
@@ -84,10 +44,11 @@ def pod(variant: str) -> ml_collections.ConfigDict:
     known_kind = not slice_name or kind in SLICES
     known_count = not count or (count.isdigit() and count != '0')
     if words or not known_kind or not known_count:
+        near = ranges.nearest(variant, (*MODELS, *SLICES))
         raise ValueError(
-            f'{variant!r} is not a variant of this file: give MODEL, SLICE or MODEL,SLICE, with a '
-            f'model of {", ".join(MODELS)} and a slice of {", ".join(SLICES)}, several as in '
-            'v6e-256x2.'
+            f'{variant!r} is not a variant of this file{near}: give MODEL, SLICE or MODEL,SLICE, '
+            f'with a model of {", ".join(MODELS)} and a slice of {", ".join(SLICES)}, several as '
+            'in v6e-256x2.'
         )
 
     config = config_lib.default()

@@ -43,9 +43,11 @@ import threading
 import jax
 from absl import app, flags, logging
 
-from mask2dit_jax import logs, pipeline, storage
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import logs, paths, pipeline, ranges, storage
 from mask2dit_jax.data import samples, story_file
 from mask2dit_jax.diffusion import samplers
+from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import vae
 
 _WORKDIR = flags.DEFINE_string(
@@ -119,9 +121,12 @@ _FRAMES = flags.DEFINE_integer(
     lower_bound=1,
 )
 _HEIGHT = flags.DEFINE_integer(
-    'height', None, 'Height in pixels, for model folders only; default: the size of training.'
+    'height',
+    None,
+    'Height in pixels, for model folders only; default: the size of training.',
+    lower_bound=1,
 )
-_WIDTH = flags.DEFINE_integer('width', None, 'Width in pixels, as --height.')
+_WIDTH = flags.DEFINE_integer('width', None, 'Width in pixels, as --height.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum(
     'dtype',
     None,
@@ -165,6 +170,12 @@ _OUT = flags.DEFINE_string(
 _OVERWRITE = flags.DEFINE_bool(
     'overwrite', False, 'Delete the samples of another story that --out holds.'
 )
+
+paths.check_flags_local('workdir', 'checkpoint', 'lora', 'story', 'given', 'out')
+ranges.check_flag('seed', config_lib.Config, 'seed')
+ranges.check_flag('steps', config_lib.SampleConfig, 'steps')
+ranges.check_flag('guidance', config_lib.SampleConfig, 'guidance')
+ranges.check_flag('mesh', mesh_lib.MeshConfig, 'fsdp')
 
 
 def _chosen(flag, record: dict, default=None):

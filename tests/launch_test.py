@@ -635,6 +635,11 @@ def test_project_and_zone_are_asked_for(cloud, script, args):
         (['create', 'pod', '--slice=v5p-8', '--', 'true'], 'takes no command'),
         (['create', 'pod', '--zome=z'], '--zome=z'),
         (['run', 'pod', '--slice=v5p-8', '--', 'true'], 'there is no pod: create it'),
+        (
+            ['train', 'pod', '--slice=v5p-8', '--']
+            + ['python', '-m', 'mask2dit_jax.main', '--workdir=gs://bucket/run'],
+            "'--workdir=gs://bucket/run' is not on the workers",
+        ),
     ],
     ids=str,
 )

@@ -13,6 +13,8 @@ ORDER = (
     'hardware',
     'layout',
     'logs',
+    'paths',
+    'ranges',
     'storage',
     'tables',
     'tensor_io',

@@ -25,10 +25,9 @@ import sys
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import logs, presets
+from mask2dit_jax import logs, paths, presets
 from mask2dit_jax.aot import compiler, report
 from mask2dit_jax.distributed import mesh as mesh_lib
 
@@ -94,9 +93,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    _CONFIG = config_flags.DEFINE_config_file(
-        'config', None, 'Configuration file, with a slice after the colon.', lock_config=True
-    )
+    _CONFIG = config_lib.define_flag('Configuration file, with a slice after the colon.')
     _TOPOLOGY = flags.DEFINE_string(
         'topology',
         None,
@@ -129,4 +126,5 @@ if __name__ == '__main__':
         'out', None, 'Folder for aot.md and aot.json. Without it the report is only printed.'
     )
     flags.mark_flag_as_required('config')
+    paths.check_flags_local('out')
     app.run(main)

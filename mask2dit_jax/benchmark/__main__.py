@@ -52,7 +52,7 @@ import pathlib
 import jax
 from absl import app, flags
 
-from mask2dit_jax import logs
+from mask2dit_jax import logs, paths
 from mask2dit_jax import tables as tables_lib
 from mask2dit_jax.benchmark import attention, checkpoints, index, kernels, loader, model
 
@@ -182,4 +182,5 @@ if __name__ == '__main__':
     _OUT = flags.DEFINE_string(
         'out', None, 'Folder for TASK.json and TASK.md. Without it tables are only printed.'
     )
+    paths.check_flags_local('out')
     app.run(main)

@@ -10,6 +10,8 @@ import io
 import json
 import pathlib
 
+from mask2dit_jax import paths
+
 # Kinds of manifest, which are also the names of the data sets made of them.
 SINGLE_SCENE, MULTI_SCENE = 'single_scene', 'multi_scene'
 KINDS = (SINGLE_SCENE, MULTI_SCENE)
@@ -101,6 +103,7 @@ def read(path, root=None) -> Manifest:
       FileNotFoundError: if the file does not exist.
       ValueError: if it is not a manifest of either kind, or has no usable row.
     """
+    paths.check_local(manifest=path, root=root)
     path = pathlib.Path(path)
     root = pathlib.Path(root) if root else path.absolute().parent
     if not path.is_file():
@@ -263,6 +266,8 @@ def _refusal(file, caption, frames) -> str | None:
     """The reason why a row is not usable, or None if it is."""
     if not isinstance(file, str) or not file.strip():
         return 'it names no video.'
+    if paths.is_remote(file.strip()):
+        return 'its video is not on this machine: copy it, or mount its bucket.'
     if not isinstance(caption, str) or not caption.strip():
         return 'it has no caption.'
     if frames is None:

@@ -27,7 +27,7 @@ import tqdm
 from absl import logging
 from safetensors.numpy import load_file
 
-from mask2dit_jax import storage, tables, tensor_io
+from mask2dit_jax import paths, storage, tables, tensor_io
 from mask2dit_jax.data import clips, latent_codec, records
 from mask2dit_jax.data import manifest as manifest_lib
 from mask2dit_jax.models import dit, t5, vae
@@ -308,6 +308,7 @@ def precompute(job: Job, out, worker: int = 0, num_workers: int = 1, threads: in
       storage.ClaimedError: if another process has this share, or one with another num_workers has
         any.
     """
+    paths.check_local(out=out, folder=job.folder)
     out = pathlib.Path(out)
     planned = plan(job)
     with _claimed_share(out, planned.settings, worker, num_workers) as share:

@@ -30,7 +30,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, example_serializer
 
-from mask2dit_jax import storage
+from mask2dit_jax import paths, storage
 from mask2dit_jax.data import manifest
 
 STORES = ('moments', 'frames')
@@ -266,6 +266,7 @@ def read_settings(folder) -> dict:
       FileNotFoundError: if the folder is not a data set of clips.
       ValueError: if encode.json is damaged.
     """
+    paths.check_local(folder=folder)
     path = pathlib.Path(folder) / _SETTINGS
     if not path.is_file():
         raise FileNotFoundError(

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from mask2dit_jax import paths
 from mask2dit_jax.diffusion import samplers
 
 _SCENE = ('caption', 'frames')
@@ -81,6 +82,7 @@ def file_digest(path) -> str:
 
 
 def _load(path) -> dict:
+    paths.check_local(story=path)
     try:
         record = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
     except OSError as error:

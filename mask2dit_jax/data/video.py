@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
 
-from mask2dit_jax import storage
+from mask2dit_jax import paths, storage
 
 # Errors of this process, which say nothing about the file that it tried to open.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -120,6 +120,7 @@ def _opened(path):
       FileNotFoundError, ValueError: as read_video.
       OSError: with an errno of EXHAUSTED.
     """
+    paths.check_local(video=path)
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f'{path} is not a file: check the path of the video.')
 
@@ -307,6 +308,7 @@ def read_video(
 def _new_file(path):
     """Yields a name to write to, which becomes `path` when it is whole; its folder is made if
     needed."""
+    paths.check_local(file=path)
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with storage.whole_file(path) as temporary:
         yield temporary

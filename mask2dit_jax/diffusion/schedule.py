@@ -10,6 +10,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from mask2dit_jax import ranges
+
+SPACINGS = ('trailing', 'leading', 'linspace')
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -27,13 +31,13 @@ class Schedule:
       steps_offset: added to the timesteps of 'leading'.
     """
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    snr_shift_scale: float = 1.0
-    rescale_betas_zero_snr: bool = True
-    timestep_spacing: str = 'trailing'
-    steps_offset: int = 0
+    num_train_timesteps: int = ranges.whole(1000, least=2)
+    beta_start: float = ranges.real(0.00085, above=0, below=1)
+    beta_end: float = ranges.real(0.012, above=0, below=1)
+    snr_shift_scale: float = ranges.real(1.0, above=0)
+    rescale_betas_zero_snr: bool = ranges.switch(True)
+    timestep_spacing: str = ranges.word('trailing', SPACINGS)
+    steps_offset: int = ranges.whole(0, least=0)
 
     def alphas_bar(self) -> np.ndarray:
         """Cumulative signal power per timestep, float64 [num_train_timesteps]."""

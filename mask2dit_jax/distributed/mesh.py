@@ -9,6 +9,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mask2dit_jax import hardware, ranges
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -22,16 +24,16 @@ class MeshConfig:
       context: devices that share the tokens of an example (Ulysses); it must divide the attention
         heads.
       tensor: devices that share the heads and the hidden features.
-      slice: TPU slice (presets.SLICES) that the axes are meant for, which `aot` compiles for.
+      slice: TPU slice (hardware.SLICES) that the axes are meant for, which `aot` compiles for.
       cpu_devices: number of devices that JAX makes of the host's CPU; accelerators ignore it.
     """
 
-    data: int = 1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
-    slice: str = ''
-    cpu_devices: int = 1
+    data: int = ranges.whole(1, least=1)
+    fsdp: int = ranges.whole(1, least=1)
+    context: int = ranges.whole(1, least=1)
+    tensor: int = ranges.whole(1, least=1)
+    slice: str = ranges.word('', hardware.SLICES, or_empty=True)
+    cpu_devices: int = ranges.whole(1, least=1)
 
 
 AXES = ('data', 'fsdp', 'context', 'tensor')

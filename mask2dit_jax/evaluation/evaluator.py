@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 import tqdm
 
-from mask2dit_jax import storage, tensor_io
+from mask2dit_jax import paths, storage, tensor_io
 from mask2dit_jax.data import video
 from mask2dit_jax.evaluation import cuts as cuts_lib
 from mask2dit_jax.evaluation import frechet as frechet_lib
@@ -109,6 +109,16 @@ def evaluate(
     if video_encoder and not reference:
         raise ValueError('--video_encoder is for the Fréchet distance: give --reference too.')
 
+    paths.check_local(
+        videos=videos,
+        out=out,
+        story=story,
+        encoder=encoder,
+        frame_encoder=frame_encoder,
+        video_encoder=video_encoder,
+        features=features,
+        reference=reference,
+    )
     out = pathlib.Path(out)
     items = videos_lib.find_videos(videos, story)
     reference_paths = _find_reference(reference) if reference else []

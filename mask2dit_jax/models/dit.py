@@ -19,6 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mask2dit_jax import layout as layout_lib
+from mask2dit_jax import ranges
 from mask2dit_jax.attention import attend, masks
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
@@ -42,6 +43,11 @@ REMAT = {
     'offload_attention': RematNames(offloaded=('attention',)),
     'offload_layer': RematNames(offloaded=('layer',)),
 }
+
+
+# Words that fields of DiTConfig may have.
+POSITION_RULES = ('continuous', 'reference')
+DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,64 +97,38 @@ class DiTConfig:
         input is kept in host memory).
     """
 
-    num_layers: int = 42
-    num_attention_heads: int = 48
-    attention_head_dim: int = 64
-    in_channels: int = 16
-    out_channels: int = 16
-    text_embed_dim: int = 4096
-    time_embed_dim: int = 512
-    max_text_seq_length: int = 226
-    patch_size: int = 2
-    patch_size_t: int | None = None
-    patch_bias: bool = True
-    sample_height: int = 60
-    sample_width: int = 90
-    sample_frames: int = 49
-    temporal_compression_ratio: int = 4
-    flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    attention_bias: bool = True
-    norm_elementwise_affine: bool = True
-    norm_eps: float = 1e-5
-    spatial_interpolation_scale: float = 1.875
-    temporal_interpolation_scale: float = 1.0
-    rotary: bool = True
-    learned_positions: bool = False
-    position_rule: str = 'continuous'
-    pattern: str = 'dual'
-    attention_backend: str = 'blockwise'
-    dtype: str = 'bfloat16'
-    remat: str = 'none'
+    num_layers: int = ranges.whole(42, least=1)
+    num_attention_heads: int = ranges.whole(48, least=1)
+    attention_head_dim: int = ranges.whole(64, least=1)
+    in_channels: int = ranges.whole(16, least=1)
+    out_channels: int = ranges.whole(16, least=1)
+    text_embed_dim: int = ranges.whole(4096, least=1)
+    time_embed_dim: int = ranges.whole(512, least=1)
+    max_text_seq_length: int = ranges.whole(226, least=1)
+    patch_size: int = ranges.whole(2, least=1)
+    patch_size_t: int | None = ranges.whole(None, least=1, or_none=True)
+    patch_bias: bool = ranges.switch(True)
+    sample_height: int = ranges.whole(60, least=1)
+    sample_width: int = ranges.whole(90, least=1)
+    sample_frames: int = ranges.whole(49, least=1)
+    temporal_compression_ratio: int = ranges.whole(4, least=1)
+    flip_sin_to_cos: bool = ranges.switch(True)
+    freq_shift: int = ranges.whole(0, least=0)
+    attention_bias: bool = ranges.switch(True)
+    norm_elementwise_affine: bool = ranges.switch(True)
+    norm_eps: float = ranges.real(1e-5, above=0)
+    spatial_interpolation_scale: float = ranges.real(1.875, above=0)
+    temporal_interpolation_scale: float = ranges.real(1.0, above=0)
+    rotary: bool = ranges.switch(True)
+    learned_positions: bool = ranges.switch(False)
+    position_rule: str = ranges.word('continuous', POSITION_RULES)
+    pattern: str = ranges.word('dual', masks.PATTERNS)
+    attention_backend: str = ranges.word('blockwise', attend.BACKENDS)
+    dtype: str = ranges.word('bfloat16', DTYPES)
+    remat: str = ranges.word('none', REMAT)
 
     def __post_init__(self):
-        choices = {
-            'pattern': masks.PATTERNS,
-            'attention_backend': tuple(attend.BACKENDS),
-            'remat': tuple(REMAT),
-            'position_rule': ('continuous', 'reference'),
-            'dtype': ('float32', 'bfloat16'),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f'model.{field} is {getattr(self, field)!r}: use one of {", ".join(allowed)}.'
-                )
-
-        remat = REMAT[self.remat]
-        keeps_attention = remat is not None and 'attention' in remat.saved + remat.offloaded
-        if self.attention_backend == 'cudnn' and keeps_attention:
-            raise ValueError(
-                f'model.remat {self.remat!r} does not work with the cudnn backend, because the '
-                'statistics of its softmax cannot be kept: use full, offload_layer or none.'
-            )
-
-        # Rotary and sin-cos features divide a head into sixteenths.
-        needs_sixteenths = self.rotary or not self.learned_positions
-        if needs_sixteenths and self.attention_head_dim % 16:
-            raise ValueError(
-                f'model.attention_head_dim must be a multiple of 16, got {self.attention_head_dim}.'
-            )
+        ranges.refuse(ranges.problems(DiTConfig, vars(self), 'model.') or conflicts(self))
 
     @property
     def width(self) -> int:
@@ -192,6 +172,34 @@ class DiTConfig:
             text_tokens=self.max_text_seq_length,
             patch_t=self.patch_size_t or 1,
         )
+
+
+def conflicts(cfg: DiTConfig) -> list[str]:
+    """Says which fields, all of them in their ranges, do not fit each other."""
+    found = []
+
+    remat = REMAT[cfg.remat]
+    keeps_attention = remat is not None and 'attention' in remat.saved + remat.offloaded
+    if cfg.attention_backend == 'cudnn' and keeps_attention:
+        found.append(
+            f'model.remat {cfg.remat!r} does not work with the cudnn backend, because the '
+            'statistics of its softmax cannot be kept: use full, offload_layer or none.'
+        )
+
+    # Rotary and sin-cos features divide a head into sixteenths.
+    needs_sixteenths = cfg.rotary or not cfg.learned_positions
+    if needs_sixteenths and cfg.attention_head_dim % 16:
+        found.append(
+            f'model.attention_head_dim must be a multiple of 16, got {cfg.attention_head_dim}.'
+        )
+
+    half_width = cfg.num_attention_heads * cfg.attention_head_dim // 2
+    if cfg.freq_shift >= half_width:
+        found.append(
+            f'model.freq_shift {cfg.freq_shift} must be below half of num_attention_heads x '
+            f'attention_head_dim, {half_width}.'
+        )
+    return found
 
 
 def patchify(x, layout: SceneLayout, patch: int):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from mask2dit_jax import ranges
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -29,9 +31,9 @@ class LoraConfig:
         'blocks/ff_in/kernel'; the default is the attention's four projections in every block.
     """
 
-    rank: int = 0
-    alpha: float = 0.0
-    layers: str = r'/attn/to_(q|k|v|out)/kernel$'
+    rank: int = ranges.whole(0, least=0)
+    alpha: float = ranges.real(0.0, least=0)
+    layers: str = ranges.pattern(r'/attn/to_(q|k|v|out)/kernel$')
 
 
 def scale(cfg: LoraConfig) -> float:

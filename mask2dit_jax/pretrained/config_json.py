@@ -14,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 
+from mask2dit_jax import paths
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.models import dit, t5, vae
 
@@ -290,6 +291,7 @@ def read_config(kind: str, folder, **overrides):
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
+    paths.check_local(folder=folder)
     path = pathlib.Path(folder) / 'config.json'
     try:
         content = json.loads(path.read_text(encoding='utf-8'))

@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from flax import traverse_util
 
-from mask2dit_jax import checkpoint, tensor_io
+from mask2dit_jax import checkpoint, paths, tensor_io
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.pretrained import config_json, lora_files, runs
 from mask2dit_jax.pretrained import names as names_lib
@@ -216,6 +216,7 @@ def convert_folder(source, target) -> dict[str, int]:
     Raises:
       FileNotFoundError, ValueError: naming what is missing or does not fit.
     """
+    paths.check_local(source=source, target=target)
     source = pathlib.Path(source)
     target = pathlib.Path(target)
     if target.exists() and any(target.iterdir()):

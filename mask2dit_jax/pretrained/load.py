@@ -39,7 +39,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import tensor_io
+from mask2dit_jax import paths, tensor_io
 from mask2dit_jax.pretrained import config_json
 from mask2dit_jax.pretrained import names as names_lib
 
@@ -192,6 +192,7 @@ def with_model_from(config: config_lib.Config, folder) -> config_lib.Config:
     Raises:
       FileNotFoundError, ValueError: naming what is missing or cannot be read.
     """
+    paths.check_local(folder=folder)
     folder = pathlib.Path(folder)
     kept = {
         'dtype': config.model.dtype,

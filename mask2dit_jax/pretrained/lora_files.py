@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from mask2dit_jax import tensor_io
+from mask2dit_jax import paths, tensor_io
 from mask2dit_jax.models import dit, lora
 from mask2dit_jax.pretrained import names as names_lib
 
@@ -187,6 +187,7 @@ def read_lora(path, cfg: dit.DiTConfig):
       ValueError: naming every missing, unexpected or wrongly shaped tensor, or settings that are
         not implemented.
     """
+    paths.check_local(file=path)
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(
             f'{path} is not a file: give a LoRA file such as {STEM}.safetensors.'

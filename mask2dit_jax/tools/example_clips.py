@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags
 
+from mask2dit_jax import paths
 from mask2dit_jax.data import video
 
 
@@ -134,4 +135,5 @@ def write(out, height_px: int = 144, width_px: int = 176) -> None:
 
 if __name__ == '__main__':
     _OUT = flags.DEFINE_string('out', None, 'Folder for the shots and manifests.', required=True)
+    paths.check_flags_local('out')
     app.run(lambda _: write(_OUT.value))

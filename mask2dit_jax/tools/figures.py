@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib import colors, figure, patches
 
+from mask2dit_jax import paths
 from mask2dit_jax.attention import masks
 from mask2dit_jax.diffusion import loss
 from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes
@@ -184,4 +185,5 @@ def main(argv):
 
 if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'Picture to write: .png, .svg or .pdf.', required=True)
+    paths.check_flags_local('out')
     app.run(main)

@@ -33,7 +33,7 @@ import scipy.stats
 from absl import app, flags
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import logs, storage
+from mask2dit_jax import logs, paths, storage
 from mask2dit_jax.data import batches, latent_codec
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
@@ -381,4 +381,5 @@ if __name__ == '__main__':
         'runs', None, 'Workdirs of runs on the stories, separated by commas.', required=True
     )
     flags.DEFINE_string('out', None, 'Folder for rank.md and rank.json.', required=True)
+    paths.check_flags_local('runs', 'out')
     app.run(main)

@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 from absl import app, flags
 
-from mask2dit_jax import tensor_io
+from mask2dit_jax import paths, tensor_io
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.evaluation import feature_encoders
 from mask2dit_jax.models import dit, t5, vae
@@ -245,4 +245,5 @@ if __name__ == '__main__':
     _ENCODERS = flags.DEFINE_bool(
         'encoders', False, 'Writes the encoders that mask2dit_jax.evaluate takes, not a model.'
     )
+    paths.check_flags_local('out')
     app.run(main)

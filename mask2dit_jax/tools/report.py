@@ -28,7 +28,7 @@ from absl import app, flags
 from flax import traverse_util
 from matplotlib import figure, ticker
 
-from mask2dit_jax import logs, storage
+from mask2dit_jax import logs, paths, storage
 from mask2dit_jax.data import story_file, video
 from mask2dit_jax.evaluation import videos as videos_lib
 from mask2dit_jax.training import validation
@@ -700,6 +700,7 @@ def write(out, run=None, samples=None, evaluation=None) -> pathlib.Path:
       FileNotFoundError, ValueError: naming the file and what to do.
       storage.OutputError: if `out` cannot be written.
     """
+    paths.check_local(out=out, run=run, samples=samples, evaluation=evaluation)
     out = pathlib.Path(out)
     storage.try_output(out)
 
@@ -766,4 +767,5 @@ if __name__ == '__main__':
     )
     flags.DEFINE_string('evaluation', None, 'Folder that mask2dit_jax.evaluate wrote.')
     flags.DEFINE_string('out', None, 'Folder for index.html and media/.', required=True)
+    paths.check_flags_local('run', 'samples', 'evaluation', 'out')
     app.run(main)

@@ -43,7 +43,7 @@ from collections.abc import Callable
 import tqdm
 from absl import app, flags
 
-from mask2dit_jax import storage
+from mask2dit_jax import paths, storage
 from mask2dit_jax.data import story_file, video
 from mask2dit_jax.evaluation import videos as videos_lib
 
@@ -754,4 +754,5 @@ if __name__ == '__main__':
         lower_bound=2,
     )
     flags.DEFINE_string('out', None, 'A new folder.', required=True)
+    paths.check_flags_local('source', 'videos', 'out')
     app.run(main)

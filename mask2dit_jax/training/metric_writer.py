@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 from absl import logging
 
-from mask2dit_jax import logs, storage
+from mask2dit_jax import logs, paths, storage
 
 _WINDOW_WRITES = 10  # the speed is averaged over the last ten writes
 
@@ -136,10 +136,7 @@ class MetricWriter:
         self._file = None
         self._board = None
 
-        if '://' in os.fspath(workdir):
-            raise ValueError(
-                f'metrics.jsonl cannot be appended to in {workdir}: pass a local folder.'
-            )
+        paths.check_local(workdir=workdir)
         if jax.process_index() != 0:
             return
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mask2dit_jax import checkpoint, hardware, storage
+from mask2dit_jax import checkpoint, hardware, paths, storage
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import latent_codec
@@ -56,9 +56,11 @@ def train_and_evaluate(
         to be damaged.
       storage.ClaimedError: if another run writes to the workdir, or has taken it over.
       TimeoutError: if another process hangs.
-      ValueError: if the workdir holds another run, LoRA has no base, or the run does not contain
-        all the steps to record.
+      ValueError: if the configuration is wrong, the workdir holds another run or is not on this
+        machine, LoRA has no base, or the run does not contain all the steps to record.
     """
+    config_lib.check_training(config)
+    paths.check_local(workdir=workdir)
     workdir = pathlib.Path(workdir)
     pinned = runs.pinned_base(workdir)
     config = runs.resolve_base_checkpoint(config, pinned)
