@@ -872,6 +872,25 @@ class Model:
             ),
         )
 
+    def _mesh_for(self, num_tokens: int) -> jax.sharding.Mesh:
+        """The mesh on which stories of so many tokens are generated; 0 stands for any.
+
+        Raises:
+          ValueError: if the mesh that was asked for does not divide them.
+        """
+        heads = self.config.model.num_attention_heads
+        if self._mesh is None:
+            return default_mesh(num_heads=heads, num_tokens=num_tokens)
+        if num_tokens:
+            # Stories are generated one by one, each as the two halves of guidance.
+            context_parallel.check(self._mesh.shape, 2, num_tokens, heads)
+        return self._mesh
+
+    def _num_tokens(self, frames: tuple[int, ...]) -> int:
+        """Tokens of a story of these pixel frames."""
+        latent_frames = self.codec.latent_frames(frames)
+        return self.config.model.layout(latent_frames, *self.codec.latent_shape[:2]).num_tokens
+
 
 def _in_memory(params, kind: str):
     """Parameters in a memory of their devices, 'device' or 'pinned_host'."""

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 
 from absl import logging
 
+from mask2dit_jax import paths
+
 OWNER_FILE = 'owner.json'
 BEAT_SECONDS = 10
 SILENCE_SECONDS = 60  # so many beats may be late, on a file system that is slow
@@ -74,11 +76,9 @@ def try_output(folder, flag: str = '--out') -> None:
 
     Raises:
       OutputError: if nothing can be written there.
+      ValueError: if it is a bucket.
     """
-    if '://' in str(folder):
-        raise OutputError(
-            f'{folder} is not a folder of this machine: choose a local one by {flag}, and copy it.'
-        )
+    paths.check_local(**{flag: folder})
     with writing(folder, flag):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

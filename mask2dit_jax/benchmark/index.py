@@ -8,9 +8,9 @@ import tempfile
 import time
 
 import numpy as np
-import safetensors.numpy
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax import tensor_io
 from mask2dit_jax.benchmark import loader, worker
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import encoded_clips, latent_codec, records
@@ -34,7 +34,7 @@ def write_index(folder: pathlib.Path, clips: int) -> config_lib.Config:
     config, settings = loader.begin_data_set(folder, len(part_lengths))
 
     null_text = np.zeros(settings['text_shape'], np.float32)
-    safetensors.numpy.save_file({'text': null_text}, folder / 'data/null_text.safetensors')
+    tensor_io.write_file(folder / 'data/null_text.safetensors', {'text': null_text})
     for part in range(len(part_lengths)):
         records.part_path(folder / 'data', settings, part).touch()
 
