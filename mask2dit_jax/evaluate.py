@@ -31,8 +31,8 @@ features.safetensors in --out, in the same form. Such a file knows its videos an
 the same name are refused.
 
 --out receives evaluation.md and evaluation.json: means over the videos with 95 % bootstrap
-intervals. They replace those of an earlier evaluation. The paper does not say which pairs of scenes, which frames and which encoder it takes:
-compare only numbers of one protocol.
+intervals. They replace those of an earlier evaluation. The paper does not say which pairs of
+scenes, which frames and which encoder it takes: compare only numbers of one protocol.
 """
 
 from absl import app, flags
