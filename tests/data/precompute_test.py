@@ -305,6 +305,22 @@ def assert_same_records(found, expected):
             np.testing.assert_array_equal(found[i][key], expected[i][key])
 
 
+def test_a_clip_that_is_usable_in_part_is_not_encoded_again_and_again(tmp_path):
+    """The damage lies in some of its windows, and stays."""
+    good = tmp_path / 'good.mp4'
+    video._encode(str(good), panned(40, 64), 25, 'libx264', REPEATABLE)
+    damage(good, tmp_path / '0.mp4', 0.8)
+    (tmp_path / 'clips.csv').write_text('caption,path\na,0.mp4\n')
+    work = job(tmp_path / 'clips.csv', None, windows=12, stride=1)
+    assert precompute.precompute(work, tmp_path / 'out')
+    before = records_lib.Records(tmp_path / 'out')
+    assert 0 < len(before) < 12
+
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').glob('*-of-*')}
+    assert precompute.precompute(work, tmp_path / 'out')
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
 def test_all_clips_missing(folder, videos, tmp_path):
     shutil.copy(videos / 'clips.csv', tmp_path)
     work = job(tmp_path / 'clips.csv', None, windows=2)
