@@ -713,11 +713,8 @@ def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):
     # A finished run is scored again, at the same noise.
     assert trainer.train_and_evaluate(cfg, tmp_path / 'run') == rows
 
-    # Other data, or other stories of the same clips, would not continue the run.
-    for changes in (
-        {'encoded': str(encoded / 'clips'), 'scenes': 'unrelated'},
-        {'scenes': 'unrelated'},
-    ):
-        other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
-        with pytest.raises(checkpoint.OtherRunError, match='was trained with another data'):
-            trainer.train_and_evaluate(other, tmp_path / 'run')
+    # Other data would not continue the run.
+    changes = {'encoded': str(encoded / 'clips'), 'scenes': 'unrelated'}
+    other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
+    with pytest.raises(checkpoint.OtherRunError, match='was trained with another data'):
+        trainer.train_and_evaluate(other, tmp_path / 'run')
