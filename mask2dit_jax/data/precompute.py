@@ -391,8 +391,8 @@ def _work_of(
 ) -> dict[int, list[Window]]:
     """The clips that are to be encoded, by part.
 
-    They are all clips of the parts that are missing, and the clips of the others that could not be
-    used before but can be now.
+    They are all clips of the parts that are missing. Of a part that is there they are the clips of
+    which a window has no record, if one of these windows can be used now.
     """
     there = records.parts_there(out, planned.settings)
 
@@ -410,14 +410,12 @@ def _work_of(
             todo[part] = windows
             continue
 
-        again = _unused(job, windows, before)
-        if not again:
-            continue
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            results = pool.map(lambda item: _mended(item, job, planned), again)
-            mended, found = zip(*results)
-        problems = _kept_problems(before, again) + [p for problems in found for p in problems]
-        if any(mended):
+        used = {(row['story'], row['scene']) for row in before.rows}
+        failed = {item.clip.where for item in windows if _place(job, item) not in used}
+        again = [item for item in windows if item.clip.where in failed]
+        usable, found = _look_again(job, planned, again, threads)
+        problems = _kept_problems(before, again) + found
+        if {_place(job, item) for item in usable} - used:
             todo[part] = again
         elif set(problems) != set(before.problems):
             records.replace_problems(out, part, problems, share)
@@ -429,18 +427,23 @@ def _place(job: Job, item: Window) -> tuple[int, int]:
     return item.clip.story * job.windows + item.window, item.clip.scene
 
 
-def _unused(job: Job, windows: list[Window], part: records.Part) -> list[Window]:
-    """The windows of all clips of which a window has no record."""
-    used = {(row['story'], row['scene']) for row in part.rows}
-    failed = {item.clip.where for item in windows if _place(job, item) not in used}
-    return [item for item in windows if item.clip.where in failed]
-
-
-def _mended(item: Window, job: Job, planned: Plan) -> tuple[bool, list[manifest_lib.Problem]]:
-    """Whether a clip can be used now, and its problems."""
+def _look_again(
+    job: Job, planned: Plan, windows: list[Window], threads: int
+) -> tuple[list[Window], list[manifest_lib.Problem]]:
+    """Those of some windows that can be used now, and the problems of all."""
     kind = planned.settings['kind']
-    frames, problems = clips.cut(item.clip, item.window, job, kind, planned.check_frames)
-    return frames is not None, problems
+    usable, problems = [], []
+
+    def cut(item: Window):
+        frames, found = clips.cut(item.clip, item.window, job, kind, planned.check_frames)
+        return frames is not None, found
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for item, (is_usable, found) in zip(windows, pool.map(cut, windows)):
+            problems += found
+            if is_usable:
+                usable.append(item)
+    return usable, problems
 
 
 def _kept_problems(part: records.Part, again: list[Window]) -> list[manifest_lib.Problem]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import child_environment, moving
 
+from mask2dit_jax import storage
 from mask2dit_jax.data import records as records_lib
 from mask2dit_jax.data import video
 from mask2dit_jax.tools import random_model
@@ -209,3 +210,46 @@ def test_ten_kills_of_one_data_set(videos, tmp_path):
             np.testing.assert_array_equal(found[i][key], expected[i][key])
     assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / 'whole'))
     assert pathlib.Path(out / 'report.md').read_text().startswith('# single_scene')
+
+
+@pytest.mark.slow
+def test_workers_at_the_same_time(videos, tmp_path):
+    """Four share the work, and one more for the same share is refused while it is at work."""
+    out = tmp_path / 'out'
+
+    def start(worker):
+        return subprocess.Popen(
+            [
+                sys.executable,
+                '-m',
+                'mask2dit_jax.encode',
+                f'--manifest={videos}/clips.csv',
+                '--store=frames',
+                f'--out={out}',
+                '--frames=5',
+                '--height=32',
+                '--width=32',
+                '--windows=40',
+                '--part_clips=2',
+                '--num_workers=4',
+                f'--worker={worker}',
+            ],
+            env=child_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    with storage.claim(out / 'workers/2-of-4'):
+        refused = start(2)
+        said, _ = refused.communicate()
+    assert refused.returncode != 0 and f'is being written by process {os.getpid()}' in said
+
+    workers = [start(worker) for worker in range(4)]
+    said = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 4, said
+    assert any('120 of 120 clips are in the data set' in text for text in said)
+    data = records_lib.Records(out)
+    assert data.rows['story'].tolist() == list(range(120))
+    assert all(data[i]['path'].decode().endswith(f'{i // 40}.mp4') for i in range(120))
+    assert not list(out.glob('*.unfinished')) and not (out / 'workers').exists()
