@@ -62,9 +62,9 @@ FILES = [
 ]
 
 
-def add_checkpoint(workdir, step):
+def add_checkpoint(workdir, step, seed=0):
     """Random parameters, as a run of so many steps would leave them."""
-    rng = np.random.default_rng(step)
+    rng = np.random.default_rng((seed, step))
     params = jax.tree.map(
         lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32),
         names.abstract_params(CONFIG.model),
@@ -243,6 +243,19 @@ def test_a_folder_belongs_to_one_story(run, tmp_path, capsys):
     other[1].save(tmp_path / 'second')
     again = run_sample(tmp_path / 'again', story=str(tmp_path / 'second/story.json'))
     assert differing(again, tmp_path / 'second') == []
+
+
+def test_a_run_that_was_trained_anew_is_another_story(workdir, tmp_path):
+    """Though its checkpoint has the same name."""
+    out = run_sample(tmp_path / 'out', workdir=str(workdir))
+    shutil.copytree(workdir / 'checkpoints/3', tmp_path / '3')
+    shutil.rmtree(workdir / 'checkpoints/3')
+    add_checkpoint(workdir, 3, seed=1)
+    with pytest.raises(ValueError, match=r'out holds other samples \(weights'):
+        run_sample(out, workdir=str(workdir))
+    shutil.rmtree(workdir / 'checkpoints/3')
+    (tmp_path / '3').rename(workdir / 'checkpoints/3')
+    run_sample(out, workdir=str(workdir))
 
 
 def test_files_of_others_are_neither_counted_nor_deleted(run, tmp_path):
