@@ -62,9 +62,9 @@ FILES = [
 ]
 
 
-def add_checkpoint(workdir, step):
+def add_checkpoint(workdir, step, seed=0):
     """Random parameters, as a run of so many steps would leave them."""
-    rng = np.random.default_rng(step)
+    rng = np.random.default_rng((seed, step))
     params = jax.tree.map(
         lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32),
         names.abstract_params(CONFIG.model),
@@ -245,6 +245,19 @@ def test_a_folder_belongs_to_one_story(run, tmp_path, capsys):
     assert differing(again, tmp_path / 'second') == []
 
 
+def test_a_run_that_was_trained_anew_is_another_story(workdir, tmp_path):
+    """Though its checkpoint has the same name."""
+    out = run_sample(tmp_path / 'out', workdir=str(workdir))
+    shutil.copytree(workdir / 'checkpoints/3', tmp_path / '3')
+    shutil.rmtree(workdir / 'checkpoints/3')
+    add_checkpoint(workdir, 3, seed=1)
+    with pytest.raises(ValueError, match=r'out holds other samples \(weights'):
+        run_sample(out, workdir=str(workdir))
+    shutil.rmtree(workdir / 'checkpoints/3')
+    (tmp_path / '3').rename(workdir / 'checkpoints/3')
+    run_sample(out, workdir=str(workdir))
+
+
 def test_files_of_others_are_neither_counted_nor_deleted(run, tmp_path):
     for name in 'mine.mp4', 'video_0.mp4':
         out = tmp_path / name
@@ -411,11 +424,8 @@ def test_ten_kills(run, tmp_path):
     finish(run, tmp_path / 'whole', count)
     out = tmp_path / 'out'
     for number, name in enumerate(FILES):
-        killed_before(run, out, re.sub('_0(?=[/.])', r'_\\d+', name.replace('.', r'\.')), 1, count)
-        names = content(out).keys()
-        videos = {name.removesuffix('.mp4') for name in names if re.match(r'video_\d+\.mp4', name)}
-        assert len(videos) == 0, number  # each is killed in its first video
-        assert 'story.json' in names or name == 'story.json'
+        killed_before(run, out, f'{re.escape(name)}$', 1, count)
+        assert content(out).keys() - set(FILES[:number]) == {f'{name}.unfinished', 'owner.json'}
     rng = random.Random(0)
     for _ in range(3):
         process = start(run, out, count)

@@ -17,6 +17,7 @@ are there, and a killed command goes on with those that are not.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -175,11 +176,17 @@ def missing(folder, record: dict) -> list[int]:
 
 
 def is_done(folder, record: dict) -> bool:
-    """Whether a folder has all the videos of a story, as far as that is known before its weights
-    are read."""
+    """Whether a folder has all the videos of a story, as far as that is certain before the
+    transformer is read: no file of the model or of LoRA has been touched since."""
     found = read(folder)
     is_same = isinstance(found, dict) and not compare(found, record, ['weights'])
-    return is_same and not missing(folder, record)
+    if not is_same or missing(folder, record):
+        return False
+
+    then = (pathlib.Path(folder) / STORY).stat().st_mtime_ns
+    sources = [pathlib.Path(record[key]) for key in ('checkpoint', 'lora') if record.get(key)]
+    inside = itertools.chain.from_iterable(source.rglob('*') for source in sources)
+    return all(path.stat().st_ctime_ns < then for path in (*sources, *inside))
 
 
 def begun_from(folder, record: dict) -> str | None:
