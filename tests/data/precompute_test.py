@@ -520,7 +520,7 @@ def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):
 
 
 def test_held_out_losses_are_those_of_the_stories_whatever_the_batches(encoded, folder, tmp_path):
-    """Batches of 1 to 4 on one, two and four devices: always the mean over four stories, each at
+    """Batches of 1 to 4, on one and two devices: always the mean over four stories, each at
     its own noise and timestep."""
     cfg = config_of(folder, encoded / 'stories')
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype='float32'))
@@ -539,6 +539,11 @@ def test_held_out_losses_are_those_of_the_stories_whatever_the_batches(encoded, 
     # Each story by itself.
     clips_of = encoded_clips.EncodedClips(cfg, codec.latent_shape, encoded / 'stories')
     frames = codec.latent_frames((5, 5))
+
+    @jax.jit
+    def story_loss(params, *inputs):
+        return loss_lib.denoising_loss(dit.DiT(cfg.model), params, cfg.schedule, *inputs, frames)
+
     expected = []
     for num_given in (0, 1):
         errors = []
@@ -548,18 +553,11 @@ def test_held_out_losses_are_those_of_the_stories_whatever_the_batches(encoded, 
             noise = np.random.default_rng([cfg.seed, index]).standard_normal(
                 latents.shape, np.float32
             )
-            total, count = loss_lib.denoising_loss(
-                dit.DiT(cfg.model),
-                params,
-                cfg.schedule,
-                {'latents': latents, 'text': example['text'][None]},
-                noise,
-                np.array([125 + 250 * index]),
-                np.arange(2)[None] < num_given,
-                frames,
-            )
+            batch = {'latents': latents, 'text': example['text'][None]}
+            given = np.arange(2)[None] < num_given
+            total, count = story_loss(params, batch, noise, np.array([125 + 250 * index]), given)
             errors.append(total / count)
         expected.append(np.mean(errors))
 
-    for arguments in ((1, 1), (2, 1), (4, 1), (1, 2), (3, 2, 2)):
+    for arguments in ((1, 1), (2, 1), (4, 1), (3, 2)):
         np.testing.assert_allclose(losses(*arguments), expected, rtol=2e-5, err_msg=arguments)
