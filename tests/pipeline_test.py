@@ -14,6 +14,8 @@ from mask2dit_jax import config as config_lib
 from mask2dit_jax import pipeline, sample
 from mask2dit_jax.data import latent_codec
 from mask2dit_jax.data import video as video_lib
+from mask2dit_jax.distributed import mesh as mesh_lib
+from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
 from mask2dit_jax.tools import random_model
@@ -269,3 +271,65 @@ def test_inputs_of_generate_that_do_not_fit_are_named(model):
     for captions in ([], [[]], ''):
         with pytest.raises(ValueError, match='There is no caption'):
             model.generate(captions)
+
+
+# Devices, heads and tokens; and the axes (fsdp, context) that use most of the devices.
+DEFAULT_AXES = [
+    ((1, 48, 53_328), (1, 1)),
+    ((2, 48, 53_328), (2, 1)),
+    ((4, 48, 53_328), (2, 2)),
+    ((8, 48, 53_328), (2, 4)),
+    ((16, 48, 53_328), (2, 8)),
+    ((16, 48, 9_676), (2, 4)),  # a clip of 25 frames: 8 does not divide its tokens
+    ((8, 30, 53_328), (2, 3)),
+    ((16, 30, 53_328), (2, 6)),
+    ((8, 30, 17_776), (2, 2)),  # one scene: 3 does not divide its tokens
+    ((16, 30, 0), (1, 15)),
+    ((4, 1, 100), (2, 1)),
+]
+
+
+@pytest.mark.parametrize('case, axes', DEFAULT_AXES, ids=str)
+def test_the_default_mesh_takes_the_devices_that_divide(case, axes):
+    assert pipeline._default_axes(*case) == axes
+
+
+def test_generation_on_devices_that_the_heads_do_not_divide(monkeypatch, caplog, tmp_path):
+    """Eight devices, three heads: six generate, and the user hears of the two that stay idle."""
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(MODEL, num_attention_heads=3, attention_head_dim=16)
+    )
+    rng = np.random.default_rng(0)
+    abstract = names.abstract_params(config.model)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
+
+    def read(mesh):
+        return 'nowhere', jax.device_put(params, partitioning.shardings(params, mesh))
+
+    def generate(mesh=None):
+        codec = latent_codec.StoriesCodec(config, tmp_path)
+        model = pipeline.Model(config, codec, read, {}, True, mesh)
+        video = model.generate(STORIES[0], frames=[4, 8], steps=2)
+        return np.concatenate(video.scenes), mesh_lib.mesh_of(model._params[1])
+
+    alone, mesh = generate()
+    assert mesh.size == 1
+
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+    together, mesh = generate()
+    assert (mesh.shape['fsdp'], mesh.shape['context']) == (2, 3)
+    assert 'on 6 of 8 devices (fsdp 2 x context 3); 2 stay idle, because 3 heads' in caplog.text
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+    # A mesh that is asked for must divide.
+    with pytest.raises(ValueError, match=r'heads do not divide over context 4 .* may be 1, 3'):
+        generate(pipeline.default_mesh((2, 4)))
+    with pytest.raises(ValueError, match='A batch of 2 does not divide over data 1 x fsdp 4'):
+        generate(pipeline.default_mesh((4, 1)))
+    with pytest.raises(ValueError, match='needs 16 devices, and there are 8: let the product be'):
+        pipeline.default_mesh((2, 8))
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_refused_on_loading(folder):
+    with pytest.raises(ValueError, match='attention heads do not divide over context 7'):
+        mask2dit_jax.load(folder, mesh=pipeline.default_mesh((1, 7)))

@@ -57,6 +57,68 @@ def test_mask_by_brute_force(frames, block, pattern):
         np.testing.assert_array_equal(computed, truth)
 
 
+@pytest.mark.parametrize('seed', range(20))
+def test_tables_of_blocks_by_brute_force(seed):
+    """What the libraries are told of every block, for random layouts, blocks and queries."""
+    rng = np.random.default_rng(seed)
+    frames = tuple(rng.integers(1, 6, rng.integers(1, 6)).tolist())
+    height, width, text_tokens = rng.integers(1, [9, 9, 40]).tolist()
+    block = int(rng.choice([32, 96, 128, 384]))
+    sequence = splash._KernelSequence(SceneLayout(frames, height, width, text_tokens), block)
+    length = sequence.starts[-1]
+    num_blocks = length // block
+    first, last = sorted(rng.choice(num_blocks + 1, 2, replace=False).tolist())
+
+    for pattern in masks.PATTERNS:
+        truth = padded_mask(sequence.layout, pattern, length)
+        windows = truth.reshape(num_blocks, block, num_blocks, block)
+        all_true = windows.all(axis=(1, 3))
+        mixed = windows.any(axis=(1, 3)) & ~all_true
+        kinds = np.where(all_true, splash.WHOLE, np.where(mixed, splash.MIXED, splash.EMPTY))
+
+        for start, stop in ((0, num_blocks), (first, last)):
+            mask = splash.SceneMask(sequence, pattern, (start * block, stop * block))
+            np.testing.assert_array_equal(mask.blocks(block), kinds[start:stop])
+
+            # The libraries ask block by block.
+            asked = splash._BlockMask(mask, block)
+            for row, column in itertools.product(range(stop - start), range(num_blocks)):
+                window = asked[
+                    row * block : (row + 1) * block, column * block : (column + 1) * block
+                ]
+                kind = kinds[start + row, column]
+                assert (window.any(), window.all()) == (kind > 0, kind == splash.WHOLE)
+
+
+@pytest.mark.parametrize('kernel', splash.KERNELS)
+def test_kernels_hold_no_numbers_of_tokens(kernel):
+    """The program makes the queries' segments: those in the tables would be its constants."""
+    sequence = splash._KernelSequence(layout_of((2, 1, 3, 2, 1)), 128)
+    queries = (128, sequence.starts[-1])
+    mask = splash.SceneMask(sequence, 'dual', queries)
+    if kernel == 'tokamax':
+        run = splash._tokamax_kernel(mask, 128, True)
+    else:
+        run = splash._jax_kernel(mask, 1, 128, True)
+    traced = splash._with_traced_queries(run, sequence, queries)
+    for info in (traced.fwd_mask_info, traced.dkv_mask_info):
+        np.testing.assert_array_equal(info.q_sequence, mask.q_sequence)
+
+    traced = jax.make_jaxpr(lambda: splash._with_traced_queries(run, sequence, queries))()
+    sizes = [np.size(const) for const in traced.consts]
+    assert max(sizes) < len(mask.q_sequence) / 4
+
+
+@pytest.mark.parametrize('pattern, frames', [('full', (2, 2)), ('dual', (4,))], ids=str)
+@pytest.mark.parametrize('kernel', splash.KERNELS)
+def test_a_mask_that_hides_nothing(kernel, pattern, frames):
+    """256 tokens that fill two blocks, without padding, and all see each other."""
+    text_tokens = (256 - 4 * 48) // len(frames)
+    layout = SceneLayout(frames, 6, 8, text_tokens)
+    assert layout.num_tokens == 256
+    assert_equals_dense(layout, pattern, kernel, True)
+
+
 def test_uniform_blocks_are_not_evaluated():
     """24 scenes of the published size: 417 x 417 blocks, answered from segments."""
     block = 1024
@@ -108,7 +170,7 @@ def assert_equals_dense(
     block=128,
     run=forward_and_gradients,
 ):
-    layout = layout_of(frames)
+    layout = frames if isinstance(frames, SceneLayout) else layout_of(frames)
     keys = jax.random.split(jax.random.key(0), 4)
     shape = 1, layout.num_tokens, 1, dim
     q, k, v = (jax.random.normal(key, shape, dtype) for key in keys[:3])

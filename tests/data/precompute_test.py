@@ -17,7 +17,16 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import child_environment, damage, moving, panned, turn, unlike_the_umask, write_times
+from conftest import (
+    child_environment,
+    damage,
+    mesh_of,
+    moving,
+    panned,
+    turn,
+    unlike_the_umask,
+    write_times,
+)
 from PIL import Image
 
 from mask2dit_jax import checkpoint, storage
@@ -26,11 +35,14 @@ from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import clips, encoded_clips, latent_codec, precompute, video
 from mask2dit_jax.data import manifest as manifest_lib
 from mask2dit_jax.data import records as records_lib
+from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.models import vae
+from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.models import dit, vae
 from mask2dit_jax.pretrained import load as load_lib
+from mask2dit_jax.pretrained import names
 from mask2dit_jax.tools import random_model
-from mask2dit_jax.training import trainer
+from mask2dit_jax.training import trainer, validation
 
 FRAMES, SIZE = 5, 32
 
@@ -746,3 +758,47 @@ def test_training_on_clips_leaves_sheets_and_losses(encoded, folder, tmp_path):
     other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
     with pytest.raises(checkpoint.OtherRunError, match='was trained with another data'):
         trainer.train_and_evaluate(other, tmp_path / 'run')
+
+
+def test_held_out_losses_are_those_of_the_stories_whatever_the_batches(encoded, folder, tmp_path):
+    """Batches of 1 to 4, on one and two devices: always the mean over four stories, each at
+    its own noise and timestep."""
+    cfg = config_of(folder, encoded / 'stories')
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype='float32'))
+    codec = latent_codec.for_run(cfg, tmp_path)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), names.abstract_params(cfg.model)
+    )
+
+    def losses(batch_size, *axes):
+        mesh = mesh_of(*axes)
+        placed = jax.device_put(params, partitioning.shardings(params, mesh))
+        config = dataclasses.replace(cfg, eval=config_lib.EvalConfig(4, batch_size))
+        return [row['loss'] for row in validation.held_out_losses(config, placed, codec)]
+
+    # Each story by itself.
+    clips_of = encoded_clips.EncodedClips(cfg, codec.latent_shape, encoded / 'stories')
+    frames = codec.latent_frames((5, 5))
+
+    @jax.jit
+    def story_loss(params, *inputs):
+        return loss_lib.denoising_loss(dit.DiT(cfg.model), params, cfg.schedule, *inputs, frames)
+
+    expected = []
+    for num_given in (0, 1):
+        errors = []
+        for index, records in enumerate(clips_of.fixed((5, 5), 4)):
+            example = clips_of.example(records, None)
+            latents = example['latents'][None]
+            noise = np.random.default_rng([cfg.seed, index]).standard_normal(
+                latents.shape, np.float32
+            )
+            batch = {'latents': latents, 'text': example['text'][None]}
+            given = np.arange(2)[None] < num_given
+            total, count = story_loss(params, batch, noise, np.array([125 + 250 * index]), given)
+            errors.append(total / count)
+        expected.append(np.mean(errors))
+
+    for arguments in ((1, 1), (2, 1), (4, 1), (3, 2)):
+        np.testing.assert_allclose(losses(*arguments), expected, rtol=2e-5, err_msg=arguments)

@@ -120,6 +120,117 @@ def test_captions_are_dropped_for_whole_stories():
     assert abs(kept.mean() - 0.7) < 0.03
 
 
+def many_draws(key=0, **train):
+    """What a step draws for 4,000 stories of three scenes, and their captions."""
+    rng = np.random.default_rng(0)
+    batch = {
+        'latents': np.zeros((4000, 3, 1, 1, 1), np.float32),  # [B, T, H, W, C]
+        'text': rng.standard_normal((4000, 3, 3, 5), np.float32),  # [B, S, M, E]
+    }
+    config = step_config(**train)
+    return denoising.draw(jax.random.key(key), batch, NULL, 0, config), batch['text']
+
+
+def test_a_step_drops_captions_of_whole_stories_at_the_share_asked_for():
+    for share in (0.0, 0.3, 1.0):
+        drawn, text = many_draws(caption_dropout=share)
+        kept = (drawn.text == text).all((2, 3))  # [B, S]
+        dropped = (drawn.text == NULL).all((2, 3))
+        np.testing.assert_array_equal(kept, ~dropped)
+        np.testing.assert_array_equal(dropped, dropped[:, :1].repeat(3, axis=1))
+        assert abs(dropped.mean() - share) < (0.03 if 0 < share < 1 else 1e-9)
+
+
+@pytest.mark.parametrize('which, subsets', [('leading', 2), ('any', 6)])
+def test_a_step_draws_given_scenes_for_every_story_by_itself(which, subsets):
+    drawn, _ = many_draws(conditional_probability=1.0, given=which)
+    _, counts = np.unique(drawn.given, axis=0, return_counts=True)
+    assert len(counts) == subsets
+    np.testing.assert_allclose(counts / 4000, 1 / subsets, atol=0.05)
+
+
+def test_what_a_step_draws_is_independent():
+    """Across stories: dropped captions, given scenes, timesteps and noise."""
+    drawn, _ = many_draws(caption_dropout=0.5, conditional_probability=0.5, given='any')
+    columns = [
+        (drawn.text == NULL).all((1, 2, 3)),
+        drawn.given.any(1),
+        drawn.given.sum(1),
+        drawn.timesteps,
+        drawn.noise[:, 0, 0, 0, 0],
+        drawn.noise[:, 1, 0, 0, 0],
+    ]
+    correlation = np.corrcoef(np.array(columns, float))
+    correlation[1, 2] = correlation[2, 1] = 0  # a story has given scenes if it has a number of them
+    np.testing.assert_allclose(correlation, np.eye(6), atol=0.07)
+
+
+@pytest.mark.parametrize('which', config_lib.GIVEN)
+def test_no_key_is_used_twice_in_a_step(which):
+    train = {'caption_dropout': 0.5, 'conditional_probability': 0.5, 'given': which}
+    with jax.debug_key_reuse(True):
+        jax.block_until_ready(many_draws(**train))
+
+        # The check notices a key that is used twice.
+        key = jax.random.key(0)
+        jax.random.normal(key)
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.random.uniform(key)
+
+
+class Zero:
+    """A model that predicts nothing."""
+
+    cfg = MODEL
+
+    def apply(self, variables, latents, text, t, frames):
+        return jnp.zeros(latents.shape)
+
+
+@pytest.mark.parametrize('num_stories, num_scenes', [(1280, 3), (640, 3), (128, 24), (4096, 24)])
+def test_the_count_of_loss_terms_passes_two_to_the_31(num_stories, num_scenes):
+    """Scenes of 49 frames at 480 x 720, the first of each story given; only the count is made."""
+    frames = (13,) * num_scenes
+
+    @jax.jit
+    def count():
+        batch = {
+            'latents': jnp.zeros((num_stories, sum(frames), 60, 90, 16)),
+            'text': jnp.zeros((num_stories, num_scenes, 3, 5)),
+        }
+        given = jnp.broadcast_to(jnp.arange(num_scenes) == 0, (num_stories, num_scenes))
+        t = jnp.zeros(num_stories, jnp.int32)
+        schedule = schedule_lib.Schedule()
+        return loss_lib.denoising_loss(
+            Zero(), {}, schedule, batch, batch['latents'], t, given, frames
+        )[1]
+
+    expected = num_stories * (num_scenes - 1) * 13 * 60 * 90 * 16
+    assert count().dtype == np.float32
+    np.testing.assert_allclose(float(count()), expected, rtol=1e-7)
+
+
+def test_huge_counts_scale_loss_and_gradients(monkeypatch):
+    """As if every term of the loss were there 2^28 times: their mean, and its gradient, are the
+    same."""
+    cfg = step_config(conditional_probability=0.5, grad_accumulation=4)
+    state = random_state(cfg)
+
+    def metrics():
+        step = functools.partial(train_step.train_step, config=cfg, frames=FRAMES)
+        return jax.jit(step)(state, BATCH, NULL)[1]
+
+    expected = metrics()
+    denoising_loss = loss_lib.denoising_loss
+
+    def repeated(*args):
+        total, count = denoising_loss(*args)
+        return total * 2.0**28, count * 2**28
+
+    monkeypatch.setattr(loss_lib, 'denoising_loss', repeated)
+    chex.assert_trees_all_close(metrics(), expected, rtol=1e-6)
+
+
 def test_given_scenes_are_clean_and_count_nothing():
     """Loss and gradient depend on the given scene's latents but neither on its noise nor on its
     error."""
@@ -241,6 +352,22 @@ def test_learning_rate_warms_up_and_decays():
     np.testing.assert_allclose(rates[:5], [0, 0.125, 0.25, 0.375, 0.5], rtol=1e-4)
     assert (np.diff(rates[4:]) < 0).all()
     np.testing.assert_allclose(rates[-1], 0.1, rtol=0.02)  # one step before the end of the cosine
+
+
+@pytest.mark.parametrize('name', config_lib.OPTIMIZERS)
+def test_weights_decay(name):
+    """Without gradients parameters shrink by learning rate x weight decay alone."""
+    params = {
+        'blocks': {'ff_in': {'kernel': jnp.ones((2, 8, 24)), 'bias': jnp.ones((2, 24))}},
+        'patch': {'kernel': jnp.ones((8, 24))},
+    }
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for decay in (0.0, 0.1):
+        cfg = config_lib.OptimizerConfig(name, 0.5, warmup_steps=0, weight_decay=decay)
+        tx = optimizer_lib.make_optimizer(cfg, 10)
+        change, _ = tx.update(zeros, tx.init(params), params)
+        for leaf in jax.tree.leaves(change):
+            np.testing.assert_allclose(leaf, -0.5 * decay, atol=1e-7)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
