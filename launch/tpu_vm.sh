@@ -8,7 +8,8 @@
 #
 # create   makes the slices. `x2` or --queued asks by a queued resource, which waits for capacity.
 # run      copies this source tree, installs it, starts the command and returns. On every worker the command is started
-#          again, after ten seconds, until it exits with 0; five failures within a minute of the start end that.
+#          again, after ten seconds, until it exits with 0; five failures within a minute of the start end that, and ten
+#          without a newer checkpoint in the command's --workdir.
 # train    create, run, and then looks every minute, as long as this script runs: slices that are preempted are deleted
 #          and made again, and the command is run on them, until it has exited with 0 on all workers. It gives up after
 #          five failures in a row. Interrupted, the same line goes on from there. The command must resume by itself, from
