@@ -209,7 +209,7 @@ def load(
 
 def _build(builder):
     """Writes both splits; what killed runs left of them is removed."""
-    for left in builder.data_path.parent.glob(f'{builder.data_path.name}.incomplete*'):
+    for left in builder.data_path.parent.glob('incomplete.*'):
         shutil.rmtree(left)
 
     # The bars of TFDS do not know the number of examples; those of _generate_examples do.
