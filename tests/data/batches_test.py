@@ -56,7 +56,8 @@ def test_a_host_gets_the_rows_that_it_asks_for():
 @pytest.fixture(scope='module')
 def clips(tmp_path_factory):
     """A data set of standard normal posteriors: ten stories of one to four scenes, of which one in
-    four is of 9 frames and the others of 5."""
+    four is of 9 frames and the others of 5. Two scenes were left out: one between others, and one
+    so that the scene after it follows the first scene of another story."""
     folder = tmp_path_factory.mktemp('clips')
     (folder / 'vae').mkdir()
     (folder / 'vae/config.json').write_text('{}')
@@ -66,6 +67,8 @@ def clips(tmp_path_factory):
         for story in range(10)
         for scene in range(1 + story % 4)
     ]
+    rows[6:10] = [records.Row(6, scene, 5) for scene in (0, 2, 3)]
+    rows[9:12] = [records.Row(8, 0, 5), records.Row(10, 1, 5)]
     settings = {
         'kind': 'multi_scene',
         'store': 'moments',

@@ -115,6 +115,11 @@ refused(lambda: records.Records(sys.argv[1]))
 # It passes: a later try of the same read succeeds.
 threading.Timer(0.05, held.clear).start()
 assert data[3]['caption'] == b'clip 3'
+
+# Parts that were open make room for the one that is needed.
+[data[i] for i in range(10)]
+held = use_all()
+assert data[20]['caption'] == b'clip 20'
 """
 
 
