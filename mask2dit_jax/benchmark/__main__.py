@@ -159,7 +159,7 @@ if __name__ == '__main__':
     )
     _RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=5)
     _GB = flags.DEFINE_float(
-        'gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.0
+        'gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.001
     )
     _OUT = flags.DEFINE_string(
         'out', None, 'Folder for TASK.json and TASK.md. Without it tables are only printed.'
