@@ -7,6 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 import mask2dit_jax
@@ -308,7 +309,7 @@ def test_generation_on_devices_that_the_heads_do_not_divide(monkeypatch, caplog,
 
     def generate(mesh=None):
         codec = latent_codec.StoriesCodec(config, tmp_path)
-        model = pipeline.Model(config, codec, read, {}, True, mesh)
+        model = pipeline.Model(config, codec, read, {}, 'nowhere', True, mesh)
         video = model.generate(STORIES[0], frames=[4, 8], steps=2)
         return np.concatenate(video.scenes), mesh_lib.mesh_of(model._params[1])
 
@@ -333,3 +334,57 @@ def test_generation_on_devices_that_the_heads_do_not_divide(monkeypatch, caplog,
 def test_a_mesh_that_does_not_divide_the_heads_is_refused_on_loading(folder):
     with pytest.raises(ValueError, match='attention heads do not divide over context 7'):
         mask2dit_jax.load(folder, mesh=pipeline.default_mesh((1, 7)))
+
+
+@pytest.mark.parametrize(
+    'name, value, allowed',
+    [
+        ('seed', -1, 'a whole number from 0'),
+        ('seed', 2**32, 'a whole number from 0'),
+        ('steps', 0, 'a positive integer'),
+        ('guidance', ['nan'], 'a finite number'),
+        ('guidance', ['6', 'inf'], 'a finite number'),
+        ('guidance', ['strong'], 'a finite number'),
+        ('mesh', ['0', '1'], 'a whole number of at least 1'),
+        ('mesh', ['-1', '-1'], 'a whole number of at least 1'),
+        ('mesh', ['1.5', '1'], 'a whole number of at least 1'),
+        ('num_videos', 0, 'a positive integer'),
+        ('frames', 0, 'a positive integer'),
+        ('given_frames', 0, 'a positive integer'),
+        ('height', -16, 'a positive integer'),
+        ('width', 0, 'a positive integer'),
+    ],
+)
+def test_flags_out_of_range_are_refused(name, value, allowed):
+    with flagsaver.flagsaver(), pytest.raises(flags.IllegalFlagValueError) as error:
+        setattr(flags.FLAGS, name, value)
+    assert f'--{name}' in str(error.value) and allowed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        ({'steps': 0}, 'steps is 0: use a whole number of at least 1'),
+        ({'steps': 5000}, 'steps is 5000: use a whole number from 1 to 1000'),
+        ({'seed': -1}, 'seed is -1: use'),
+        ({'sampler': 'foo'}, "sampler is 'foo': use one of ddim"),
+        ({'guidance': np.nan}, 'guidance is nan: use a finite number'),
+        ({'guidance': [6.0, np.inf]}, 'guidance is inf: use a finite number'),
+        ({'guidance': [6.0, 6.0, 6.0]}, r'one per scene \(2\)'),
+        ({'frames': 0}, 'frames is 0: use'),
+        ({'frames': [8, -1]}, 'frames is -1: use'),
+        ({'given_frames': 0}, 'frames is 0: use'),
+    ],
+)
+def test_what_cannot_be_sampled_is_told_before_anything_is_loaded(wrong, message):
+    """Without codec and parameters, which stand for what would be loaded."""
+    unloaded = pipeline.Model(CONFIG, None, None, {}, '', keep_params=False)
+    with pytest.raises(ValueError, match=message):
+        unloaded.generate(STORIES[0], **wrong)
+
+
+def test_settings_of_model_folders_have_ranges(folder):
+    with pytest.raises(ValueError, match='3 settings are wrong') as error:
+        mask2dit_jax.load(folder, height=0, dtype='float16', decode_rule='foo')
+    for name in 'height is 0', "dtype is 'float16'", "decode_rule is 'foo'":
+        assert name in str(error.value)

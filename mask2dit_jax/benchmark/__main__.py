@@ -174,7 +174,7 @@ if __name__ == '__main__':
     )
     _RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each case.', lower_bound=5)
     _GB = flags.DEFINE_float(
-        'gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.0
+        'gb', 1.0, 'Size of the state that is saved, in 10^9 bytes.', lower_bound=0.001
     )
     _CLIPS = flags.DEFINE_integer(
         'clips', 1_000_000, 'Number of clips in the index.', lower_bound=3

@@ -345,7 +345,7 @@ def test_killed_and_resumed_is_bit_equal(straight, base, kills, steps):
             code = at_batch(step, 'killing.kill()')
 
         (process,) = run.start(*flags, disturb={0: code})
-        assert process.wait(300) == -signal.SIGKILL, run.log()
+        assert process.wait(900) == -signal.SIGKILL, run.log()
         if in_save:
             assert run.half_written() and step not in run.saved()
     assert max(run.saved(), default=0) < steps
