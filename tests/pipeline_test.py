@@ -339,7 +339,7 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_on_loading(folder):
 @pytest.mark.parametrize(
     'name, value, allowed',
     [
-        ('seed', -1, 'a whole number from 0'),
+        ('seed', -1, 'a non-negative integer'),
         ('seed', 2**32, 'a whole number from 0'),
         ('steps', 0, 'a positive integer'),
         ('guidance', ['nan'], 'a finite number'),
