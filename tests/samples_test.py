@@ -437,13 +437,22 @@ def test_ten_kills(run, tmp_path):
     assert differing(tmp_path / 'whole', out) == []
 
 
+def communicate(process):
+    """What it writes until it ends; one that does not stop is killed, so that the test fails."""
+    try:
+        return process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
+
+
 def test_ctrl_c(run, tmp_path):
     """The first stops after the present video, the second at once."""
     out = tmp_path / 'out'
     process = start(run, out, '--num_videos=1000')
     wait_for(out / 'video_0.mp4', process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = communicate(process)
     assert process.returncode == 130, err
     assert err.count('Stopping after the present video') == 1
     assert re.search(r'Stopped: \d+ video\(s\) are not yet in .*; the same command goes on', err)
@@ -460,7 +469,7 @@ def test_ctrl_c(run, tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    _, err = process.communicate()
+    _, err = communicate(process)
     assert process.returncode == 130, err
     assert 'Stopped' not in err and 'Traceback' not in err
     assert os.listdir(other) in ([storage.OWNER_FILE], [storage.OWNER_FILE, 'story.json'])
