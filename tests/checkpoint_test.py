@@ -301,6 +301,33 @@ def test_saving_a_step_twice_is_an_error(workdir):
         checkpoint.save(manager, 6, state_of(6), {})
 
 
+def test_arrays_of_another_shape_are_another_run_not_damage(workdir):
+    other = targets('params')
+    kernel = other['params']['a']['kernel']
+    other['params']['a']['kernel'] = jax.ShapeDtypeStruct(
+        (64, 8, 17), jnp.float32, sharding=kernel.sharding
+    )
+    with pytest.raises(checkpoint.OtherRunError, match=r'does not fit the configuration: .*kernel'):
+        checkpoint.latest(workdir, other)
+
+
+def test_causes_are_told_in_one_short_line():
+    error = ValueError("Error opening: [os_error_code='28'] and then\nmuch " + 1000 * 'x')
+    assert checkpoint._brief(error) == 'No space left on device'
+    assert checkpoint._brief(KeyError('a\n b')) == r"KeyError: 'a\n b'"
+    long = checkpoint._brief(ValueError(400 * 'x'))
+    assert len(long) == 303
+    assert long.endswith('x...')
+    assert checkpoint._brief(ValueError(288 * 'x')) == f'ValueError: {288 * "x"}'
+
+
+def test_orbax_hears_of_no_preemption(tmp_path):
+    """It would save by itself, and ask JAX about steps that are past."""
+    manager = checkpoint.manager(tmp_path, 1, 0, 0)
+    assert not manager.reached_preemption(1)
+    checkpoint.finish(manager)
+
+
 def brute_force(tree):
     """The checksum as its definition says, element by element."""
     total = 0

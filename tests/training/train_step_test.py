@@ -301,6 +301,36 @@ def test_steps_differ_and_repeat():
     assert len({float(loss(i)) for i in range(4)}) == 4
 
 
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Micro-batches have unequal numbers of loss terms, as scenes are given: their sums count."""
+
+    def stepped(parts):
+        cfg = step_config(
+            config_lib.OptimizerConfig(learning_rate=0.1, warmup_steps=0, eps=1.0, clip_norm=1e9),
+            grad_accumulation=parts,
+            conditional_probability=0.5,
+        )
+        step = functools.partial(train_step.train_step, config=cfg, frames=FRAMES)
+        state, metrics = jax.jit(step)(random_state(cfg), BATCH, NULL)
+        assert metrics.keys() == {'loss', 'grad_norm'}
+        return state.params, metrics
+
+    whole = stepped(1)
+    for parts in (2, 8):
+        chex.assert_trees_all_close(stepped(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_grad_norm_is_the_gradients_before_clipping():
+    """A tiny clip_norm changes the update and not what is recorded."""
+
+    def norm(clip_norm):
+        cfg = step_config(config_lib.OptimizerConfig(clip_norm=clip_norm))
+        step = functools.partial(train_step.train_step, config=cfg, frames=FRAMES)
+        return jax.jit(step)(random_state(cfg), BATCH, NULL)[1]['grad_norm']
+
+    assert norm(1e-3) == norm(1e3) > 0.01
+
+
 def test_scenes_are_given_from_the_step_asked_for():
     never = loss_fn(step_config(conditional_probability=0.0, conditional_from_step=5))
     late = loss_fn(step_config(conditional_probability=1.0, conditional_from_step=5))
