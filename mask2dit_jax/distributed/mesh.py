@@ -149,16 +149,23 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
 
 
 def owned_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
-    """The examples of `local_rows` that no process of a lower number needs.
+    """The examples of `local_rows` that this process looks after.
 
-    Every example of the global batch is owned by one process.
+    Every example of the global batch is owned by one of the processes that need it, and they share
+    them evenly.
     """
-    owners = np.full(batch_size, jax.process_count())
+    needed_by = [set() for _ in range(batch_size)]
     for device, (rows,) in (
         row_sharding(mesh, batch_size).devices_indices_map((batch_size,)).items()
     ):
-        owners[rows] = np.minimum(owners[rows], device.process_index)
-    return np.flatnonzero(owners == jax.process_index()).tolist()
+        for row in range(*rows.indices(batch_size)):
+            needed_by[row].add(device.process_index)
+
+    owned = {process: [] for process in sorted(set.union(*needed_by))}
+    for row, processes in enumerate(needed_by):
+        owner = min(processes, key=lambda process: (len(owned[process]), process))
+        owned[owner].append(row)
+    return owned.get(jax.process_index(), [])
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int):
