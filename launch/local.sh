@@ -34,6 +34,7 @@ stop() {
   kill -TERM "${pids[@]}" 2>/dev/null || true
 }
 interrupted=''
+# shellcheck disable=SC2329  # called by the trap
 interrupt() {
   if [[ $interrupted ]]; then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
   interrupted=1

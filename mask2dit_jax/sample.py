@@ -248,15 +248,15 @@ def _folder_settings(path: pathlib.Path, record: dict) -> dict:
     if (path / 'transformer').is_dir():
         told = {name: record[name] for name in _FOLDER_FLAGS if name in record}
         return told | {name: value for name, value in values.items() if value is not None}
-    useless = [f'--{name}' for name, value in values.items() if value is not None]
-    if useless:
-        raise app.UsageError(
-            f'Only for model folders, and {path} is not one: {", ".join(useless)}.'
-        )
     if _CHECKPOINT.value and not (path / 'ema').is_dir():
         raise FileNotFoundError(
             f'{path} is neither a checkpoint of a workdir (with ema/) nor a model folder (with '
             'transformer/): check --checkpoint.'
+        )
+    useless = [f'--{name}' for name, value in values.items() if value is not None]
+    if useless:
+        raise app.UsageError(
+            f'Only for model folders, and {path} is not one: {", ".join(useless)}.'
         )
     return {}
 

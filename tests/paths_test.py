@@ -116,7 +116,7 @@ def test_commands(command, named, tmp_path):
 
 
 def a_video():
-    return pipeline.Video([np.zeros((4, 16, 16, 3), np.float32)], ['a'], 0, 4.0, {})
+    return pipeline.Video([np.zeros((4, 16, 16, 3), np.float32)], ['a'], 0, 4.0, {}, None)
 
 
 JOB = precompute.Job(

@@ -368,11 +368,13 @@ def _num_parameters(tree) -> int:
 # part of what the run is.
 _MAY_CHANGE = {
     'eval',
+    'limits',
     'mesh',
     'sample',
     'model.attention_backend',
     'model.remat',
-    # Where data lie; the data themselves are compared.
+    # Where data and the base lie; they themselves are compared.
+    'init_from',
     'data.dir',
     'data.encoded',
     'data.held_out',
