@@ -51,7 +51,7 @@ def test_variable_rates_are_read_at_a_constant_one(tmp_path):
     assert not video.probe(tmp_path / 'b.mp4').variable_rate
 
 
-@pytest.mark.parametrize('at', [0.0, 0.2, 0.6, 1.0])
+@pytest.mark.parametrize('at', [0.0, 0.2, 0.5, 1.0])
 def test_damage_is_not_read_over(at, tmp_path):
     """FFmpeg alone would copy what it cannot read from the frame before.
 
