@@ -87,6 +87,7 @@ def save(videos: Sequence[Video], folder, overwrite: bool = False) -> None:
       ValueError: if the videos are not of one story, or the folder belongs to another one.
       storage.ClaimedError, storage.OutputError: if the folder cannot be written.
     """
+    storage.try_output(folder, 'the argument folder')
     first = videos[0].record
     for i, video in enumerate(videos):
         if video.record != first | {'first_index': first['first_index'] + i}:
@@ -95,7 +96,6 @@ def save(videos: Sequence[Video], folder, overwrite: bool = False) -> None:
                 'own.'
             )
 
-    storage.try_output(folder, 'the argument folder')
     with storage.claim(folder) as hold:
         for index in begin(folder, first | {'num_videos': len(videos)}, overwrite):
             hold.check()
