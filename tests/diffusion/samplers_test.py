@@ -1,5 +1,6 @@
 """Samplers against an analytic model, given scenes, guidance."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -194,3 +195,44 @@ def test_errors_name_the_choice():
         samplers.sampler_table('ddim', SCHEDULE, 0)
     with pytest.raises(ValueError, match='Unknown timestep_spacing'):
         schedule_lib.Schedule(timestep_spacing='random').timesteps(5)
+
+
+def test_the_callback_hears_of_every_timestep_in_order():
+    times, table = samplers.sampler_table('ddim', SCHEDULE, 5)
+    heard = []
+    out = samplers.sample(
+        gaussian_velocity, noise(), LAYOUT, times, table, None, callback=heard.append
+    )
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    assert [int(t) for t in heard] == times.tolist()
+
+
+def test_guidance_may_change_from_step_to_step_and_the_trace_shows_each():
+    """Scales [N, S]: with Euler every step adds its own multiple of the velocity."""
+
+    def velocity(x, t):
+        is_negative = jnp.arange(len(x))[:, None, None, None, None] < len(x) // 2
+        return jnp.where(is_negative, 0.0, 1.0) * jnp.ones_like(x)
+
+    times, table = samplers.sampler_table('euler', SCHEDULE, 3)
+    scales = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out, steps = samplers.sample(velocity, noise(), LAYOUT, times, table, scales, trace=True)
+
+    turns = table[:, 1]
+    for number in range(3):
+        moved = (turns[: number + 1, None] * scales[: number + 1]).sum(0)  # [S]
+        expected = noise() + moved[frame_scenes(LAYOUT)].reshape(1, -1, 1, 1, 1)
+        np.testing.assert_allclose(steps[number], expected, atol=1e-5)
+    np.testing.assert_array_equal(out, steps[-1])
+
+
+def test_the_references_dynamic_guidance_by_hand():
+    """1 + scale·(1 - cos(pi·((N - t) / N)^5)) / 2, with the timestep where a step would be."""
+    assert guidance_lib.reference_dynamic_guidance(6.0, 0, 50) == pytest.approx(7.0)
+    assert guidance_lib.reference_dynamic_guidance(6.0, 50, 50) == pytest.approx(1.0)
+    by_hand = 1 + 6 * (1 - np.cos(np.pi * (-19.0) ** 5)) / 2  # (50 - 1000) / 50
+    assert guidance_lib.reference_dynamic_guidance(6.0, 1000, 50) == pytest.approx(by_hand)
+    assert guidance_lib.reference_dynamic_guidance(2.0, 25, 50) == pytest.approx(
+        1 + 2 * (1 - np.cos(np.pi / 32)) / 2
+    )
