@@ -254,3 +254,8 @@ def test_unknown_names_are_refused():
         embeddings.rope_table(LAYOUTS[0], 32, 'spiral', (2, 3))
     with pytest.raises(ValueError, match='exceeds the trained 1x3'):
         embeddings.rope_table(LAYOUTS[0], 32, 'slice', (1, 3))
+
+
+def test_equal_layouts_are_one_key():
+    """Compiled functions are kept by layout."""
+    assert len({SceneLayout((1, 2), 4, 4, 3), SceneLayout((1, 2), 4, 4, 3, patch_t=1)}) == 1

@@ -8,11 +8,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import mesh_of
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax import pipeline
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.diffusion import schedule as schedule_lib
+from mask2dit_jax.distributed import mesh as mesh_lib
+from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
 from mask2dit_jax.training import optimizer as optimizer_lib
 from mask2dit_jax.training import train_step
@@ -329,6 +334,72 @@ def test_grad_norm_is_the_gradients_before_clipping():
         return jax.jit(step)(random_state(cfg), BATCH, NULL)[1]['grad_norm']
 
     assert norm(1e-3) == norm(1e3) > 0.01
+
+
+def test_grad_norm_is_that_of_the_mean_loss():
+    cfg = step_config(conditional_probability=0.5)
+    state = random_state(cfg)
+    stream = jax.random.fold_in(jax.random.key(cfg.seed), train_step._TRAIN_STREAM)
+    drawn = denoising.draw(jax.random.fold_in(stream, 0), BATCH, NULL, 0, cfg)
+
+    def mean_loss(params):
+        total, count = loss_lib.denoising_loss(
+            dit.DiT(MODEL),
+            params,
+            cfg.schedule,
+            {'latents': drawn.latents, 'text': drawn.text},
+            drawn.noise,
+            drawn.timesteps,
+            drawn.given,
+            FRAMES,
+        )
+        return total / count
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(state.params)
+    step = functools.partial(train_step.train_step, config=cfg, frames=FRAMES)
+    _, metrics = jax.jit(step)(state, BATCH, NULL)
+    np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics['grad_norm'], optax.global_norm(grads), rtol=1e-4)
+
+
+def test_streams_of_random_numbers_are_apart():
+    """What initialises the model, what a step draws and the noise of sampling share no key."""
+    key = jax.random.key(7)
+    streams = (train_step._INIT_STREAM, train_step._TRAIN_STREAM)
+    first = [
+        jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, stream), 0), (4,))
+        for stream in streams
+    ]
+    numbers = np.concatenate([*first, pipeline.story_noise(7, 0, (4,))])
+    assert len(set(numbers.tolist())) == 12
+
+
+def test_the_compiled_step_donates_the_state_and_leaves_it_where_it_was():
+    cfg = step_config()
+    mesh = mesh_of(1, 2, 1, 1)
+    state = random_state(cfg)
+    alone, _ = jax.jit(functools.partial(train_step.train_step, config=cfg, frames=FRAMES))(
+        state, BATCH, NULL
+    )
+    shardings = partitioning.shardings(state, mesh)
+    placed = jax.device_put(state, shardings)
+    sharding = mesh_lib.batch_sharding(mesh)
+    batch = jax.device_put(BATCH, sharding)
+    step = train_step.jit_train_step(cfg, FRAMES, shardings, sharding)
+
+    after, metrics = step(placed, batch, NULL)
+    assert all(x.is_deleted() for x in jax.tree.leaves(placed.params))
+    same = jax.tree.map(lambda x, there: x.sharding == there, after, shardings)
+    assert all(jax.tree.leaves(same))
+    assert any(not there.is_fully_replicated for there in jax.tree.leaves(shardings.params))
+    assert all(metric.sharding.is_fully_replicated for metric in metrics.values())
+    chex.assert_trees_all_close(after.params, alone.params, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_may_be_shorter_than_its_warm_up():
+    cfg = config_lib.OptimizerConfig(learning_rate=0.5, warmup_steps=10)
+    rates = [-float(update['w']) for update in updates(cfg, {'w': jnp.array(0.3)}, 4)]
+    np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.15], rtol=1e-4)
 
 
 def test_scenes_are_given_from_the_step_asked_for():
