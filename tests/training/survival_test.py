@@ -437,7 +437,9 @@ def test_a_hang_in_any_phase_ends_the_run(straight, base, phase, started_process
     shutil.copytree(straight.workdir, run.workdir, dirs_exist_ok=True)
     for step in (6, 8, 10):
         shutil.rmtree(run.workdir / f'checkpoints/{step}')
-    code = f'{DIE}import collections\nhang = lambda *args: time.sleep(1e6)\n{HANGS[phase]}'
+    code = (
+        f'{DIE}import collections\nhang = lambda *args, **kwargs: time.sleep(1e6)\n{HANGS[phase]}'
+    )
     started_processes += run.start(
         f'--config.limits.{phase}=5', '--config.train.sample_every_steps=3', disturb={0: code}
     )
