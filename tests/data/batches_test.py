@@ -245,3 +245,52 @@ def test_drawing_an_example_does_not_look_at_all_clips(scenes):
     records_drawn, peak = peak_bytes(lambda: encoded._draw_records(groups[7], rng, (5,) * 24))
     assert len(np.unique(records_drawn)) == 24
     assert peak < 50_000
+
+
+def test_sizes_and_codec_of_a_run_are_those_of_its_clips(tmp_path):
+    records.write_settings(tmp_path, {'height_px': 48, 'width_px': 64, 'parts': 1})
+    config = tiny_config()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, encoded=str(tmp_path), fps=7.0)
+    )
+    changed = {'codec': 'vae', 'height_px': 48, 'width_px': 64}
+    data = dataclasses.replace(config.data, **changed)
+    assert encoded_clips.with_data_from(config) == dataclasses.replace(config, data=data)
+
+
+# Rendered stories.
+
+
+def test_rendered_stories_are_those_of_the_training_split(tmp_path):
+    """Each once per epoch, as the codec encodes it, in an order of the seed."""
+    config = tiny_config(batch_size=4)
+    data = dataclasses.replace(config.data, layouts=((4, 8),), num_train=12, num_test=8)
+    sizes = {'in_channels': 48, 'out_channels': 48, 'max_text_seq_length': 6, 'text_embed_dim': 64}
+    model = dataclasses.replace(config.model, **sizes)
+    config = dataclasses.replace(config, data=data, model=model)
+    codec = latent_codec.StoriesCodec(config, tmp_path)
+
+    def epoch(seed):
+        seeded_config = dataclasses.replace(config, seed=seed)
+        batches = batches_lib.train_batches(seeded_config, tmp_path / 'run', codec)
+        examples = [batches(step, range(4))[1] for step in range(3)]
+        return np.concatenate([batch['latents'] for batch in examples]), batches
+
+    latents, batches = epoch(0)
+    source = batches_lib.open_stories(config, tmp_path / 'run', (4, 8), 'train')
+    videos = np.stack([source[i]['video'] for i in range(12)])
+    expected = codec.encode_video(videos, (4, 8))
+
+    def rows(array):
+        return sorted(row.tobytes() for row in array)
+
+    assert rows(latents) == rows(expected)
+    other, _ = epoch(1)
+    assert rows(other) == rows(expected)
+    assert (other != latents).any()
+
+    # Beside the workdir, of the numbers that were asked for, and named by the whole data set.
+    assert len(source) == 12
+    assert len(batches_lib.open_stories(config, tmp_path / 'run', (4, 8), 'test')) == 8
+    assert (tmp_path / 'data').is_dir()
+    np.testing.assert_array_equal(batches.null_text, codec.encode_text([''])[0])

@@ -98,6 +98,14 @@ def test_stratified_timesteps():
     assert t.max() <= 999
 
 
+def test_a_timestep_that_rounds_up_stays_in_the_range(monkeypatch):
+    """In float32 (7 + an offset just below 1) / 8 is 1."""
+    below_one = jnp.full(8, np.nextafter(np.float32(1), np.float32(0)))
+    monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: below_one)
+    t = denoising.stratified_timesteps(jax.random.key(0), 8, 1000)
+    assert t.max() == 999
+
+
 def test_some_stories_have_given_scenes_but_never_all():
     given = np.asarray(denoising.sample_given_scenes(jax.random.key(0), 4000, 4, 0.5))
     count = given.sum(1)
