@@ -35,6 +35,24 @@ TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
 FRAMES = (1, 2)
 
+# The smallest model of rendered stories, with a codec of 8 components.
+STORY_MODEL = dit.DiTConfig(
+    num_layers=1,
+    num_attention_heads=1,
+    attention_head_dim=16,
+    in_channels=8,
+    out_channels=8,
+    text_embed_dim=16,
+    time_embed_dim=8,
+    max_text_seq_length=6,
+    patch_size=1,
+    sample_height=4,
+    sample_width=4,
+    sample_frames=4,
+    dtype='float32',
+    attention_backend='dense',
+)
+
 
 def tiny_config(**train):
     """A model of two layers, trained by Muon; `train` replaces fields of TrainConfig."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from conftest import STORY_MODEL
 
 import mask2dit_jax
 from mask2dit_jax import config as config_lib
@@ -17,28 +18,11 @@ from mask2dit_jax.data import latent_codec
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
 from mask2dit_jax.tools import random_model
 
-MODEL = dit.DiTConfig(
-    num_layers=1,
-    num_attention_heads=1,
-    attention_head_dim=16,
-    in_channels=8,
-    out_channels=8,
-    text_embed_dim=16,
-    time_embed_dim=8,
-    max_text_seq_length=6,
-    patch_size=1,
-    sample_height=4,
-    sample_width=4,
-    sample_frames=4,
-    dtype='float32',
-    attention_backend='dense',
-)
 CONFIG = config_lib.Config(
-    model=MODEL,
+    model=STORY_MODEL,
     data=config_lib.DataConfig(codec_components=8),
     sample=config_lib.SampleConfig(steps=3),
 )
@@ -55,7 +39,7 @@ def run(tmp_path_factory):
     """generate() of a random model."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), names.abstract_params(MODEL)
+        lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), names.abstract_params(STORY_MODEL)
     )
     codec = latent_codec.StoriesCodec(CONFIG, tmp_path_factory.mktemp('run'))
     return functools.partial(pipeline.generate, CONFIG, params, codec, frames=FRAMES, seed=1)
@@ -298,7 +282,7 @@ def test_the_default_mesh_takes_the_devices_that_divide(case, axes):
 def test_generation_on_devices_that_the_heads_do_not_divide(monkeypatch, caplog, tmp_path):
     """Eight devices, three heads: six generate, and the user hears of the two that stay idle."""
     config = dataclasses.replace(
-        CONFIG, model=dataclasses.replace(MODEL, num_attention_heads=3, attention_head_dim=16)
+        CONFIG, model=dataclasses.replace(STORY_MODEL, num_attention_heads=3, attention_head_dim=16)
     )
     rng = np.random.default_rng(0)
     abstract = names.abstract_params(config.model)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from conftest import child_environment
+from conftest import STORY_MODEL, child_environment
 
 import mask2dit_jax
 from mask2dit_jax import checkpoint, sample, storage
@@ -25,27 +25,11 @@ from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import samples
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.evaluation import videos as videos_lib
-from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
 from mask2dit_jax.training import train_step
 
 CONFIG = config_lib.Config(
-    model=dit.DiTConfig(
-        num_layers=1,
-        num_attention_heads=1,
-        attention_head_dim=16,
-        in_channels=8,
-        out_channels=8,
-        text_embed_dim=16,
-        time_embed_dim=8,
-        max_text_seq_length=6,
-        patch_size=1,
-        sample_height=4,
-        sample_width=4,
-        sample_frames=4,
-        dtype='float32',
-        attention_backend='dense',
-    ),
+    model=STORY_MODEL,
     data=config_lib.DataConfig(codec_components=8, layouts=((4, 4),)),
     sample=config_lib.SampleConfig(steps=2),
 )

@@ -9,16 +9,14 @@ make the same video again:
 One written by hand may have any of these settings; SETTINGS lists them.
 """
 
-import difflib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable
 
 import numpy as np
 
-from mask2dit_jax import paths
-from mask2dit_jax.diffusion import samplers
+from mask2dit_jax import config as config_lib
+from mask2dit_jax import paths, ranges
 
 _SCENE = ('caption', 'frames')
 _FORM = '{"scenes": [{"caption": "...", "frames": 8}, ...]}'
@@ -65,9 +63,9 @@ def read_record(path) -> dict:
             continue
         if key not in SETTINGS:
             raise ValueError(f'{path} has an unknown setting "{key}"{_nearest(key, SETTINGS)}.')
-        fits, allowed = SETTINGS[key]
-        if not fits(value):
-            raise ValueError(f'{path} has "{key}": {json.dumps(value)}: it must be {allowed}.')
+        allowed = SETTINGS[key]
+        if not allowed.allows(value):
+            raise ValueError(f'{path} has "{key}": {json.dumps(value)}: use {allowed.says}.')
 
     given = record.get('given', [])
     folder = pathlib.Path(path).absolute().parent
@@ -123,23 +121,19 @@ def _wrong_in_scene(scene) -> str | None:
     return None
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f'; the nearest is "{close[0]}"' if close else f'; there are {", ".join(known)}'
+def _nearest(name: str, known) -> str:
+    return ranges.nearest(name, known) or f'; there are {", ".join(known)}'
 
 
 def _is_whole(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return ranges.is_whole(value) and value >= least
 
 
-def _is_number(value) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and bool(np.isfinite(value))
+_SCALE = ranges.of(config_lib.SampleConfig, 'guidance')
 
 
 def _is_guidance(value) -> bool:
-    values = value if isinstance(value, list) and value else [value]
-    return all(_is_number(number) for number in values)
+    return all(map(_SCALE.allows, value if isinstance(value, list) and value else [value]))
 
 
 def _is_given(value) -> bool:
@@ -156,44 +150,42 @@ def _is_given(value) -> bool:
     return True
 
 
-def _whole(least: int):
-    return lambda value: _is_whole(value, least), f'a whole number from {least} on'
+def _whole(least: int) -> ranges.Range:
+    return ranges.Range(f'a whole number from {least} on', lambda value: _is_whole(value, least))
 
 
-def _kind(kind, allowed: str):
-    return lambda value: isinstance(value, kind), allowed
+def _kind(kind, says: str) -> ranges.Range:
+    return ranges.Range(says, lambda value: isinstance(value, kind))
 
 
-def _or_null(setting):
-    fits, allowed = setting
-    return lambda value: value is None or fits(value), f'{allowed}, or null'
+def _or_null(allowed: ranges.Range) -> ranges.Range:
+    return ranges.Range(
+        f'{allowed.says}, or null', lambda value: value is None or allowed.allows(value)
+    )
 
 
 _TEXT = _kind(str, 'a text')
 _FLAG = _kind(bool, 'true or false')
 
-# What a story file may have besides scenes: whether a value fits, and what is allowed.
+# What a story file may have besides scenes.
 SETTINGS = {
     'checkpoint': _TEXT,
-    'given': (_is_given, 'a list of {"file": "a.mp4", "sha256": "..."}'),
+    'given': ranges.Range('a list of {"file": "a.mp4", "sha256": "..."}', _is_given),
     'given_frames': _or_null(_whole(1)),
     'num_videos': _whole(1),
     'first_index': _whole(0),
     'negative_prompt': _TEXT,
-    'seed': _whole(0),
-    'sampler': (
-        lambda value: isinstance(value, str) and value in samplers.SAMPLERS,
-        f'one of {", ".join(samplers.SAMPLERS)}',
-    ),
-    'steps': _whole(1),
-    'guidance': (_is_guidance, 'a number, or a list of one for each scene'),
-    'fps': (lambda value: _is_number(value) and value > 0, 'a number above 0'),
+    'seed': ranges.of(config_lib.Config, 'seed'),
+    'sampler': ranges.of(config_lib.SampleConfig, 'sampler'),
+    'steps': ranges.of(config_lib.SampleConfig, 'steps'),
+    'guidance': ranges.Range(f'{_SCALE.says}, or a list of one for each scene', _is_guidance),
+    'fps': ranges.of(config_lib.DataConfig, 'fps'),
     'model': _kind(dict, 'an object'),
     'jax': _TEXT,
     'device': _TEXT,
-    'mesh': (
-        lambda value: isinstance(value, list) and all(_is_whole(size, 1) for size in value),
+    'mesh': ranges.Range(
         'a list of numbers of devices',
+        lambda value: isinstance(value, list) and all(_is_whole(size, 1) for size in value),
     ),
     'height': _or_null(_whole(1)),
     'width': _or_null(_whole(1)),

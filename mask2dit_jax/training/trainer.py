@@ -370,7 +370,9 @@ _MAY_CHANGE = {
     'eval',
     'limits',
     'mesh',
+    'requires',
     'sample',
+    'data.fps',
     'model.attention_backend',
     'model.remat',
     # Where data and the base lie; they themselves are compared.

@@ -560,7 +560,7 @@ def test_story_files_and_frames(tmp_path):
     for scene, message in (
         ({'frames': 4}, 'has no caption'),
         ({'caption': None}, 'has the caption null, which is not a text'),
-        ({'caption': 'a', 'fames': 4}, 'has an unknown key "fames"; the nearest is "frames"'),
+        ({'caption': 'a', 'fames': 4}, 'has an unknown key "fames" \\(did you mean frames\\?\\)'),
         ({'caption': 'a', 'frames': 0}, 'has 0 frames, not a whole number from 1 on'),
         ({'caption': 'a', 'frames': True}, 'has true frames'),
         ({'caption': 'a', 'frames': '8'}, 'has "8" frames'),
@@ -572,13 +572,13 @@ def test_story_files_and_frames(tmp_path):
                 read(path)
 
     for settings, message in (
-        ({'seeds': 1}, 'unknown setting "seeds"; the nearest is "seed"'),
-        ({'seed': -1}, '"seed": -1: it must be a whole number from 0 on'),
-        ({'steps': 2.5}, '"steps": 2.5: it must be a whole number from 1 on'),
-        ({'guidance': [1, '2']}, '"guidance": .*a number, or a list'),
+        ({'seeds': 1}, 'unknown setting "seeds" \\(did you mean seed\\?\\)'),
+        ({'seed': -1}, '"seed": -1: use a whole number from 0 to 4294967295'),
+        ({'steps': 2.5}, '"steps": 2.5: use a whole number of at least 1'),
+        ({'guidance': [1, '2']}, '"guidance": .*a finite number, or a list'),
         ({'guidance': float('nan')}, '"guidance": NaN'),
-        ({'sampler': 'foo'}, '"sampler": "foo": it must be one of ddim'),
-        ({'given': ['a.mp4']}, '"given": .*it must be a list of {"file"'),
+        ({'sampler': 'foo'}, '"sampler": "foo": use one of ddim'),
+        ({'given': ['a.mp4']}, '"given": .*use a list of {"file"'),
         ({'mesh': 'all'}, '"mesh": "all"'),
     ):
         path.write_text(json.dumps({'scenes': [{'caption': 'good'}]} | settings))
