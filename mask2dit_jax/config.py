@@ -76,10 +76,16 @@ class DataConfig:
       scenes: how clips become a story: 'consecutive' takes consecutive clips of one story, from a
         random start (fine-tuning), 'unrelated' takes clips that do not belong together
         (pretraining).
+      named_once: whether captions of encoded clips name characters and places only in the first
+        clip of a story. Other windows of a story then always have given scenes in training, which
+        show what no caption names.
       codec: the codec between pixels and latents: 'stories' is a fixed linear codec, 'vae' is the
         VAE of a model folder.
       height_px: height of the videos in pixels.
       width_px: width of the videos in pixels; rendered stories must be square.
+      story_scenes: scenes of a rendered story for training, of which windows of a layout's scenes
+        are trained on. They start anywhere, so that captions often do not name what the given
+        scenes show. 0 for stories of the layout's own scenes.
       caption_style: captions of rendered stories: 'first' names character and place in the first
         scene's caption only, 'every' names them in each caption.
       codec_patch_frames: frames per latent frame of the 'stories' codec.
@@ -99,9 +105,11 @@ class DataConfig:
     encoded: str = ranges.path('')
     held_out: str = ranges.path('')
     scenes: str = ranges.word('consecutive', SCENES)
+    named_once: bool = ranges.switch(False)
     codec: str = ranges.word('stories', CODECS)
     height_px: int = ranges.whole(16, least=1)
     width_px: int = ranges.whole(16, least=1)
+    story_scenes: int = ranges.whole(0, least=0)
     caption_style: str = ranges.word('first', CAPTION_STYLES)
     codec_patch_frames: int = ranges.whole(4, least=1)
     codec_components: int = ranges.whole(48, least=1)
@@ -580,6 +588,17 @@ def _conflicts(config) -> list[str]:
 
     if data.held_out and not data.encoded:
         found.append('config.data.held_out goes with config.data.encoded: give both, or neither.')
+    if data.named_once and (data.scenes == 'unrelated' or min(map(len, data.layouts)) == 1):
+        found.append(
+            'config.data.named_once needs consecutive scenes and layouts of two or more, because '
+            'what no caption names must be seen in another scene.'
+        )
+    for layout in data.layouts:
+        if data.story_scenes > len(layout) and (len(layout) == 1 or len(set(layout)) > 1):
+            found.append(
+                f'config.data.story_scenes {data.story_scenes} needs layouts of two scenes or more '
+                f'that have one length, and config.data.layouts has {layout}.'
+            )
     if train.keep_every_steps % train.checkpoint_every_steps:
         found.append(
             f'config.train.keep_every_steps {train.keep_every_steps} must be a multiple of '

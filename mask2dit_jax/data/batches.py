@@ -25,13 +25,16 @@ from mask2dit_jax.stories import builder, world
 
 
 class EncodedStories:
-    """Random access to latents and text of rendered stories, encoded once and held in memory."""
+    """Random access to latents and text of rendered stories, encoded once and held in memory.
+
+    An example is a window: neighbouring scenes of a story, which may have more of them.
+    """
 
     def __init__(
         self,
         source: builder.StorySource,
         codec: latent_codec.LatentCodec,
-        frames: tuple[int, ...],
+        num_scenes: int,
         caption_style: str,
     ):
         """Encodes all stories of a split.
@@ -39,24 +42,46 @@ class EncodedStories:
         Args:
           source: the split.
           codec: the codec of the run.
-          frames: pixel frames of each scene.
+          num_scenes: scenes of a window, which starts at any scene that leaves as many.
           caption_style: how captions are worded; see world.captions.
         """
         examples = [source[i] for i in range(len(source))]
+        frames = source.config.frames
         videos = np.stack([example['video'] for example in examples])  # [B, F, H, W, 3]
         self._latents = codec.encode_video(videos, frames)  # [B, T, h, w, C]
+        self._borders = np.cumsum((0, *codec.latent_frames(frames)))
+        self._num_scenes = num_scenes
+        self._windows = _windows([example['story'] for example in examples], num_scenes)
 
         # Captions repeat: each distinct one is encoded once, and stories share its states.
         captions = [world.captions(example['story'], caption_style) for example in examples]
         distinct = sorted({caption for story in captions for caption in story})
         states = dict(zip(distinct, codec.encode_text(distinct)))
         self._text = [[states[caption] for caption in story] for story in captions]
+        self._named = [list(map(world.is_named, story)) for story in captions]
 
     def __len__(self):
-        return len(self._latents)
+        return len(self._windows)
 
     def __getitem__(self, index):
-        return {'latents': self._latents[index], 'text': np.stack(self._text[index])}
+        story, start = self._windows[index]
+        stop = start + self._num_scenes
+        return {
+            'latents': self._latents[story, self._borders[start] : self._borders[stop]],
+            'text': np.stack(self._text[story][start:stop]),
+            'named': np.array(any(self._named[story][start:stop])),
+        }
+
+
+def _windows(stories: list[world.Story], num_scenes: int) -> list[tuple[int, int]]:
+    """(story, first scene) of all windows but those that show what is held out."""
+    windows = []
+    for index, story in enumerate(stories):
+        for start in range(len(story.actions) - num_scenes + 1):
+            actions = story.actions[start : start + num_scenes]
+            if not world.is_test(story.shape, story.color, story.background, actions):
+                windows.append((index, start))
+    return windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +176,14 @@ def train_batches(config: config_lib.Config, workdir, codec: latent_codec.Latent
         datasets = {layout: encoded.endless(layout) for layout in distinct_layouts}
         return Batches(layouts, datasets, batch_size, encoded.null_text, encoded.fingerprint)
 
-    sources = {
-        layout: open_stories(config, workdir, layout, 'train') for layout in distinct_layouts
-    }
+    sources = {}
+    for layout in distinct_layouts:
+        more_scenes = max(0, config.data.story_scenes - len(layout))
+        story_frames = layout + layout[:1] * more_scenes
+        sources[layout] = open_stories(config, workdir, story_frames, 'train')
     datasets = {}
     for layout, source in sources.items():
-        stories = EncodedStories(source, codec, layout, config.data.caption_style)
+        stories = EncodedStories(source, codec, len(layout), config.data.caption_style)
         dataset = grain.MapDataset.source(stories).seed(config.seed)
         datasets[layout] = dataset.shuffle().repeat()
 

@@ -225,6 +225,11 @@ class EncodedClips:
         text = [scene['text'].astype(np.float32) for scene in scenes]
         return {'latents': np.concatenate(latents), 'text': np.stack(text)}
 
+    def _is_named(self, records) -> np.ndarray:
+        """Whether the captions of these records say what they show, bool []."""
+        begins = self._records.rows['scene'][records[0]] == 0
+        return np.array(begins or not self._config.data.named_once)
+
     def captions(self, records) -> list[str]:
         """Captions of these records."""
         return [self._records[i]['caption'].decode() for i in records]
@@ -248,7 +253,8 @@ class EncodedClips:
         )
 
         def draw(starts, rng):
-            return self.example(self._draw_records(starts, rng, layout), rng)
+            records = self._draw_records(starts, rng, layout)
+            return self.example(records, rng) | {'named': self._is_named(records)}
 
         dataset = grain.MapDataset.source(groups).seed(self._config.seed)
         return dataset.shuffle().repeat().random_map(draw)

@@ -238,7 +238,7 @@ def captions(story: Story, style: str = 'first') -> list[str]:
     Args:
         story: the story.
         style: 'first' names the identity in scene 1 only ('red ring on gray moves left', then 'it
-            grows'), 'every' in every scene.
+            grows'), 'every' in every scene, 'never' in none.
 
     Returns:
         S captions, words of VOCABULARY.
@@ -246,15 +246,20 @@ def captions(story: Story, style: str = 'first') -> list[str]:
     Raises:
         ValueError: for another style.
     """
-    if style not in ('first', 'every'):
-        raise ValueError(f"caption style {style!r} is unknown; use 'first' or 'every'.")
+    if style not in ('first', 'every', 'never'):
+        raise ValueError(f"caption style {style!r} is unknown; use 'first', 'every' or 'never'.")
 
     identity = f'{story.color} {story.shape} on {story.background}'
     texts = []
     for scene, action in enumerate(story.actions):
-        named = scene == 0 or style == 'every'
+        named = style == 'every' or (style == 'first' and scene == 0)
         texts.append(f'{identity if named else "it"} {action}')
     return texts
+
+
+def is_named(caption: str) -> bool:
+    """Whether a caption says who and where."""
+    return caption.split()[:1] != ['it']
 
 
 def parse_captions(texts: list[str]) -> tuple[str, str, str, tuple[str, ...]]:

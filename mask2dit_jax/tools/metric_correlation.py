@@ -348,7 +348,14 @@ def _generate(workdir: pathlib.Path) -> tuple[np.ndarray, list[world.Story]]:
     frames = config.data.layouts[0]
     source = batches.open_stories(config, workdir, frames, 'test')
     return validation.generate_held_out(
-        config, params, codec, source, frames, given_scenes=0, desc=f'generating {workdir}'
+        config,
+        params,
+        codec,
+        source,
+        frames,
+        given_scenes=0,
+        caption_style=config.data.caption_style,
+        desc=f'generating {workdir}',
     )
 
 

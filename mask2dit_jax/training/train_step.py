@@ -77,7 +77,8 @@ def train_step(
 
     Args:
       state: the state, donated.
-      batch: 'latents' [B, T, H, W, C] and 'text' [B, S, M, E], global.
+      batch: 'latents' [B, T, H, W, C], 'text' [B, S, M, E] and 'named' [B], global; see
+        denoising.draw.
       null_text: [M, E], the encoding of the empty caption.
       config: the configuration, static.
       frames: latent frames per scene, static.

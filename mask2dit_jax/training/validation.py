@@ -267,6 +267,7 @@ def _generated_batches(
     source: builder.StorySource,
     frames: tuple[int, ...],
     given_scenes: int,
+    caption_style: str,
     desc: str,
 ) -> Iterator[_Generated]:
     """Generates videos of held-out stories, batch by batch; arguments as `generate_held_out`."""
@@ -281,7 +282,7 @@ def _generated_batches(
         examples = [source[(first + row) % len(source)] for row in rows]
         stories = [example['story'] for example in examples]
 
-        captions = [world.captions(story, config.data.caption_style) for story in stories]
+        captions = [world.captions(story, caption_style) for story in stories]
         videos = pipeline.generate(
             config,
             params,
@@ -304,6 +305,7 @@ def generate_held_out(
     source: builder.StorySource,
     frames: tuple[int, ...],
     given_scenes: int,
+    caption_style: str,
     desc: str,
 ) -> tuple[np.ndarray, list[world.Story]]:
     """Generates videos of held-out stories, in a single process.
@@ -315,12 +317,15 @@ def generate_held_out(
       source: the held-out stories, which come again if there are fewer.
       frames: frames per scene.
       given_scenes: the number of leading scenes that are given.
+      caption_style: how captions are worded; see world.captions.
       desc: the text before the progress bar.
 
     Returns:
       Videos float32 [config.eval.stories, F, H, W, 3], and the stories that they should show.
     """
-    batches = list(_generated_batches(config, params, codec, source, frames, given_scenes, desc))
+    batches = list(
+        _generated_batches(config, params, codec, source, frames, given_scenes, caption_style, desc)
+    )
     videos = np.concatenate([batch.videos for batch in batches])
     return videos, [story for batch in batches for story in batch.stories]
 
@@ -345,13 +350,24 @@ def score_stories(
         layout_name = _layout_name(frames)
 
         # The names say how many scenes are given: layouts of several lengths stand in one table.
-        given_scenes_by_task = {'generate': 0}
+        style = config.data.caption_style
+        tasks = {'generate': (0, style)}
         if len(frames) > 1:
-            given_scenes_by_task[f'extend {len(frames) - 1} given'] = len(frames) - 1
+            given_scenes = len(frames) - 1
+            tasks[f'extend {given_scenes} given'] = given_scenes, style
+            # Only the pixels of the given scenes say who and where.
+            tasks[f'extend {given_scenes} given, unnamed'] = given_scenes, 'never'
 
-        for task, given_scenes in given_scenes_by_task.items():
+        for task, (given_scenes, style) in tasks.items():
             batches = _generated_batches(
-                config, params, codec, source, frames, given_scenes, f'scoring {task} {layout_name}'
+                config,
+                params,
+                codec,
+                source,
+                frames,
+                given_scenes,
+                style,
+                f'scoring {task} {layout_name}',
             )
             # Given scenes would be right without the model.
             scored = tuple(range(given_scenes, len(frames)))

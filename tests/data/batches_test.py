@@ -14,6 +14,7 @@ from conftest import tiny_config
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import encoded_clips, latent_codec, records
+from mask2dit_jax.stories import world
 
 A, B = (5, 5), (9,)
 SHAPE = (2, 2, 8)  # (h, w, C) of the latents
@@ -48,6 +49,64 @@ def test_a_host_gets_the_rows_that_it_asks_for():
     batches = batches_of_numbers((A,), 8)
     assert batches(3, [0, 5, 7])[1]['number'].tolist() == [24, 29, 31]
     assert batches(3, [6])[1]['number'].tolist() == [30]
+
+
+# Windows of rendered stories.
+
+
+class Codec:
+    """Latents that say which frame they are of, text that says which caption."""
+
+    latent_shape = (1, 1, 3)
+
+    def latent_frames(self, frames):
+        return frames
+
+    def encode_video(self, videos, frames):
+        return videos[:, :, :1, :1]
+
+    def encode_text(self, captions):
+        return np.array([[[ord(c) for c in f'{caption:<40}']] for caption in captions])
+
+
+@pytest.mark.parametrize('style, named', [('first', {0}), ('every', {0, 1, 2})])
+def test_windows_start_anywhere_and_none_is_held_out(style, named):
+    stories = []
+    for index in range(40):
+        rng = np.random.default_rng(index)
+        stories.append(world.sample_story(rng, (2,) * 5, split='train'))
+
+    class Source(list):
+        config = types.SimpleNamespace(frames=(2,) * 5)
+
+    source = Source()
+    for index, story in enumerate(stories):
+        video = np.zeros((10, 16, 16, 3), np.float32)
+        video[:, 0, 0, 0] = index
+        video[:, 0, 0, 1] = np.arange(10)
+        source.append({'video': video, 'story': story})
+
+    windows = batches_lib.EncodedStories(source, Codec(), 3, style)
+    seen = set()
+    for example in (windows[i] for i in range(len(windows))):
+        index, first = example['latents'][0, 0, 0, :2].astype(int)
+        np.testing.assert_array_equal(example['latents'][:, 0, 0, 1], np.arange(first, first + 6))
+        start = first // 2
+        seen.add((index, start))
+        story = stories[index]
+        texts = [''.join(map(chr, text[0].astype(int))).strip() for text in example['text']]
+        assert texts == world.captions(story, style)[start : start + 3]
+        assert example['named'] == (start in named)
+
+    held_out = set()
+    for index, story in enumerate(stories):
+        for start in range(3):
+            actions = story.actions[start : start + 3]
+            if world.is_test(story.shape, story.color, story.background, actions):
+                held_out.add((index, start))
+    assert held_out
+    assert seen == {(i, start) for i in range(40) for start in range(3)} - held_out
+    assert len(windows) == len(seen)
 
 
 # Clips.

@@ -28,7 +28,9 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
 
     Args:
       key: PRNG key of this step.
-      batch: 'latents' [B, T, H, W, C] and 'text' [B, S, M, E].
+      batch: 'latents' [B, T, H, W, C], 'text' [B, S, M, E], and 'named' bool [B]: whether captions
+        say what the story shows. Where they do not, some scenes are always given: from captions
+        alone the model would learn to invent.
       null_text: [M, E], the encoding of the empty caption.
       step: int [], the updates done before this one.
       config: the configuration.
@@ -41,10 +43,14 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
     timesteps = stratified_timesteps(time_key, batch_size, config.schedule.num_train_timesteps)
 
+    probability = jnp.where(step >= train.conditional_from_step, train.conditional_probability, 0.0)
     given = sample_given_scenes(
-        given_key, batch_size, num_scenes, train.conditional_probability, train.given
+        given_key,
+        batch_size,
+        num_scenes,
+        jnp.where(batch['named'], probability, 1.0),
+        train.given,
     )
-    given &= step >= train.conditional_from_step
 
     text = drop_captions(drop_key, batch['text'], null_text, train.caption_dropout)
 
@@ -73,35 +79,33 @@ def stratified_timesteps(key, batch_size: int, num_timesteps: int):
     return jnp.minimum((fraction * num_timesteps).astype(jnp.int32), num_timesteps - 1)
 
 
-def sample_given_scenes(
-    key, batch_size: int, num_scenes: int, probability: float, which: str = 'leading'
-):
+def sample_given_scenes(key, batch_size: int, num_scenes: int, probability, which: str = 'leading'):
     """Chooses the given (conditioning) scenes of each story.
 
     Args:
       key: PRNG key.
       batch_size: B.
       num_scenes: S.
-      probability: the share of stories that have given scenes. Their number is uniform from 1 to
-        S - 1, so that there is always a scene left to train on.
+      probability: how likely a story has given scenes, a number or [B]. Their number is uniform
+        from 1 to S - 1, so that there is always a scene left to train on.
       which: 'leading' gives the first scenes of a story, 'any' a random subset.
 
     Returns:
       bool [B, S], true where a scene is given.
     """
-    if num_scenes == 1 or not probability:
+    if num_scenes == 1:
         return jnp.zeros((batch_size, num_scenes), bool)
 
     coin_key, count_key, *order_key = jax.random.split(key, 3 if which == 'any' else 2)
     count = jax.random.randint(count_key, (batch_size, 1), 1, num_scenes)
-    has_given = jax.random.bernoulli(coin_key, probability, (batch_size, 1))
+    has_given = jax.random.uniform(coin_key, (batch_size,)) < probability
 
     # The scenes with the lowest ranks are given.
     rank = jnp.broadcast_to(jnp.arange(num_scenes), (batch_size, num_scenes))
     if which == 'any':
         rank = jax.random.permutation(order_key[0], rank, axis=1, independent=True)
 
-    return has_given & (rank < count)
+    return has_given[:, None] & (rank < count)
 
 
 def drop_captions(key, text, null_text, probability: float):
