@@ -259,6 +259,18 @@ def test_no_noise_of_the_posterior_comes_twice(clips):
     assert abs(between_scenes) < 0.05 and abs(between_examples) < 0.05
 
 
+def test_captions_that_name_once_name_in_windows_from_the_first_clip(clips):
+    """The first clip of a story may be missing: then none of its windows is named."""
+    rows = open_clips(clips)._records.rows
+    for named_once in (False, True):
+        endless = open_clips(clips, named_once=named_once).endless((5, 5))
+        examples = [endless[i] for i in range(60)]
+        begins = [rows['scene'][scenes_of(example)[0]] == 0 for example in examples]
+        assert set(begins) == {False, True}
+        named = [bool(example['named']) for example in examples]
+        assert named == (begins if named_once else [True] * 60)
+
+
 def test_the_fingerprint_tells_how_stories_are_made(clips):
     found = [open_clips(clips, scenes=scenes).fingerprint for scenes in config_lib.SCENES]
     assert len(set(found)) == 2

@@ -99,8 +99,10 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [(r['task'], r['frames']) for r in rows] == [
         ('generate', '4+4'),
         ('extend 1 given', '4+4'),
+        ('extend 1 given, unnamed', '4+4'),
         ('generate', '4+8'),
         ('extend 1 given', '4+8'),
+        ('extend 1 given, unnamed', '4+8'),
     ]
     assert json.loads((workdir / 'scores.json').read_text()) == rows
 
