@@ -166,6 +166,8 @@ class TrainConfig:
         (clean, at timestep 0).
       given: which scenes are given: 'leading' ones as in extension, or 'any' subset.
       conditional_from_step: updates before this one give no scenes.
+      given_max_timestep: given scenes get the noise of a timestep that is uniform from 0, clean, to
+        this one; 0 keeps all clean, as in the paper.
       ema_decay: upper limit of the EMA's decay, which is min((1 + k) / (10 + k), ema_decay) at
         update k.
       log_every_steps: updates between two records of the metrics.
@@ -182,6 +184,7 @@ class TrainConfig:
     conditional_probability: float = ranges.real(0.0, least=0, most=1)
     given: str = ranges.word('leading', GIVEN)
     conditional_from_step: int = ranges.whole(0, least=0, most=MAX_STEPS)
+    given_max_timestep: int = ranges.whole(0, least=0)
     ema_decay: float = ranges.real(0.9999, least=0, most=1)
     log_every_steps: int = ranges.whole(50, least=1)
     checkpoint_every_steps: int = ranges.whole(1000, least=1)
@@ -198,12 +201,16 @@ class SampleConfig:
       sampler: 'ddim', 'dpm++2m' or 'euler'.
       steps: steps of the sampler.
       guidance: scale of classifier-free guidance; 1 switches guidance off.
+      given_timestep: timestep of given scenes, with its noise; 0 for clean ones, as in the paper.
+        A little noise hides what generated scenes have wrong, from a model that was trained with
+        train.given_max_timestep.
       sheet_stories: stories in a sample grid.
     """
 
     sampler: str = ranges.word('ddim', samplers.SAMPLERS)
     steps: int = ranges.whole(50, least=1)
     guidance: float = ranges.real(6.0)
+    given_timestep: int = ranges.whole(0, least=0)
     sheet_stories: int = ranges.whole(4, least=1)
 
 
@@ -628,6 +635,15 @@ def _conflicts(config) -> list[str]:
             f'{config.eval.batch_size}.'
         )
 
+    for name, timestep in (
+        ('sample.given_timestep', config.sample.given_timestep),
+        ('train.given_max_timestep', train.given_max_timestep),
+    ):
+        if timestep >= schedule.num_train_timesteps:
+            found.append(
+                f'config.{name} {timestep} must be below the num_train_timesteps of '
+                f'config.schedule, {schedule.num_train_timesteps}.'
+            )
     if schedule.beta_start > schedule.beta_end:
         found.append(
             f'config.schedule.beta_start {schedule.beta_start} must not be above beta_end '

@@ -5,382 +5,34 @@ and scores.
     video = model.generate(['red ring on gray moves left', 'it grows', 'it blinks'])
     video.save('samples')
 
-`load` opens whatever holds a model. Below it stand the steps that it is made of: `encode_inputs`,
-`sample_latents`, and both with decoding, `generate`.
+`load` opens whatever holds a model. Stories of many scenes are told one scene after another, and
+`Model.tell` yields each as soon as it is done.
 """
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
-import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
 
-from mask2dit_jax import checkpoint, paths, ranges
+from mask2dit_jax import checkpoint, generation, paths, ranges
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import clips, latent_codec, latent_file, manifest, samples, story_file
 from mask2dit_jax.data import video as video_lib
-from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import context_parallel, partitioning
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit, lora, vae
 from mask2dit_jax.pretrained import config_json, lora_files, names, runs
 from mask2dit_jax.pretrained import load as load_lib
 
-# Functions that hear of every denoising step that is done, by a number of their own. The compiled
-# loops get the number as an input and call `_report_step` with it, so that a loop need not be
-# compiled anew for each of them.
-_step_listeners: dict[int, Callable[[], None]] = {}
-_listener_numbers = itertools.count()
-
-
-def _report_step(timestep, number) -> None:
-    del timestep  # listeners count
-    _step_listeners[int(number)]()
-
-
-@contextlib.contextmanager
-def _listening(listener: Callable[[], None]) -> Iterator[int]:
-    """Yields the number under which a listener hears of steps; what it raises, this raises.
-
-    The loop calls from inside of XLA, in whose hands an exception becomes another one or ends the
-    process; and where the main thread runs the loop, Ctrl-C is such an exception.
-    """
-    raised = []
-
-    def safe_listener():
-        if raised:
-            return
-        try:
-            listener()
-        except BaseException as error:
-            raised.append(error)
-
-    number = next(_listener_numbers)
-    _step_listeners[number] = safe_listener
-    try:
-        yield number
-    finally:
-        jax.effects_barrier()  # the last calls may come after the result
-        del _step_listeners[number]
-    if raised:
-        raise raised[0]
-
-
-@functools.cache
-def jit_sample(
-    config: config_lib.Config,
-    frames: tuple[int, ...],
-    mesh: jax.sharding.Mesh,
-    reports_steps: bool = False,
-):
-    """The jitted sampling loop for these latent frames per scene; it compiles once for each batch
-    size and number of steps.
-
-    Stories lie on the mesh as mesh.row_sharding says. The two halves of classifier-free guidance
-    are rows of one batch, spread over the batch axes; tokens are spread over context. With
-    `reports_steps` the loop gets the number of one of `_step_listeners` as its last input, and
-    tells it of every step that is done.
-    """
-    model = dit.DiT(config.model)
-
-    def by_rows(x):
-        return jax.lax.with_sharding_constraint(x, mesh_lib.row_sharding(mesh, len(x)))
-
-    def run(
-        params,
-        noise,
-        text,
-        null_text,
-        given,
-        given_scenes,
-        timesteps,
-        table,
-        guidance,
-        listener=None,
-    ):
-        noise, text, given, given_scenes = map(by_rows, (noise, text, given, given_scenes))
-        layout = config.model.layout(frames, *noise.shape[2:4])
-        both = jnp.concatenate([jnp.broadcast_to(null_text, text.shape), text])
-
-        # Between forward passes width and channels are one axis: alone, 16 channels would fill an
-        # eighth of the TPU's lanes, and every copy of the latents eight times their size.
-        shape = noise.shape[1:]
-
-        def velocity(x, t):
-            v = model.apply({'params': params}, x.reshape(-1, *shape), both, t, frames=frames)
-            return v.reshape(x.shape)
-
-        noise, given = (x.reshape(*x.shape[:3], -1) for x in (noise, given))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            out = samplers.sample(
-                velocity,
-                noise,
-                layout,
-                timesteps,
-                table,
-                guidance,
-                given,
-                given_scenes,
-                callback=_report_step if reports_steps else None,
-                callback_data=listener,
-            )
-        return by_rows(out.reshape(-1, *shape))
-
-    # Stories come in and go out as they lie: how they are spread depends on their number.
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = partitioning.shardings(names.abstract_params(config.model), mesh)
-    inputs = (None, None, whole, None, None, *[whole] * (3 + reports_steps))
-    return jax.jit(run, in_shardings=(params, *inputs))
-
-
-def story_noise(seed: int, index: int, shape: tuple[int, ...]):
-    """Initial noise of one story, float32; a function of seed and index alone, whatever the
-    batch."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), index)
-    return jax.random.normal(key, shape, jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What the transformer gets for a batch of stories of one layout, besides noise.
-
-    Attributes:
-      latent_frames: per scene.
-      text: [B, S, M, E].
-      null_text: [M, E], the negative caption.
-      given: latents [B, T, h, w, C], zero where nothing is given.
-      given_scenes: bool [B, S].
-    """
-
-    latent_frames: tuple[int, ...]
-    text: np.ndarray
-    null_text: np.ndarray
-    given: np.ndarray
-    given_scenes: np.ndarray
-
-    def story(self, index: int) -> 'Inputs':
-        """The inputs of one story, as a batch of one."""
-        rows = slice(index, index + 1)
-        return dataclasses.replace(
-            self,
-            text=self.text[rows],
-            given=self.given[rows],
-            given_scenes=self.given_scenes[rows],
-        )
-
-
-def encode_inputs(
-    codec: latent_codec.LatentCodec,
-    captions,
-    frames: tuple[int, ...],
-    given_videos=None,
-    negative_caption: str = '',
-    given_latents: Sequence[np.ndarray] = (),
-) -> Inputs:
-    """Encodes captions and given scenes.
-
-    Args:
-      codec: text and video codec.
-      captions: per story a list of S strings, those of given scenes included.
-      frames: pixel frames per scene.
-      given_videos: None, or pixels [B, F', H, W, 3] of the leading scenes, which are given; B may
-        be 1 where all stories share them.
-      negative_caption: what classifier-free guidance leads away from, in every scene.
-      given_latents: instead of given_videos, latents [T', h, w, C] of each leading scene that is
-        given, which all stories share.
-
-    Raises:
-      ValueError: if captions, frames and given scenes do not fit each other.
-    """
-    num_scenes, batch = len(frames), len(captions)
-    if any(len(c) != num_scenes for c in captions):
-        raise ValueError(
-            f'Every story needs one caption for each of its {num_scenes} scenes, got {captions[0]}.'
-        )
-    latent_frames = codec.latent_frames(frames)
-    given = np.zeros((batch, sum(latent_frames), *codec.latent_shape), np.float32)
-    given_scenes = np.zeros((batch, num_scenes), bool)
-    count = 0 if given_videos is None else _given_count(frames, given_videos.shape[1])
-    # One call: the text encoder may be loaded for it.
-    *text, null_text = codec.encode_text(
-        [c for story in captions for c in story] + [negative_caption]
-    )
-    if count:
-        latents = codec.encode_video(given_videos, frames[:count])
-        given[:, : latents.shape[1]] = latents
-        given_scenes[:, :count] = True
-    elif len(given_latents):
-        latents = np.concatenate(given_latents)  # [T', h, w, C]
-        given[:, : len(latents)] = latents
-        given_scenes[:, : len(given_latents)] = True
-    text = np.reshape(text, (batch, num_scenes, *null_text.shape))
-    return Inputs(latent_frames, text, null_text, given, given_scenes)
-
-
-def sample_latents(
-    config: config_lib.Config,
-    params,
-    inputs: Inputs,
-    *,
-    seed: int,
-    first_index: int = 0,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance=None,
-    batch_size: int | None = None,
-    listener: Callable[[], None] | None = None,
-) -> np.ndarray:
-    """Denoises stories, on the mesh that `params` lie on.
-
-    Args:
-      config, params, seed, first_index, sampler, steps, guidance, batch_size: as in `generate`.
-      inputs: of `encode_inputs`, for the stories that this process needs (mesh.local_rows).
-      listener: called after every denoising step.
-
-    Returns:
-      Latents float32 [B, T, h, w, C] of these stories.
-
-    Raises:
-      ValueError: if guidance is neither one number nor one number for each scene.
-    """
-    num_scenes = len(inputs.latent_frames)
-    guidance = config.sample.guidance if guidance is None else guidance
-    _check_guidance(guidance, num_scenes)
-    mesh = mesh_lib.mesh_of(params)
-    batch_size = batch_size or len(inputs.given)
-    rows = mesh_lib.local_rows(mesh, batch_size)
-    whole = config.model.whole_patches(inputs.latent_frames)
-    given = inputs.given[:, whole.source]
-    noise = [story_noise(seed, first_index + row, given.shape[1:]) for row in rows]
-    stories = {
-        'noise': np.stack(noise),
-        'text': inputs.text,
-        'given': given,
-        'given_scenes': inputs.given_scenes,
-    }
-    stories = mesh_lib.global_batch(stories, mesh, batch_size)
-
-    timesteps, table = samplers.sampler_table(
-        sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
-    )
-    scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    run = jit_sample(config, whole.frames, mesh, reports_steps=listener is not None)
-    arguments = (
-        params,
-        stories['noise'],
-        stories['text'],
-        inputs.null_text,
-        stories['given'],
-        stories['given_scenes'],
-        timesteps,
-        table,
-        scale,
-    )
-    if listener is None:
-        latents = mesh_lib.local_batch(run(*arguments))
-    else:
-        with _listening(listener) as number:
-            latents = mesh_lib.local_batch(run(*arguments, number))
-    return latents[:, whole.kept]
-
-
-def _check_guidance(guidance, num_scenes: int) -> None:
-    if np.size(guidance) not in (1, num_scenes):
-        raise ValueError(
-            f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.'
-        )
-
-
-def generate(
-    config: config_lib.Config,
-    params,
-    codec: latent_codec.LatentCodec,
-    captions,
-    frames: tuple[int, ...],
-    *,
-    seed: int,
-    first_index: int = 0,
-    given_videos=None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance=None,
-    batch_size: int | None = None,
-) -> np.ndarray:
-    """Generates a batch of stories of one layout.
-
-    With several processes each takes the stories that its devices need (mesh.local_rows), and
-    returns those that it owns (mesh.owned_rows). With one process, both are all stories.
-
-    Args:
-      config: the model's configuration, which also holds the default sampler settings.
-      params: parameters, on one device or spread over a mesh by partitioning.shardings.
-      codec, captions, frames, given_videos: as in `encode_inputs`.
-      seed: story i gets the noise of (seed, first_index + i).
-      first_index: see above.
-      sampler, steps, guidance: overrides of config.sample; guidance may be one number per scene.
-      batch_size: stories of the whole batch; None if `captions` are all of it.
-
-    Returns:
-      Pixels float32 in [0, 1], [B, F, H, W, 3]; given scenes come back as their codec sees them.
-
-    Raises:
-      ValueError: if captions, frames, guidance and given scenes do not fit each other.
-    """
-    inputs = encode_inputs(codec, captions, frames, given_videos)
-    latents = sample_latents(
-        config,
-        params,
-        inputs,
-        seed=seed,
-        first_index=first_index,
-        sampler=sampler,
-        steps=steps,
-        guidance=guidance,
-        batch_size=batch_size,
-    )
-    mesh = mesh_lib.mesh_of(params)
-    return decode_owned(codec, latents, inputs.latent_frames, mesh, batch_size or len(captions))
-
-
-def decode_owned(
-    codec: latent_codec.LatentCodec, latents, latent_frames: tuple[int, ...], mesh, batch_size: int
-) -> np.ndarray:
-    """Decodes the stories that this process owns.
-
-    Args:
-      codec: video codec.
-      latents: of `sample_latents`.
-      latent_frames: per scene.
-      mesh: the mesh that the stories were sampled on.
-      batch_size: stories of the whole batch.
-
-    Returns:
-      Pixels float32 in [0, 1], [B, F, H, W, 3], of the stories of mesh.owned_rows.
-    """
-    owned = mesh_lib.owned_rows(mesh, batch_size)
-    if not owned:
-        return np.zeros((0, 1, *codec.size_px, 3), np.float32)
-    rows = mesh_lib.local_rows(mesh, batch_size)
-    return codec.decode_video(latents[[rows.index(row) for row in owned]], latent_frames)
-
-
-def _given_count(frames: tuple[int, ...], given_frames: int) -> int:
-    """How many leading scenes these frames fill."""
-    ends = list(np.cumsum(frames))
-    if given_frames not in ends[:-1]:
-        raise ValueError(
-            f'Given clips have {given_frames} frames in all, which fills no number of leading '
-            f'scenes of {frames} and leaves one to generate.'
-        )
-    return ends.index(given_frames) + 1
+# Scenes that the released weights were trained on (Mask²DiT, section 4.1); their folder does not
+# say.
+_RELEASED_SCENES = 3
 
 
 def read_given(path, height_px: int, width_px: int, frames: int | None, seed: int) -> np.ndarray:
@@ -567,8 +219,79 @@ def plan_frames(
     return tuple(planned)
 
 
+def plan_telling(
+    config: config_lib.Config,
+    frames: tuple[int, ...],
+    num_given: int,
+    *,
+    joint: int | None,
+    window: int | None,
+    sinks: int,
+) -> tuple[list[generation.Block], dict]:
+    """Plans which scenes are generated together, and says where that is beyond the training.
+
+    Args:
+      config: the model's configuration, whose layouts it was trained on.
+      frames: pixel frames of each scene.
+      num_given: leading scenes that are given.
+      joint, window, sinks: as in `Model.request`.
+
+    Returns:
+      The blocks, and what story.json holds of them.
+
+    Raises:
+      ValueError: if a number is out of its range.
+    """
+    found = []
+    for name, value, least in (('joint', joint, 1), ('window', window, 1), ('sinks', sinks, 0)):
+        if value is not None and not (ranges.is_whole(value) and value >= least):
+            found.append(f'{name} is {value!r}: use a whole number of at least {least}.')
+    ranges.refuse(found)
+
+    trained = max(map(len, config.data.layouts))
+    joint = trained if joint is None else joint
+    window = max(1, trained - 1 - sinks) if window is None else window
+    blocks = generation.plan_blocks(len(frames), num_given, joint=joint, window=window, sinks=sinks)
+    joint = max(blocks[0].stop, 1)
+
+    longest = max(len(block.scenes) for block in blocks if block.stop > num_given)
+    if longest > trained:
+        logging.warning(
+            '%d scenes are in one pass, and the model was trained on %d: a smaller --window, '
+            '--sinks or --joint keeps to that.',
+            longest,
+            trained,
+        )
+    lengths = {length for layout in config.data.layouts for length in layout}
+    unseen = sorted(set(frames) - lengths)
+    if unseen:
+        logging.warning(
+            'A scene has %d frames, and the model was trained on scenes of %s: expect less of it.',
+            unseen[0],
+            ' and '.join(map(str, sorted(lengths))),
+        )
+    return blocks, {'joint': joint, 'window': window, 'sinks': sinks}
+
+
 Video = samples.Video
 save = samples.save
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One scene of a story that is told.
+
+    Attributes:
+      number: its place in the story, from 0.
+      caption: what it was asked to show.
+      pixels: float32 in [0, 1], [F, H, W, 3].
+      latents: float32 [T, h, w, C], what it was decoded from.
+    """
+
+    number: int
+    caption: str
+    pixels: np.ndarray
+    latents: np.ndarray
 
 
 def check_sampling(
@@ -617,6 +340,7 @@ class Request:
       mesh: the devices that the videos are sampled on.
       negative_caption: what guidance leads away from.
       sampling: seed, sampler, steps and guidance.
+      blocks: which scenes are generated together, and which are given then.
       record: what story.json holds. Its `weights`, a checksum, and its `checkpoint` are certain
         once `inputs` are there: before, the latter is the newest of a workdir, whole or not.
       inputs: what the transformer gets, after `Model.start`.
@@ -628,8 +352,9 @@ class Request:
     mesh: jax.sharding.Mesh
     negative_caption: str
     sampling: dict
+    blocks: list[generation.Block]
     record: dict
-    inputs: Inputs | None = None
+    inputs: generation.Inputs | None = None
 
 
 class Model:
@@ -689,7 +414,7 @@ class Model:
           callback: called after every denoising step with its number, from 1, and the number of all
             steps of all the videos. What it raises ends the call, after the present video.
           **settings: those of `request`: frames, given, given_frames, seed, first_index, sampler,
-            steps, guidance, negative_caption.
+            steps, guidance, negative_caption, joint, window, sinks.
 
         Returns:
           Video, or a list of them if captions is a list of lists.
@@ -701,6 +426,22 @@ class Model:
         videos = list(self.videos(request, range(len(request.stories)), callback))
         is_one = isinstance(captions[0], str)
         return videos[0] if is_one else videos
+
+    def tell(self, captions: Sequence[str], **settings) -> Iterator[Scene]:
+        """Tells one story, and yields each scene as soon as it is decoded.
+
+        Args:
+          captions: one for each scene, those of given scenes included.
+          **settings: those of `request`.
+
+        Yields:
+          Scene, the given ones first.
+
+        Raises:
+          FileNotFoundError, ValueError: naming what is missing or does not fit.
+        """
+        request = self.start(self.request(list(captions), **settings))
+        yield from self.scenes(request, 0)
 
     def request(
         self,
@@ -715,6 +456,9 @@ class Model:
         steps: int | None = None,
         guidance=None,
         negative_caption: str = '',
+        joint: int | None = None,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> Request:
         """Checks what `generate` is asked for, and reads the given files; no network is loaded.
 
@@ -734,6 +478,11 @@ class Model:
           sampler, steps, guidance: None takes the settings of the model; guidance is one number, or
             one for each scene.
           negative_caption: what guidance leads away from, in every scene.
+          joint: how many scenes at the beginning are generated together; None takes as many as the
+            model was trained on. All later ones are generated one after another.
+          window: how many scenes right before a later one are given to it; None takes as many as
+            the model was trained on, the new scene and `sinks` not counted.
+          sinks: how many scenes at the beginning of the story are given to every later one on top.
 
         Raises:
           FileNotFoundError, ValueError: naming what is missing or does not fit.
@@ -758,7 +507,10 @@ class Model:
             scenes += _open_given(item, self.codec, given_frames, seed)
         lengths = [scene.frames for scene in scenes]
         planned = plan_frames(asked, lengths, self.config.data.layouts[0][0])
-        mesh = self._mesh_for(self._num_tokens(planned))
+        blocks, telling = plan_telling(
+            self.config, planned, len(scenes), joint=joint, window=window, sinks=sinks
+        )
+        mesh = self._mesh_for(self._num_tokens(planned, blocks))
         record = {
             'scenes': _scene_records(stories[0], planned),
             'checkpoint': self.source,
@@ -769,6 +521,7 @@ class Model:
             'first_index': first_index,
             'negative_prompt': negative_caption,
             **sampling,
+            **telling,
             'fps': self.config.data.fps,
             'model': dataclasses.asdict(self.config.model),
             'jax': jax.__version__,
@@ -776,7 +529,7 @@ class Model:
             'device': mesh.devices.flat[0].device_kind,
             'mesh': [mesh.shape['fsdp'], mesh.shape['context']],
         }
-        return Request(stories, planned, scenes, mesh, negative_caption, sampling, record)
+        return Request(stories, planned, scenes, mesh, negative_caption, sampling, blocks, record)
 
     def start(self, request: Request) -> Request:
         """Encodes the captions and given scenes of a request, then reads the transformer.
@@ -788,7 +541,7 @@ class Model:
             len(request.stories),
             '+'.join(map(str, request.frames)),
         )
-        inputs = encode_inputs(
+        inputs = generation.encode_inputs(
             self.codec,
             request.stories,
             request.frames,
@@ -821,23 +574,65 @@ class Model:
         """
         listener = None
         if callback is not None:
-            listener = _step_counter(callback, len(indices) * request.sampling['steps'])
-        first = request.record['first_index']
+            blocks = len(_unmade(request, 0)) * len(indices)
+            listener = _step_counter(callback, blocks * request.sampling['steps'])
 
         for index in tqdm.tqdm(indices, desc='sampling', unit='video'):
-            _, params = self.params(request.mesh)
-            latents = sample_latents(
-                self.config,
-                params,
-                request.inputs.story(index),
-                first_index=first + index,
-                listener=listener,
-                **request.sampling,
-            )
-            del params
-            self._put_away(is_last=index == indices[-1])
-            pixels = self.codec.decode_video(latents, request.inputs.latent_frames)
-            yield self._video(request, index, latents[0], pixels[0])
+            is_last = index == indices[-1]
+            scenes = self.scenes(request, index, listener=listener, keeps_params=not is_last)
+            yield self._video(request, index, list(scenes))
+
+    def scenes(
+        self,
+        request: Request,
+        index: int,
+        told: Sequence[np.ndarray] = (),
+        listener: Callable[[], None] | None = None,
+        keeps_params: bool = False,
+    ) -> Iterator[Scene]:
+        """Tells one story of a request that was started.
+
+        Args:
+          request: of `start`.
+          index: which of its stories.
+          told: latents [T, h, w, C] of the scenes that are generated already, of this or of a
+            shorter request that is otherwise the same. They are decoded again, not generated.
+          listener: called after every denoising step.
+          keeps_params: whether the transformer is needed after the last scene, where the model does
+            not keep its parameters.
+
+        Yields:
+          Scene, as soon as its block is decoded.
+        """
+        inputs = request.inputs.story(index)
+        sampling = request.sampling | {'first_index': request.record['first_index'] + index}
+        blocks = request.blocks
+        new = _unmade(request, len(told))
+        done = []  # latents [1, T, h, w, C] of each scene
+        captions = request.stories[index]
+        is_long = len(new) > 1
+        with tqdm.tqdm(total=len(new), desc='telling', unit='block', disable=not is_long) as bar:
+            for block in blocks:
+                if block in new:
+                    _, params = self.params(request.mesh)
+                    latents = generation.tell(
+                        self.config, params, inputs, block, done, listener=listener, **sampling
+                    )
+                    del params
+                    self._put_away(is_last=block == blocks[-1] and not keeps_params)
+                    bar.update()
+                elif block.stop <= len(told):
+                    latents = [scene[None] for scene in told[block.start : block.stop]]
+                else:
+                    latents = generation.tell(self.config, None, inputs, block, done, **sampling)
+                done += latents
+
+                frames = request.inputs.latent_frames[block.start : block.stop]
+                pixels = self.codec.decode_video(np.concatenate(latents, axis=1), frames)[0]
+                lengths = request.frames[block.start : block.stop]
+                clips_px = story_file.split_scenes(pixels, lengths)
+                for number, clip, scene in zip(range(block.start, block.stop), clips_px, latents):
+                    yield Scene(number, captions[number], clip, scene[0])
 
     def _put_away(self, is_last: bool) -> None:
         """Makes room for the VAE where parameters are not kept."""
@@ -849,8 +644,8 @@ class Model:
             path, params = self._params
             self._params = path, _in_memory(params, 'pinned_host')
 
-    def _video(self, request: Request, index: int, latents, pixels) -> Video:
-        """One video, from its latents [T, h, w, C] and its pixels [F, H, W, 3]."""
+    def _video(self, request: Request, index: int, scenes: Sequence[Scene]) -> Video:
+        """One video of all its scenes."""
         captions = request.stories[index]
         record = request.record | {
             'scenes': _scene_records(captions, request.frames),
@@ -858,18 +653,30 @@ class Model:
             'first_index': request.record['first_index'] + index,
         }
         return Video(
-            story_file.split_scenes(pixels, request.frames),
+            [scene.pixels for scene in scenes],
             captions,
             len(request.given),
             self.config.data.fps,
             record,
-            latent_file.Latents(
-                story_file.split_scenes(latents, request.inputs.latent_frames),
-                list(request.frames),
-                self.codec.fingerprint,
-                self.codec.size_px,
-                record['checkpoint'],
-            ),
+            self.latents_of(request, [scene.latents for scene in scenes]),
+        )
+
+    def read_latents(self, path) -> list[np.ndarray]:
+        """The scenes [T, h, w, C] of a file of latents, or of the folder of one.
+
+        Raises:
+          FileNotFoundError, ValueError: naming the file, if it is not there or does not fit.
+        """
+        return [scene.latents for scene in _open_given(path, self.codec, None, 0)]
+
+    def latents_of(self, request: Request, scenes: Sequence[np.ndarray]) -> latent_file.Latents:
+        """The leading scenes of a story, [T, h, w, C] each, for a file of latents."""
+        return latent_file.Latents(
+            list(scenes),
+            list(request.frames[: len(scenes)]),
+            self.codec.fingerprint,
+            self.codec.size_px,
+            request.record['checkpoint'],
         )
 
     def _mesh_for(self, num_tokens: int) -> jax.sharding.Mesh:
@@ -886,10 +693,15 @@ class Model:
             context_parallel.check(self._mesh.shape, 2, num_tokens, heads)
         return self._mesh
 
-    def _num_tokens(self, frames: tuple[int, ...]) -> int:
-        """Tokens of a story of these pixel frames."""
+    def _num_tokens(self, frames: tuple[int, ...], blocks: Sequence[generation.Block]) -> int:
+        """The greatest common divisor of the numbers of tokens of a story's blocks."""
         latent_frames = self.codec.latent_frames(frames)
-        return self.config.model.layout(latent_frames, *self.codec.latent_shape[:2]).num_tokens
+        numbers = []
+        for block in blocks:
+            seen = tuple(latent_frames[scene] for scene in block.scenes)
+            layout = self.config.model.layout(seen, *self.codec.latent_shape[:2])
+            numbers.append(layout.num_tokens)
+        return math.gcd(*numbers)
 
 
 def _in_memory(params, kind: str):
@@ -899,6 +711,12 @@ def _in_memory(params, kind: str):
 
 def _scene_records(captions: Sequence[str], frames: Sequence[int]) -> list[dict]:
     return [{'caption': c, 'frames': f} for c, f in zip(captions, frames)]
+
+
+def _unmade(request: Request, num_told: int) -> list[generation.Block]:
+    """The blocks that are to be generated where so many leading scenes are generated already."""
+    there = max(num_told, len(request.given))
+    return [block for block in request.blocks if block.stop > there]
 
 
 def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[[], None]:
@@ -1064,7 +882,7 @@ def _open_folder(folder: pathlib.Path, settings: ModelFolder):
         data=config_lib.DataConfig(fps=8.0), model=dit.DiTConfig(dtype=settings.dtype)
     )
     config = load_lib.with_model_from(config, folder)
-    layouts = ((config.model.sample_frames,),)
+    layouts = ((config.model.sample_frames,) * _RELEASED_SCENES,)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, layouts=layouts))
 
     factor = config_json.read_config('vae', folder / 'vae').spatial_factor

@@ -8,6 +8,8 @@ story.json that `sample` wrote.
   python -m mask2dit_jax.sample --workdir=runs/tiny --story=story.json --num_videos=4
   python -m mask2dit_jax.sample --workdir=runs/tiny --given=a.mp4 --given=b.mp4 --prompt=A \
     --prompt=B --prompt=NEW
+  python -m mask2dit_jax.sample --workdir=runs/tiny --story=long.json --window=2 --sinks=1
+  python -m mask2dit_jax.sample --extend=samples --prompt=NEW --prompt=NEWER --out=longer
   python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b --prompt=A --prompt=B --height=480 \
     --width=720 --frames=49
   python -m mask2dit_jax.sample --checkpoint=CogVideoX-5b \
@@ -27,9 +29,17 @@ values of it.
   video_0/latents.safetensors    what it was decoded from; --given takes it (or its folder) and
                                  extends the video without another way through mp4 and the VAE
 
-and as much of every other video, which is written as soon as it is done. After a kill the same
-command goes on with the videos that are not there. Ctrl-C stops after the present video, a second
-one at once. From Python, mask2dit_jax.load does the same.
+and as much of every other video, which is written as soon as it is done. From Python,
+mask2dit_jax.load does the same.
+
+A story of more scenes than the model was trained on is told: the first --joint scenes are generated
+together, and then one after another, each from the --window scenes right before it and, on top of
+these, the first --sinks scenes of the story, with their captions. Every scene is written when it is
+done. --extend=FOLDER goes on with the videos of a folder that sample wrote, from their latents, to
+the same videos as if the longer story had been told in one go.
+
+After a kill the same command goes on with the scenes that are not there, to the same bits. Ctrl-C
+stops after the present scene, a second one at once.
 """
 
 import concurrent.futures
@@ -46,6 +56,7 @@ from absl import app, flags, logging
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import logs, paths, pipeline, ranges, storage
 from mask2dit_jax.data import samples, story_file
+from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import vae
@@ -84,6 +95,33 @@ _GIVEN = flags.DEFINE_multi_string(
     [],
     'Video of a leading scene that is given, or latents.safetensors (or its folder) with several; '
     'repeat it in story order.',
+)
+_EXTEND = flags.DEFINE_string(
+    'extend',
+    None,
+    'Folder that sample wrote, whose videos are told on, with all its settings: --prompt gives the '
+    'new scenes, or --story all scenes. --out is another folder.',
+)
+_JOINT = flags.DEFINE_integer(
+    'joint',
+    None,
+    'Scenes at the beginning of a story that are generated together; later ones are generated one '
+    'after another. Default: as many as the model was trained on, 3 for model folders.',
+    lower_bound=1,
+)
+_WINDOW = flags.DEFINE_integer(
+    'window',
+    None,
+    'Scenes right before a later one that are given to it. Default: as many as the model was '
+    'trained on, without the new one and --sinks.',
+    lower_bound=1,
+)
+_SINKS = flags.DEFINE_integer(
+    'sinks',
+    None,
+    'Scenes at the beginning of the story that are given to every later one, on top of --window. '
+    'Default: 0.',
+    lower_bound=0,
 )
 _GIVEN_FRAMES = flags.DEFINE_integer(
     'given_frames',
@@ -171,7 +209,10 @@ _OVERWRITE = flags.DEFINE_bool(
     'overwrite', False, 'Delete the samples of another story that --out holds.'
 )
 
-paths.check_flags_local('workdir', 'checkpoint', 'lora', 'story', 'given', 'out')
+paths.check_flags_local('workdir', 'checkpoint', 'lora', 'story', 'given', 'extend', 'out')
+
+# Flags that go with --extend: all other settings are those of its story.json.
+_WITH_EXTEND = ('extend', 'prompt', 'story', 'frames', 'workdir', 'checkpoint', 'mesh', 'out')
 ranges.check_flag('seed', config_lib.Config, 'seed')
 ranges.check_flag('steps', config_lib.SampleConfig, 'steps')
 ranges.check_flag('guidance', config_lib.SampleConfig, 'guidance')
@@ -200,9 +241,58 @@ def _read_story() -> dict:
     """The settings of --story, or none but the scenes of --prompt."""
     if bool(_PROMPT.value) == bool(_STORY.value):
         raise app.UsageError('Give the captions either by --prompt, repeated, or by --story.')
+    record = {'scenes': [{'caption': caption} for caption in _PROMPT.value]}
     if _STORY.value:
-        return story_file.read_record(_STORY.value)
-    return {'scenes': [{'caption': caption} for caption in _PROMPT.value]}
+        record = story_file.read_record(_STORY.value)
+    if _EXTEND.value:
+        record = _extended(record)
+    if 'weights' in record and 'joint' not in record:
+        # Of a version that generated all scenes together.
+        record |= {'joint': len(record['scenes'])}
+    return record
+
+
+def _extended(story: dict) -> dict:
+    """The story of --extend, with the scenes that are to come.
+
+    Raises:
+      UsageError: if a flag contradicts it.
+      ValueError: if the folder has no story, or --story is another one.
+    """
+    names = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])]
+    for name in names:
+        flag = flags.FLAGS[name]
+        if name not in (*_WITH_EXTEND, 'overwrite') and flag.value not in (None, []):
+            raise app.UsageError(
+                f'--extend keeps the settings of its folder, so --{name} cannot be given: to '
+                f'change them, start from --given={_EXTEND.value}/video_0 instead.'
+            )
+    if pathlib.Path(_EXTEND.value).resolve() == pathlib.Path(_OUT.value).resolve():
+        raise app.UsageError('--out must be another folder than --extend, which stays as it is.')
+
+    made = story_file.read_record(pathlib.Path(_EXTEND.value) / samples.STORY)
+    if 'weights' not in made:
+        raise ValueError(
+            f'{_EXTEND.value} was not written by sample: --extend needs the story.json and the '
+            'latents of its folder.'
+        )
+    made = {'joint': len(made['scenes'])} | made
+    if _PROMPT.value:
+        return made | {'scenes': made['scenes'] + story['scenes']}
+
+    # Of --story all scenes, which begin with those that are made.
+    differences = samples.compare(
+        {key: made.get(key) for key in story}, story, ['scenes', 'num_videos']
+    )
+    told = [scene['caption'] for scene in story['scenes']]
+    known = [scene['caption'] for scene in made['scenes']]
+    if told[: len(known)] != known or len(told) <= len(known):
+        differences.append(f'it does not begin with the {len(known)} scenes of the folder')
+    if differences:
+        raise ValueError(
+            f'{_STORY.value} does not go on with {_EXTEND.value}: {"; ".join(differences)}.'
+        )
+    return made | {'scenes': made['scenes'] + story['scenes'][len(known) :]}
 
 
 def _model_path(record: dict) -> pathlib.Path:
@@ -296,6 +386,9 @@ def _request(model: pipeline.Model, record: dict) -> pipeline.Request:
         steps=_chosen(_STEPS, record),
         guidance=guidance,
         negative_caption=_chosen(_NEGATIVE, record, ''),
+        joint=_chosen(_JOINT, record),
+        window=_chosen(_WINDOW, record),
+        sinks=_chosen(_SINKS, record, 0),
     )
 
 
@@ -346,23 +439,109 @@ def _sample(stop: threading.Event) -> tuple[int, int]:
         model, request = _prepare(path, record)
         if samples.is_done(_OUT.value, request.record):
             return 0, 0
+        made = _made(model, record)
 
         request = model.start(request)
-        if _STORY.value:
+        if _EXTEND.value and request.record['weights'] != record['weights']:
+            raise ValueError(
+                f'{_EXTEND.value} was made by another model ({record["checkpoint"]}) than '
+                f'{request.record["checkpoint"]}: give that one, or start from '
+                f'--given={_EXTEND.value}/video_0.'
+            )
+        if _STORY.value and not _EXTEND.value:
             _tell_differences(record, request.record)
         hold.check()
         indices = samples.begin(_OUT.value, request.record, _OVERWRITE.value)
         if stop.is_set() or not indices:
             return 0, len(indices)
 
-        made = 0
-        for video, index in zip(model.videos(request, indices), indices):
-            hold.check()
-            samples.write(_OUT.value, index, video)
-            made += 1
+        for count, index in enumerate(indices):
+            there = _told(model, index)
+            told = max(there, made.get(index, []), key=len)
+            is_last = index == indices[-1]
+            if not _tell(model, request, index, told, len(there), is_last, hold, stop):
+                return count, len(indices) - count
             if stop.is_set():
-                break
-        return made, len(indices) - made
+                return count + 1, len(indices) - count - 1
+        return len(indices), 0
+
+
+def _made(model: pipeline.Model, record: dict) -> dict[int, list]:
+    """Latents [T, h, w, C] of the scenes of each video of --extend.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the video that lacks them.
+    """
+    if not _EXTEND.value:
+        return {}
+    made = {}
+    for index in range(record['num_videos']):
+        path = samples.latents_path(_EXTEND.value, index)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'{path} is not there: let sample finish {_EXTEND.value}, or, if an earlier '
+                f'version wrote it, extend its video by --given={_EXTEND.value}/video_{index}.mp4.'
+            )
+        made[index] = model.read_latents(path)
+    return made
+
+
+def _told(model: pipeline.Model, index: int) -> list:
+    """Latents of the scenes of a video that a killed command has left in --out."""
+    path = samples.latents_path(_OUT.value, index)
+    return model.read_latents(path) if path.is_file() else []
+
+
+def _tell(
+    model: pipeline.Model,
+    request: pipeline.Request,
+    index: int,
+    told: list,
+    num_there: int,
+    is_last: bool,
+    hold: storage.Claim,
+    stop: threading.Event,
+) -> bool:
+    """Makes and writes one video, scene by scene.
+
+    Args:
+      model, request: what is made.
+      index: of the video.
+      told: latents of its scenes that are generated already.
+      num_there: how many of these --out has.
+      is_last: whether no other video follows.
+      hold: the claim on --out.
+      stop: set by Ctrl-C.
+
+    Returns:
+      Whether the video is whole.
+    """
+    scenes = []  # uint8 [F, H, W, 3]
+    latents = []
+    stops = [block.stop for block in request.blocks[:-1]]
+    told_scenes = model.scenes(request, index, told, keeps_params=not is_last)
+    for scene in told_scenes:
+        hold.check()
+        scenes.append(video_lib.to_uint8(scene.pixels))
+        latents.append(scene.latents)
+        # Those of a killed command stay until there are more.
+        if len(latents) > num_there:
+            samples.write_latents(_OUT.value, index, model.latents_of(request, latents))
+        samples.write_scene(_OUT.value, index, scene.number, scenes[-1], model.config.data.fps)
+        # Scenes that were generated together are all written.
+        if stop.is_set() and len(scenes) in stops:
+            told_scenes.close()
+            return False
+
+    samples.write_whole(
+        _OUT.value,
+        index,
+        scenes,
+        request.stories[index],
+        len(request.given),
+        model.config.data.fps,
+    )
+    return True
 
 
 def _stop_at_interrupt(stop: threading.Event) -> None:
@@ -373,7 +552,7 @@ def _stop_at_interrupt(stop: threading.Event) -> None:
         if stop.is_set():
             os._exit(130)
         stop.set()
-        os.write(2, b'\nStopping after the present video; Ctrl-C again stops at once.\n')
+        os.write(2, b'\nStopping after the present scene; Ctrl-C again stops at once.\n')
 
     signal.signal(signal.SIGINT, interrupt)
 

@@ -29,6 +29,7 @@ ORDER = (
     'stories',
     'data',
     'evaluation',
+    'generation',
     'pipeline',
     'training',
     'aot',

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from mask2dit_jax import pipeline, tensor_io
+from mask2dit_jax import generation, pipeline, tensor_io
 from mask2dit_jax.attention import masks
 from mask2dit_jax.benchmark import worker
 from mask2dit_jax.diffusion import schedule as schedule_lib
@@ -226,10 +226,10 @@ def test_a_scene_of_a_model_with_temporal_patches_is_sampled_as_in_the_pipeline(
 
     # Ours.
     model = pipeline.load(tmp_path, dtype='float32', decode_rule='diffusers')
-    inputs = pipeline.encode_inputs(model.codec, [['it grows']], (num_frames,))
+    inputs = generation.encode_inputs(model.codec, [['it grows']], (num_frames,))
     settings = {'seed': 0, 'steps': 4, 'guidance': 3.0}
     _, params = model.params()
-    latents = pipeline.sample_latents(model.config, params, inputs, **settings)
+    latents = generation.sample_latents(model.config, params, inputs, **settings)
     assert latents.shape == inputs.given.shape
     ours = model.codec.decode_video(latents, inputs.latent_frames)
 
@@ -242,7 +242,7 @@ def test_a_scene_of_a_model_with_temporal_patches_is_sampled_as_in_the_pipeline(
         scheduler=diffusers.CogVideoXDDIMScheduler.from_pretrained(tmp_path / 'scheduler'),
     )
     theirs.set_progress_bar_config(disable=True)
-    noise = pipeline.story_noise(0, 0, (4, *inputs.given.shape[2:]))  # [T, H, W, C]
+    noise = generation.story_noise(0, 0, (4, *inputs.given.shape[2:]))  # [T, H, W, C]
     video = theirs(
         height=32,
         width=32,

@@ -13,7 +13,7 @@ from conftest import STORY_MODEL
 
 import mask2dit_jax
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import pipeline, sample
+from mask2dit_jax import generation, pipeline, sample
 from mask2dit_jax.data import latent_codec
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
         lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), names.abstract_params(STORY_MODEL)
     )
     codec = latent_codec.StoriesCodec(CONFIG, tmp_path_factory.mktemp('run'))
-    return functools.partial(pipeline.generate, CONFIG, params, codec, frames=FRAMES, seed=1)
+    return functools.partial(generation.generate, CONFIG, params, codec, frames=FRAMES, seed=1)
 
 
 def test_guidance_one_follows_the_caption_and_zero_ignores_it(run):

@@ -1,6 +1,7 @@
 """What `sample` writes: a folder belongs to one story.json, which makes it again to the byte; no
 kill, Ctrl-C or full disk leaves half of anything."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -16,13 +17,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from absl import app
 from absl.testing import flagsaver
 from conftest import STORY_MODEL, child_environment
 
 import mask2dit_jax
-from mask2dit_jax import checkpoint, sample, storage
+from mask2dit_jax import checkpoint, generation, sample, storage
 from mask2dit_jax import config as config_lib
-from mask2dit_jax.data import samples
+from mask2dit_jax.data import latent_file, samples
 from mask2dit_jax.data import video as video_lib
 from mask2dit_jax.evaluation import videos as videos_lib
 from mask2dit_jax.pretrained import names
@@ -333,6 +335,143 @@ def test_latents_are_extended(run, tmp_path):
         run_sample(tmp_path / 'x', story=str(tmp_path / 'memory/story.json'))
 
 
+# Stories of more scenes than the model was trained on.
+
+LONG = [*PROMPT, 'it blinks', 'it stays', 'it moves up', 'it shrinks']
+
+
+def told_scenes(folder):
+    return latent_file.read(folder / 'video_0/latents.safetensors').scenes
+
+
+@pytest.mark.parametrize('joint, window, sinks', [(2, 1, 0), (2, 2, 1), (3, 1, 2), (1, 3, 0)])
+def test_a_later_scene_is_made_of_its_window_and_the_sinks(run, joint, window, sinks):
+    """Of their latents and captions, at positions from 0, with noise of its own."""
+    model = mask2dit_jax.load(run)
+    guidance = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+    plan = {'joint': joint, 'window': window, 'sinks': sinks, 'guidance': guidance}
+    scenes = list(model.tell(LONG, seed=3, first_index=5, **plan))
+    assert [scene.number for scene in scenes] == list(range(6))
+    assert [scene.caption for scene in scenes] == LONG
+
+    # The beginning is generated as a story of so many scenes.
+    begun = model.generate(LONG[:joint], seed=3, first_index=5, guidance=guidance[:joint], joint=9)
+    for scene, expected in zip(scenes, begun.latents.scenes):
+        np.testing.assert_array_equal(scene.latents, expected)
+
+    _, params = model.params()
+    for scene in scenes[joint:]:
+        n = scene.number
+        given = [i for i in range(n) if i < sinks or i >= n - window]
+        inputs = generation.encode_inputs(
+            model.codec,
+            [[LONG[i] for i in (*given, n)]],
+            (4,) * (len(given) + 1),
+            given_latents=[scenes[i].latents for i in given],
+        )
+        expected = generation.sample_latents(
+            model.config,
+            params,
+            inputs,
+            seed=3,
+            first_index=5,
+            guidance=[guidance[i] for i in (*given, n)],
+            scene=n,
+        )
+        np.testing.assert_array_equal(scene.latents, expected[0, -1:])
+        clip = model.codec.decode_video(expected[:, -1:], (1,))[0]
+        np.testing.assert_array_equal(scene.pixels, clip)
+
+
+def test_scenes_of_a_story_have_noise_of_their_own():
+    noise = [np.ravel(generation.story_noise(seed, i, (50,))) for seed in (0, 1) for i in (0, 1)]
+    for draw in generation.scene_noise, generation.given_noise:
+        for case in itertools.product((0, 1), (0, 1), (3, 4)):
+            noise.append(np.ravel(draw(*case, (50,))))
+    assert len(np.unique(noise)) == np.size(noise)
+
+
+def test_given_clips_begin_a_long_story(run, tmp_path):
+    """They are decoded with the others, and stay as they are."""
+    clip = given_clip(tmp_path / 'given.mp4')  # of 8 frames
+    model = mask2dit_jax.load(run)
+    encoded = model.generate(LONG[:2], given=[clip]).latents.scenes[0]
+    for joint in None, 1, 3:
+        scenes = list(model.tell(LONG[:4], given=[clip], joint=joint))
+        np.testing.assert_array_equal(scenes[0].latents, encoded)
+        assert [len(scene.pixels) for scene in scenes] == [8, 4, 4, 4]
+
+
+def test_extending_a_folder_is_telling_in_one_go(run, tmp_path):
+    """By prompts and by a story of all scenes, again and again, for every video."""
+    flags = {'window': 2, 'sinks': 1, 'joint': 2, 'num_videos': 2, 'seed': 4}
+    flags |= {'workdir': str(run)}
+    whole = run_sample(tmp_path / 'whole', prompt=LONG, **flags)
+    made = run_sample(tmp_path / 'made', prompt=LONG[:3], **flags)
+    before = content(made)
+
+    more = run_sample(tmp_path / 'more', prompt=LONG[3:5], extend=str(made))
+    longer = run_sample(tmp_path / 'longer', prompt=LONG[5:], extend=str(more))
+    assert differing(whole, longer) == []
+    assert content(made) == before
+
+    story = {'scenes': [{'caption': caption} for caption in LONG]}
+    (tmp_path / 'all.json').write_text(json.dumps(story))
+    longer = run_sample(
+        tmp_path / 'again', prompt=[], story=str(tmp_path / 'all.json'), extend=str(made)
+    )
+    assert differing(whole, longer) == []
+
+
+def test_what_cannot_be_extended_is_named(run, workdir, tmp_path, caplog):
+    made = run_sample(tmp_path / 'made', workdir=str(run))
+    flags = {'extend': str(made), 'prompt': ['it blinks']}
+    out = tmp_path / 'out'
+    with pytest.raises(app.UsageError, match=r'keeps the settings .* --seed cannot be given'):
+        run_sample(out, seed=3, **flags)
+    with pytest.raises(app.UsageError, match='--out must be another folder'):
+        run_sample(made, **flags)
+
+    add_checkpoint(workdir, 9, seed=1)
+    with pytest.raises(ValueError, match=r'made was made by another model .*--given='):
+        run_sample(out, checkpoint=str(workdir / 'checkpoints/9'), **flags)
+
+    (tmp_path / 'other.json').write_text('{"scenes": [{"caption": "it grows"}], "steps": 9}')
+    with pytest.raises(ValueError, match='steps 2, not 9; it does not begin with the 2 scenes'):
+        run_sample(out, extend=str(made), prompt=[], story=str(tmp_path / 'other.json'))
+
+    shutil.copytree(made, tmp_path / 'bare')
+    (tmp_path / 'bare/video_0/latents.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match=r'bare/video_0/latents\.safetensors is not there'):
+        run_sample(out, extend=str(tmp_path / 'bare'), prompt=['it blinks'])
+    (made / 'story.json').write_text('{"scenes": [{"caption": "it grows"}]}')
+    with pytest.raises(ValueError, match='made was not written by sample'):
+        run_sample(out, **flags)
+
+    def warned(**chosen):
+        caplog.clear()
+        list(mask2dit_jax.load(run).tell(LONG[:3], **chosen))
+        return [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+
+    assert warned() == []
+    assert 'the model was trained on 2' in warned(window=2)[0]
+    assert 'the model was trained on 2' in warned(joint=3)[0]
+    assert 'A scene has 8 frames, and the model was trained on scenes of 4' in warned(frames=8)[0]
+    with pytest.raises(ValueError, match='window is 0: use a whole number of at least 1'):
+        warned(window=0)
+
+
+def test_a_folder_of_an_earlier_version_is_made_again_jointly(run, tmp_path):
+    """Its story.json does not say that all scenes were generated together."""
+    out = run_sample(tmp_path / 'out', workdir=str(run), prompt=LONG[:3], joint=3)
+    record = json.loads((out / 'story.json').read_text())
+    for key in 'joint', 'window', 'sinks':
+        del record[key]
+    (tmp_path / 'old.json').write_text(json.dumps(record))
+    again = run_sample(tmp_path / 'again', story=str(tmp_path / 'old.json'))
+    assert differing(out, again) == []
+
+
 # In processes of their own.
 
 # Runs `sample` with the flags argv[3:], and kills itself instead of giving a file its name, with a
@@ -401,6 +540,23 @@ def test_a_killed_command_goes_on(workdir, tmp_path):
     assert (out / 'video_0.mp4').stat().st_mtime_ns == kept
 
 
+def test_a_story_is_told_on_after_kills(run, tmp_path):
+    """In the joint scenes, between the latents of a scene and its clip, and before the whole."""
+    more = [f'--prompt={caption}' for caption in LONG[2:]]
+    finish(run, tmp_path / 'whole', *more)
+    out = tmp_path / 'out'
+    for name, count, there in (
+        (r'scene_1\.mp4', 1, 2),
+        (r'latents\.safetensors', 3, 4),
+        (r'scene_4\.mp4', 1, 5),
+        (r'video_0\.gif', 1, 6),
+    ):
+        killed_before(run, out, name, count, *more)
+        assert len(told_scenes(out)) == there
+    finish(run, out, *more)
+    assert differing(tmp_path / 'whole', out) == []
+
+
 @pytest.mark.slow
 def test_ten_kills(run, tmp_path):
     """At each kind of file, and at random times."""
@@ -431,14 +587,14 @@ def communicate(process):
 
 
 def test_ctrl_c(run, tmp_path):
-    """The first stops after the present video, the second at once."""
+    """The first stops after the present scene, the second at once."""
     out = tmp_path / 'out'
     process = start(run, out, '--num_videos=1000')
     wait_for(out / 'video_0.mp4', process)
     process.send_signal(signal.SIGINT)
     _, err = communicate(process)
     assert process.returncode == 130, err
-    assert err.count('Stopping after the present video') == 1
+    assert err.count('Stopping after the present scene') == 1
     assert re.search(r'Stopped: \d+ video\(s\) are not yet in .*; the same command goes on', err)
     assert 'Traceback' not in err
     record = json.loads((out / 'story.json').read_text())

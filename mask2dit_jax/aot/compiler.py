@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import hardware, pipeline
+from mask2dit_jax import generation, hardware
 from mask2dit_jax.aot import report as report_lib
 from mask2dit_jax.aot import topology as topology_lib
 from mask2dit_jax.data import latent_codec
@@ -99,7 +99,7 @@ def lower_sample(config: config_lib.Config, frames: tuple[int, ...], latent, mes
         'table': jax.ShapeDtypeStruct((steps, 5), jnp.float32),
         'guidance': jax.ShapeDtypeStruct((scenes,), jnp.float32),
     }
-    sample = pipeline.jit_sample(config, frames, mesh)
+    sample = generation.jit_sample(config, frames, mesh)
     return sample.lower(params, *inputs.values()), _bytes_by_kind({'parameters': params})
 
 

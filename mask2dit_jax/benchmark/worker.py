@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import pipeline
+from mask2dit_jax import generation
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
@@ -111,7 +111,7 @@ def ours(case: dict):
             np.float32(table),
             np.full(num_scenes, GUIDANCE, np.float32),
         )
-        run = pipeline.jit_sample(config, frames, mesh_lib.mesh_of(params))
+        run = generation.jit_sample(config, frames, mesh_lib.mesh_of(params))
     else:
         model = dit.DiT(model_settings)
         t = jnp.full((1, num_scenes), 500)

@@ -12,7 +12,8 @@
 
 Whole videos lie beside story.json, and nothing else that ends in .mp4: that is how other commands
 find them. story.json comes first. Every file appears whole, so that a video is done when its files
-are there, and a killed command goes on with those that are not.
+are there, and a killed command goes on with those that are not. While a story is told scene by
+scene, the latents are those of the scenes that are done, from which it goes on.
 """
 
 import contextlib
@@ -261,17 +262,45 @@ def write(folder, index: int, video: Video) -> None:
     Raises:
       storage.OutputError: if the disk is full, for example.
     """
+    write_latents(folder, index, video.latents)
+    for number, scene in enumerate(video.scenes):
+        write_scene(folder, index, number, scene, video.fps)
+    write_whole(folder, index, video.scenes, video.captions, video.num_given, video.fps)
+
+
+def write_latents(folder, index: int, latents: latent_file.Latents) -> None:
+    """Writes the latents of a video, or of those of its scenes that are done."""
+    with storage.writing(folder):
+        latent_file.write(latents_path(folder, index), latents)
+
+
+def latents_path(folder, index: int) -> pathlib.Path:
+    """Where the latents of a video are."""
+    return pathlib.Path(folder) / f'video_{index}' / latent_file.NAME
+
+
+def write_scene(folder, index: int, number: int, pixels, fps: float) -> None:
+    """Writes a scene [F, H, W, 3] as a clip."""
+    path = pathlib.Path(folder) / f'video_{index}' / f'scene_{number}.mp4'
+    with storage.writing(folder):
+        video_lib.write_mp4(path, pixels, fps, _scale(pixels))
+
+
+def write_whole(
+    folder, index: int, scenes: Sequence[np.ndarray], captions, num_given: int, fps: float
+) -> None:
+    """Writes the contact sheet, the gif and the mp4 of a video whose scenes are written."""
     folder = pathlib.Path(folder)
     name = f'video_{index}'
-    pixels = np.concatenate(video.scenes)  # [F, H, W, 3]
-    scale = max(1, _WRITTEN_SIZE_PX // pixels.shape[1])
-    given = [s < video.num_given for s in range(len(video.scenes))]
+    pixels = np.concatenate(scenes)  # [F, H, W, 3]
+    given = [s < num_given for s in range(len(scenes))]
 
     with storage.writing(folder):
-        latent_file.write(folder / name / latent_file.NAME, video.latents)
-        for number, scene in enumerate(video.scenes):
-            video_lib.write_mp4(folder / name / f'scene_{number}.mp4', scene, video.fps, scale)
-        sheet = sheets.contact_sheet(video.scenes, video.captions, given=given)
+        sheet = sheets.contact_sheet(scenes, captions, given=given)
         video_lib.write_png(folder / f'sheet_{index}.png', sheet)
-        video_lib.write_gif(folder / f'{name}.gif', pixels, video.fps, scale)
-        video_lib.write_mp4(folder / f'{name}.mp4', pixels, video.fps, scale)
+        video_lib.write_gif(folder / f'{name}.gif', pixels, fps, _scale(pixels))
+        video_lib.write_mp4(folder / f'{name}.mp4', pixels, fps, _scale(pixels))
+
+
+def _scale(pixels) -> int:
+    return max(1, _WRITTEN_SIZE_PX // pixels.shape[1])

@@ -21,7 +21,9 @@ def loss_mask(layout: SceneLayout, given):
     return ~given[..., frame_scenes(layout)]
 
 
-def denoising_loss(model, params, schedule: schedule_lib.Schedule, batch, noise, t, given, frames):
+def denoising_loss(
+    model, params, schedule: schedule_lib.Schedule, batch, noise, t, given, frames, given_t=None
+):
     """Squared error of the predicted v over the latents of scenes that are not given.
 
     Args:
@@ -33,6 +35,7 @@ def denoising_loss(model, params, schedule: schedule_lib.Schedule, batch, noise,
       t: int [B], one timestep for all scenes of a story that are not given.
       given: bool [B, S]; a given scene enters clean, at timestep 0, and adds nothing to the loss.
       frames: static, latent frames per scene.
+      given_t: int [B], the timestep of given scenes, with its noise; None if all are clean.
 
     Returns:
       The sum of squared errors and the number of terms in the sum, both float32. The number may
@@ -44,8 +47,14 @@ def denoising_loss(model, params, schedule: schedule_lib.Schedule, batch, noise,
     counts = loss_mask(layout, given)[..., None, None, None]  # [B, T, 1, 1, 1]
 
     # Given scenes stay clean, and the model is told so by their timestep.
-    noisy = jnp.where(counts, schedule_lib.add_noise(schedule, latents, noise, t), latents)
-    scene_times = jnp.where(given, 0, t[:, None])  # [B, S]
+    context = latents
+    if given_t is not None:
+        is_clean = (given_t == 0)[:, None, None, None, None]
+        context = schedule_lib.add_noise(schedule, latents, noise, given_t)
+        context = jnp.where(is_clean, latents, context)
+    noisy = jnp.where(counts, schedule_lib.add_noise(schedule, latents, noise, t), context)
+    context_times = 0 if given_t is None else given_t[:, None]
+    scene_times = jnp.where(given, context_times, t[:, None])  # [B, S]
     predicted = model.apply({'params': params}, noisy, batch['text'], scene_times, frames=frames)
 
     target = schedule_lib.velocity(schedule, latents, noise, t)

@@ -153,6 +153,7 @@ def sample(
     guidance,
     given=None,
     given_scenes=None,
+    given_timestep: int = 0,
     trace: bool = False,
     callback=None,
     callback_data=None,
@@ -170,6 +171,8 @@ def sample(
       guidance: None, a scalar, [S] (one scale per scene) or [N, S] (also per step).
       given: clean latents [B, T, H, W, C], of which only given scenes are read.
       given_scenes: bool [S] or [B, S].
+      given_timestep: the timestep that the model is told of given scenes. It is 0 for clean ones;
+        for another one `given` has its noise.
       trace: also return the latents after every step.
       callback: function of a timestep, called on the host when the step from it is done.
       callback_data: None, or an array that the callback gets behind the timestep.
@@ -210,7 +213,7 @@ def sample(
         t, row, scale = inputs
 
         # (1) The model is told that given scenes are clean: their timestep is 0 at every step.
-        scene_times = jnp.where(is_given, 0, t)  # [B, S]
+        scene_times = jnp.where(is_given, given_timestep, t)  # [B, S]
         v = guided_velocity(x, scene_times, scale)
         x_next, x0 = step(row, x, v, x0_prev)
 

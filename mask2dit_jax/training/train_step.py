@@ -19,7 +19,7 @@ from mask2dit_jax.training import ema as ema_lib
 from mask2dit_jax.training import optimizer as optimizer_lib
 from mask2dit_jax.training.objectives import denoising
 
-# The seed's independent streams of random numbers; sampling has stream 2 (pipeline.story_noise).
+# The seed's independent streams of random numbers; sampling has stream 2 (generation.story_noise).
 _INIT_STREAM = 0
 _TRAIN_STREAM = 1
 
@@ -141,6 +141,7 @@ def _accumulated_gradients(
             micro_batch.timesteps,
             micro_batch.given,
             frames,
+            micro_batch.given_timesteps if config.train.given_max_timestep else None,
         )
 
     def accumulate(sums, micro_batch):

@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import logs, pipeline, storage, tables
+from mask2dit_jax import generation, logs, storage, tables
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import encoded_clips, latent_codec, sheets, story_file, video
 from mask2dit_jax.diffusion import loss as loss_lib
@@ -139,10 +139,10 @@ def _sample_grid(
     rows = mesh_lib.local_rows(mesh, num_stories)
 
     captions, inputs = _sample_inputs(config, workdir, codec, frames, rows, given_scenes)
-    latents = pipeline.sample_latents(
+    latents = generation.sample_latents(
         config, params, inputs, seed=config.seed, batch_size=num_stories
     )
-    videos = pipeline.decode_owned(codec, latents, inputs.latent_frames, mesh, num_stories)
+    videos = generation.decode_owned(codec, latents, inputs.latent_frames, mesh, num_stories)
 
     own = {}
     for row, pixels in zip(mesh_lib.owned_rows(mesh, num_stories), videos):
@@ -185,7 +185,7 @@ def _sample_inputs(
     frames: tuple[int, ...],
     rows: list[int],
     given_scenes: int,
-) -> tuple[list[list[str]], pipeline.Inputs]:
+) -> tuple[list[list[str]], generation.Inputs]:
     """Captions of some rows of the grid, and what the transformer gets for them."""
     if config.data.encoded:
         return _clip_inputs(config, codec, frames, rows, given_scenes)
@@ -194,7 +194,7 @@ def _sample_inputs(
     examples = [source[row] for row in rows]
     captions = [world.captions(example['story'], config.data.caption_style) for example in examples]
     given_videos = _given_videos(examples, frames, given_scenes)
-    return captions, pipeline.encode_inputs(codec, captions, frames, given_videos)
+    return captions, generation.encode_inputs(codec, captions, frames, given_videos)
 
 
 def _clip_inputs(
@@ -203,7 +203,7 @@ def _clip_inputs(
     frames: tuple[int, ...],
     rows: list[int],
     given_scenes: int,
-) -> tuple[list[list[str]], pipeline.Inputs]:
+) -> tuple[list[list[str]], generation.Inputs]:
     """`_sample_inputs` from encoded clips, whose latents and text are there already."""
     encoded = _open_held_out_clips(config, codec)
     fixed = encoded.fixed(frames, config.sample.sheet_stories)
@@ -219,7 +219,7 @@ def _clip_inputs(
     given[:, sum(latent_frames[:given_scenes]) :] = 0
 
     is_given = np.arange(len(frames)) < given_scenes
-    inputs = pipeline.Inputs(
+    inputs = generation.Inputs(
         latent_frames=latent_frames,
         text=np.stack([example['text'] for example in examples]),
         null_text=encoded.null_text,
@@ -283,7 +283,7 @@ def _generated_batches(
         stories = [example['story'] for example in examples]
 
         captions = [world.captions(story, caption_style) for story in stories]
-        videos = pipeline.generate(
+        videos = generation.generate(
             config,
             params,
             codec,

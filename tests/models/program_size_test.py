@@ -10,7 +10,7 @@ import pytest
 from conftest import mesh_of
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import pipeline, presets
+from mask2dit_jax import generation, presets
 from mask2dit_jax.aot import compiler
 from mask2dit_jax.aot import topology as topology_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -95,7 +95,7 @@ def lowered_sample(model, side):
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
     inputs[4] = jax.ShapeDtypeStruct(inputs[4].shape, bool)
     params = names.abstract_params(model)
-    return pipeline.jit_sample(config, FRAMES, mesh_of(1, 2, 2, 1)).lower(params, *inputs)
+    return generation.jit_sample(config, FRAMES, mesh_of(1, 2, 2, 1)).lower(params, *inputs)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -13,7 +13,7 @@ import pytest
 from conftest import mesh_of
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import pipeline
+from mask2dit_jax import generation
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -396,7 +396,7 @@ def test_streams_of_random_numbers_are_apart():
         jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, stream), 0), (4,))
         for stream in streams
     ]
-    numbers = np.concatenate([*first, pipeline.story_noise(7, 0, (4,))])
+    numbers = np.concatenate([*first, generation.story_noise(7, 0, (4,))])
     assert len(set(numbers.tolist())) == 12
 
 

@@ -21,6 +21,7 @@ class DenoisingBatch(NamedTuple):
     noise: jax.Array  # [B, T, H, W, C], standard normal, float32
     timesteps: jax.Array  # int32 [B], for the scenes that are not given
     given: jax.Array  # bool [B, S]
+    given_timesteps: jax.Array  # int32 [B], for the given scenes; 0 leaves them clean
 
 
 def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBatch:
@@ -35,7 +36,7 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
       step: int [], the updates done before this one.
       config: the configuration.
     """
-    noise_key, time_key, drop_key, given_key = jax.random.split(key, 4)
+    noise_key, time_key, drop_key, given_key, given_time_key = jax.random.split(key, 5)
     latents = batch['latents']
     batch_size, num_scenes = batch['text'].shape[:2]
     train = config.train
@@ -54,7 +55,11 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
 
     text = drop_captions(drop_key, batch['text'], null_text, train.caption_dropout)
 
-    return DenoisingBatch(latents, text, noise, timesteps, given)
+    given_timesteps = jax.random.randint(
+        given_time_key, (batch_size,), 0, train.given_max_timestep + 1
+    )
+
+    return DenoisingBatch(latents, text, noise, timesteps, given, given_timesteps)
 
 
 def stratified_timesteps(key, batch_size: int, num_timesteps: int):
