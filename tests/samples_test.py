@@ -1,6 +1,7 @@
 """What `sample` writes: a folder belongs to one story.json, which makes it again to the byte; no
 kill, Ctrl-C or full disk leaves half of anything."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -389,6 +390,31 @@ def test_scenes_of_a_story_have_noise_of_their_own():
         for case in itertools.product((0, 1), (0, 1), (3, 4)):
             noise.append(np.ravel(draw(*case, (50,))))
     assert len(np.unique(noise)) == np.size(noise)
+
+
+def test_given_scenes_with_noise_come_back_clean(run):
+    """Their noise is drawn from the seed, the story and the new scene."""
+    model = mask2dit_jax.load(run)
+    noisy = dataclasses.replace(model.config.sample, given_timestep=200)
+    config = dataclasses.replace(model.config, sample=noisy)
+    _, params = model.params()
+    first = model.generate(PROMPT).latents.scenes[0]
+    inputs = generation.encode_inputs(model.codec, [PROMPT], (4, 4), given_latents=[first])
+
+    def made(config, **settings):
+        return generation.sample_latents(config, params, inputs, **({'seed': 0} | settings))[0]
+
+    clean, again, other, later = (
+        made(model.config),
+        made(config),
+        made(config, seed=0, scene=3),
+        made(config, seed=0, scene=4),
+    )
+    np.testing.assert_array_equal(again, made(config))
+    for latents in clean, again, other, later:
+        np.testing.assert_array_equal(latents[:1], first)
+    assert np.abs(clean[1:] - again[1:]).max() > 1e-3
+    assert np.abs(other[1:] - later[1:]).max() > 1e-3
 
 
 def test_given_clips_begin_a_long_story(run, tmp_path):

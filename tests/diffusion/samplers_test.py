@@ -150,6 +150,29 @@ def test_given_scenes_stay_and_run_at_timestep_zero(sampler):
     assert shapes_of_t == [(8, 2)]
 
 
+def test_the_model_may_be_told_of_another_timestep_of_given_scenes():
+    """Given scenes stay all the same; a model that answers with their timestep tells it."""
+    given = noise(seed=1)
+    is_given = np.arange(LAYOUT.num_scenes) == 0
+    kwargs = {'given': given, 'given_scenes': is_given}
+
+    def answers(x, t):
+        return jnp.broadcast_to(t[:, :1, None, None, None] / 1000, x.shape).astype(jnp.float32)
+
+    def constant(x, t):
+        return jnp.full_like(x, 0.007)
+
+    def run_with(velocity, **more):
+        times, table = samplers.sampler_table('ddim', SCHEDULE, 4)
+        return samplers.sample(velocity, noise(), LAYOUT, times, table, None, **kwargs, **more)
+
+    told = run_with(answers, given_timestep=7)
+    np.testing.assert_allclose(told, run_with(constant), atol=1e-6)
+    assert np.abs(told - run_with(answers)).max() > 1e-3
+    first = LAYOUT.frames[0]
+    np.testing.assert_array_equal(told[:, :first], given[:, :first])
+
+
 def test_default_steps_follow_the_list_and_the_reference_rule_only_where_asked():
     def table(steps, **kwargs):
         return samplers.sampler_table('ddim', SCHEDULE, steps, **kwargs)[1]

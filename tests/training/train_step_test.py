@@ -294,6 +294,50 @@ def test_given_scenes_are_clean_and_count_nothing():
     assert (by_latents[0, 0] != 0).all()
 
 
+def test_given_scenes_may_have_a_little_noise():
+    """At the timestep that is drawn for them, of which the model is told; at 0 they are clean."""
+    drawn, _ = many_draws(conditional_probability=1.0, given_max_timestep=9)
+    values, counts = np.unique(drawn.given_timesteps, return_counts=True)
+    assert values.tolist() == list(range(10))
+    np.testing.assert_allclose(counts / 4000, 0.1, atol=0.03)
+    clean, _ = many_draws(conditional_probability=1.0)
+    assert not clean.given_timesteps.any()
+    for name in ('noise', 'timesteps', 'given', 'text'):
+        np.testing.assert_array_equal(getattr(drawn, name), getattr(clean, name))
+
+    seen = []
+
+    class Seeing(Zero):
+        def apply(self, variables, latents, text, t, frames):
+            seen.append((latents, t))
+            return super().apply(variables, latents, text, t, frames)
+
+    latents, noise = BATCH['latents'][:3], BATCH['latents'][3:6]
+    given = np.array([[True, False], [True, False], [False, False]])
+    t = np.array([500, 20, 30])
+    given_t = np.array([0, 9, 9])
+    batch = {'latents': latents, 'text': BATCH['text'][:3]}
+    schedule = schedule_lib.Schedule()
+    loss_lib.denoising_loss(Seeing(), {}, schedule, batch, noise, t, given, FRAMES, given_t)
+    ((noisy, told),) = seen
+    np.testing.assert_array_equal(told, [[0, 500], [9, 20], [30, 30]])
+    np.testing.assert_array_equal(noisy[0, 0], latents[0, 0])
+    little = schedule_lib.add_noise(schedule, latents, noise, given_t)
+    much = schedule_lib.add_noise(schedule, latents, noise, t)
+    np.testing.assert_array_equal(noisy[1, 0], little[1, 0])
+    np.testing.assert_array_equal(noisy[:2, 1:], much[:2, 1:])
+    np.testing.assert_array_equal(noisy[2], much[2])
+
+
+def test_a_step_gives_noisy_scenes_where_the_configuration_says_so():
+    def loss(most):
+        cfg = step_config(conditional_probability=1.0, given_max_timestep=most)
+        step = functools.partial(train_step.train_step, config=cfg, frames=FRAMES)
+        return jax.jit(step)(random_state(cfg), BATCH, NULL)[1]['loss']
+
+    assert loss(0) != loss(900)
+
+
 def test_given_scenes_run_at_timestep_zero():
     """The given scene's timestep is 0 and the others' is not; only the model can tell."""
     state = random_state(step_config())
