@@ -137,6 +137,11 @@ def open_stories(
       split: 'train' or 'test'.
     """
     data = config.data
+    counts = {'num_train': data.num_train, 'num_test': data.num_test}
+    if data.story_scenes:
+        # Stories for training have more scenes than those that are held out. Each data set needs
+        # one split; the examples of a split do not depend on the size of the other.
+        counts['num_test' if split == 'train' else 'num_train'] = 1
     beside_workdir = os.path.join(os.path.dirname(os.path.abspath(workdir)), 'data')
     load = functools.partial(
         builder.load,
@@ -144,8 +149,7 @@ def open_stories(
         frames,
         split,
         size_px=latent_codec.square(data),
-        num_train=data.num_train,
-        num_test=data.num_test,
+        **counts,
     )
     if jax.process_count() == 1:
         return load()

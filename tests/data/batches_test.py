@@ -109,6 +109,23 @@ def test_windows_start_anywhere_and_none_is_held_out(style, named):
     assert len(windows) == len(seen)
 
 
+def test_longer_stories_for_training_leave_the_held_out_ones_as_they_are(tmp_path):
+    def opened(split, frames, story_scenes):
+        data = {'num_train': 4, 'num_test': 3, 'story_scenes': story_scenes}
+        config = config_lib.Config(data=config_lib.DataConfig(**data))
+        return batches_lib.open_stories(config, tmp_path / 'run', frames, split)
+
+    plain, beside_longer = (opened('test', (2, 2), count) for count in (0, 3))
+    assert len(plain) == len(beside_longer) == 3
+    for i in range(3):
+        assert plain[i]['story'] == beside_longer[i]['story']
+
+    longer = opened('train', (2, 2, 2), 3)
+    assert len(longer) == 4
+    folders = sorted(p.name for p in (tmp_path / 'data/stories').iterdir())
+    assert folders == ['2x2_16px_1_3', '2x2_16px_4_3', '3x2_16px_4_1']
+
+
 # Clips.
 
 
