@@ -30,6 +30,7 @@ from matplotlib import figure, ticker
 
 from mask2dit_jax import logs, paths, storage
 from mask2dit_jax.data import story_file, video
+from mask2dit_jax.evaluation import report_table
 from mask2dit_jax.evaluation import videos as videos_lib
 from mask2dit_jax.training import validation
 
@@ -69,6 +70,7 @@ _METRICS = {
     'margin': 'cosine with own caption minus cosine with others',
     'sharpness': 'cut sharpness',
     'placed': 'cuts placed',
+    'transition_deviation': 'transition deviation, frames',
 }
 
 # matplotlib draws in these colours, and the page puts its own in their place.
@@ -666,9 +668,10 @@ def _summary(result: dict) -> str:
     """A table of the means, with intervals where there are any."""
     rows = []
     for name, value in result['summary'].items():
-        interval = ' to '.join(map(_percent, value['interval'] or ()))
-        rows.append([_METRICS.get(name, name), _percent(value['mean']), interval or '–'])
-    caption = f'Means over {len(result["videos"])} video(s), in percent'
+        ends = [report_table.format_score(name, end) for end in value['interval'] or ()]
+        mean = report_table.format_score(name, value['mean'])
+        rows.append([_METRICS.get(name, name), mean, ' to '.join(ends) or '–'])
+    caption = f'Means over {len(result["videos"])} video(s), in percent unless in frames'
     return table(caption, ['metric', 'mean', '95 % interval'], rows)
 
 
@@ -699,8 +702,9 @@ def _video_scores(result: dict) -> str:
     names = list(result['summary'])
     rows = []
     for scores in result['videos']:
-        rows.append([scores['name'], *(_percent(scores[name]) for name in names)])
-    scores_table = table('Scores by video, in percent', ['video', *names], rows)
+        values = [report_table.format_score(name, scores[name]) for name in names]
+        rows.append([scores['name'], *values])
+    scores_table = table('Scores by video, in percent unless in frames', ['video', *names], rows)
     return _details('Scores of each video', scores_table)
 
 
