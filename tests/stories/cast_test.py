@@ -330,6 +330,11 @@ def test_what_is_kept_counts_only_where_captions_are_followed():
     only = scores.by_gap(scores.score(video[None], [STORY], scenes=(2,)), [STORY], scenes=(2,))
     assert only['character_kept/gap 1'] == only['character_kept/gap 1/count'] == 1
 
+    # Nothing is not the same as nothing before.
+    empty = np.full((sum(STORY.frames), 16, 16, 3), 0.5)
+    kept = scored(empty)['character_kept'][0]
+    assert kept[2:].tolist() == [0, 0] and np.isnan(kept[:2]).all()
+
     frozen = np.repeat(video_of(STORY)[:1], sum(STORY.frames), 0)
     result = scored(frozen)
     assert result['consistency'][0]
