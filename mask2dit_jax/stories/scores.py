@@ -56,7 +56,7 @@ LARGEST_MOVE = 4  # in half widths: one step moves no further
 DAMPING = 1e-2  # on the diagonal: frames that hide the character have no slopes at all
 SCALE_RANGE = (0.3, 2.0)
 
-# What a scene shows, and the names that it can have.
+# What a scene shows, and the names that it can have. Stories have a tuple of each: actions, ...
 KNOWN = {
     'action': world.ACTIONS,
     'color': world.COLORS,
@@ -126,11 +126,12 @@ def score(
 
 def _told(stories):
     """What the stories say, as indices [n, S]."""
-    shown = {'action': 'actions', 'color': 'colors', 'shape': 'shapes', 'background': 'backgrounds'}
-    return {
-        name: np.array([list(map(KNOWN[name].index, getattr(s, shown[name]))) for s in stories])
-        for name in KNOWN
-    }
+    told = {}
+    for name, known in KNOWN.items():
+        told[name] = np.array(
+            [[known.index(shown) for shown in getattr(story, f'{name}s')] for story in stories]
+        )
+    return told
 
 
 def _gaps(names):
