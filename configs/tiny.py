@@ -10,13 +10,24 @@ Variants, after the colon:
   conditional    fine-tunes another run with given scenes: --config.init_from=runs/unconditional
   lora           as conditional, by LoRA of rank 8
   mixed          2 to 5 scenes of unequal length
+  memory         characters and places with names, which leave and come back: windows of 4 scenes
   smoke          a few steps in seconds, to check that everything runs
 """
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import ranges
 
-VARIANTS = ('dual', 'full', 'isolated', 'unconditional', 'conditional', 'lora', 'mixed', 'smoke')
+VARIANTS = (
+    'dual',
+    'full',
+    'isolated',
+    'unconditional',
+    'conditional',
+    'lora',
+    'mixed',
+    'memory',
+    'smoke',
+)
 
 
 def get_config(variant='dual'):
@@ -81,6 +92,10 @@ def get_config(variant='dual'):
             (4, 4, 4),
             (4, 4, 8, 4, 4),
         )
+        config.train.steps = 6000
+    if variant == 'memory':
+        config.model.max_text_seq_length = 8
+        config.data.update(world='cast', layouts=((4, 4, 4, 4),), story_scenes=8, num_train=8192)
         config.train.steps = 6000
     if variant == 'smoke':
         config.data.update(num_train=64, num_test=16)

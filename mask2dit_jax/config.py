@@ -37,6 +37,7 @@ OPTIMIZERS = ('adamw', 'muon')
 CODECS = ('stories', 'vae')
 SCENES = ('consecutive', 'unrelated')
 GIVEN = ('leading', 'any')
+WORLDS = ('one', 'cast')
 CAPTION_STYLES = ('first', 'every')
 
 MAX_STEPS = 2**31 - 1  # the step is an int32
@@ -86,8 +87,11 @@ class DataConfig:
       story_scenes: scenes of a rendered story for training, of which windows of a layout's scenes
         are trained on. They start anywhere, so that captions often do not name what the given
         scenes show. 0 for stories of the layout's own scenes.
-      caption_style: captions of rendered stories: 'first' names character and place in the first
-        scene's caption only, 'every' names them in each caption.
+      world: rendered stories: 'one' has one character on one background in all scenes, 'cast' a few
+        characters and places that have names, leave and come back. Its captions have up to eight
+        words, for model.max_text_seq_length.
+      caption_style: captions of rendered stories: 'first' describes character and place only in the
+        caption of the scene that shows them first, 'every' in each caption.
       codec_patch_frames: frames per latent frame of the 'stories' codec.
       codec_components: latent channels of the 'stories' codec.
       num_train: rendered stories of each kind for training.
@@ -110,6 +114,7 @@ class DataConfig:
     height_px: int = ranges.whole(16, least=1)
     width_px: int = ranges.whole(16, least=1)
     story_scenes: int = ranges.whole(0, least=0)
+    world: str = ranges.word('one', WORLDS)
     caption_style: str = ranges.word('first', CAPTION_STYLES)
     codec_patch_frames: int = ranges.whole(4, least=1)
     codec_components: int = ranges.whole(48, least=1)
@@ -605,6 +610,12 @@ def _conflicts(config) -> list[str]:
             found.append(
                 f'config.data.story_scenes {data.story_scenes} needs layouts of two scenes or more '
                 f'that have one length, and config.data.layouts has {layout}.'
+            )
+        if data.story_scenes > len(layout) and data.world == 'cast' and train.given == 'any':
+            found.append(
+                f'config.data.story_scenes {data.story_scenes} with config.data.world cast needs '
+                'config.train.given leading: the first scene of a window shows what its captions '
+                'do not describe.'
             )
     if train.keep_every_steps % train.checkpoint_every_steps:
         found.append(

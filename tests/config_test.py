@@ -157,6 +157,10 @@ def test_a_backend_of_an_earlier_version_loads_under_its_new_name(tmp_path):
         ({'schedule': {'beta_start': 0.5}}, 'config.schedule.beta_start 0.5 must not be above'),
         ({'model': {'freq_shift': 2000}}, 'config.model.freq_shift 2000 must be below'),
         ({'train': {'keep_every_steps': 1500}}, 'keep_every_steps 1500 must be a multiple'),
+        (
+            {'data': {'world': 'cast', 'story_scenes': 8}, 'train': {'given': 'any'}},
+            'config.data.story_scenes 8 with config.data.world cast needs config.train.given',
+        ),
     ],
 )
 def test_errors_name_the_key(change, message):
@@ -227,6 +231,7 @@ def test_every_field_has_a_range_and_wrong_values_are_refused_by_name(section, f
         ('data.fps', 0),
         ('data.fps', 60),
         ('data.caption_style', 'last'),
+        ('data.world', 'two'),
         ('optimizer.learning_rate', -1),
         ('optimizer.learning_rate', 0),
         ('optimizer.b1', 2),

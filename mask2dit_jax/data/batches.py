@@ -27,7 +27,12 @@ from mask2dit_jax.stories import builder, world
 class EncodedStories:
     """Random access to latents and text of rendered stories, encoded once and held in memory.
 
-    An example is a window: neighbouring scenes of a story, which may have more of them.
+    An example is a window: neighbouring scenes of a story, which may have more of them. A window
+    is named if its captions describe every character and every place that it shows. What no
+    caption of it describes, as an earlier scene's did, must be seen before it is generated. The
+    first scene is the only one that is given in every window that is not named (see
+    training.objectives), so that windows are left out whose first scene does not show all that
+    they do not describe.
     """
 
     def __init__(
@@ -51,36 +56,42 @@ class EncodedStories:
         self._latents = codec.encode_video(videos, frames)  # [B, T, h, w, C]
         self._borders = np.cumsum((0, *codec.latent_frames(frames)))
         self._num_scenes = num_scenes
-        self._windows = _windows([example['story'] for example in examples], num_scenes)
 
         # Captions repeat: each distinct one is encoded once, and stories share its states.
-        captions = [world.captions(example['story'], caption_style) for example in examples]
+        stories = [example['story'] for example in examples]
+        captions = [world.captions(story, caption_style) for story in stories]
+        self._windows = _windows(stories, captions, num_scenes)
         distinct = sorted({caption for story in captions for caption in story})
         states = dict(zip(distinct, codec.encode_text(distinct)))
         self._text = [[states[caption] for caption in story] for story in captions]
-        self._named = [list(map(world.is_named, story)) for story in captions]
 
     def __len__(self):
         return len(self._windows)
 
     def __getitem__(self, index):
-        story, start = self._windows[index]
+        story, start, named = self._windows[index]
         stop = start + self._num_scenes
         return {
             'latents': self._latents[story, self._borders[start] : self._borders[stop]],
             'text': np.stack(self._text[story][start:stop]),
-            'named': np.array(any(self._named[story][start:stop])),
+            'named': np.array(named),
         }
 
 
-def _windows(stories: list[world.Story], num_scenes: int) -> list[tuple[int, int]]:
-    """(story, first scene) of all windows but those that show what is held out."""
+def _windows(
+    stories: list[world.AnyStory], captions: list[list[str]], num_scenes: int
+) -> list[tuple[int, int, bool]]:
+    """(story, first scene, named) of all windows but those that show what is held out, and those
+    whose first scene does not show what they do not describe."""
     windows = []
-    for index, story in enumerate(stories):
-        for start in range(len(story.actions) - num_scenes + 1):
-            actions = story.actions[start : start + num_scenes]
-            if not world.is_test(story.shape, story.color, story.background, actions):
-                windows.append((index, start))
+    for index, (story, texts) in enumerate(zip(stories, captions)):
+        shown = [{who, where} for who, where in zip(story.who, story.where)]
+        described = [world.described(text) for text in texts]
+        for start in range(len(shown) - num_scenes + 1):
+            stop = start + num_scenes
+            unknown = set().union(*shown[start:stop]).difference(*described[start:stop])
+            if unknown <= shown[start] and not world.is_held_out(story, start, stop):
+                windows.append((index, start, not unknown))
     return windows
 
 
@@ -150,6 +161,7 @@ def open_stories(
         split,
         size_px=latent_codec.square(data),
         **counts,
+        kind=data.world,
     )
     if jax.process_count() == 1:
         return load()

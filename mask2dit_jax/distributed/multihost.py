@@ -112,7 +112,9 @@ def gather(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     if jax.process_count() == 1:
         return [arrays]
 
-    # As bytes, since JAX would round float64 and int64.
+    # As bytes, since JAX would round float64 and int64. safetensors writes the memory of an array
+    # as it lies there, which may be transposed.
+    arrays = {name: np.asarray(array, order='C') for name, array in arrays.items()}
     content = np.frombuffer(safetensors.numpy.save(arrays), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(content), np.uint32))
     padded = np.zeros(lengths.max(), np.uint8)

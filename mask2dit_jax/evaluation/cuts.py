@@ -1,4 +1,4 @@
-"""Scores of the cuts between scenes: how sharp they are, and whether they are where they belong."""
+"""Scores of the cuts between scenes: how sharp they are, and how far from where they belong."""
 
 import itertools
 from collections.abc import Sequence
@@ -45,6 +45,9 @@ def cut_scores(change, frames: Sequence[int]) -> dict[str, np.ndarray]:
         and 0 where the border changes as much as the scenes do, or nothing changes at all.
       'placed' [S - 1]: 1 where the border is among the S - 1 largest changes of the video, else 0.
         A border without a change, or one that changes no more than the inside of scenes, is 0.
+      'transition_deviation' [S - 1]: frames from the border to the cut, which is the largest change
+        among those that are nearer to this border than to any other. Of changes that are equal it
+        is the farthest one: where no cut is seen, the deviation is as large as it can be.
 
     Raises:
       ValueError: if change and frames do not fit, or two neighbouring scenes have one frame each.
@@ -77,4 +80,13 @@ def cut_scores(change, frames: Sequence[int]) -> dict[str, np.ndarray]:
     # A border has its place if fewer than S - 1 changes inside scenes are as large as it.
     rivals = (np.concatenate(inside) >= at_border[:, None]).sum(1)  # [S - 1]
     placed = (at_border > 0) & (rivals < len(at_border))
-    return {'sharpness': sharpness, 'placed': placed.astype(float)}
+
+    distance = np.abs(np.arange(len(change)) - (ends[:-1, None] - 1))  # [S - 1, F - 1]
+    is_near = distance == distance.min(0)
+    largest = np.where(is_near, change, -1).max(1, keepdims=True)  # [S - 1, 1]
+    deviation = np.where(is_near & (change == largest), distance, 0).max(1)
+    return {
+        'sharpness': sharpness,
+        'placed': placed.astype(float),
+        'transition_deviation': deviation.astype(float),
+    }

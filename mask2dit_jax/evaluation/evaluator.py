@@ -30,7 +30,8 @@ def score(item: videos_lib.Video, features: dict, change) -> dict:
       change: [F - 1] of cuts.transitions.
 
     Returns:
-      'name', the means of cuts.cut_scores over the borders, and metrics.METRICS, as fractions of 1.
+      'name', the means of cuts.cut_scores over the borders, and metrics.METRICS. All are fractions
+      of 1, but for the transition deviation, which is in frames.
 
     Raises:
       ValueError: if the features do not fit the story.

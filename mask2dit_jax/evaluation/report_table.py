@@ -31,7 +31,9 @@ _LABELS = {
     'margin': 'cosine with own caption minus cosine with others',
 }
 # Scores of cuts, which stand beside every consistency.
-_CUTS = ('sharpness', 'placed')
+_CUTS = ('sharpness', 'placed', 'transition_deviation')
+# Scores in frames; all others are in percent.
+_IN_FRAMES = ('transition_deviation',)
 # Entries of a video's scores that are not numbers, so that they have no mean over videos.
 _NOT_NUMBERS = ('name', 'confusion')
 
@@ -110,8 +112,8 @@ def _introduction(result: dict) -> list[str]:
     return [
         '# Scores',
         '',
-        f'{len(result["videos"])} video(s), in percent, mean over videos [95 % bootstrap '
-        f'interval]. {settings}.',
+        f'{len(result["videos"])} video(s), in percent (the transition deviation in frames), mean '
+        f'over videos [95 % bootstrap interval]. {settings}.',
     ]
 
 
@@ -119,17 +121,22 @@ def _percent(value: float) -> str:
     return f'{100 * value:.2f}'
 
 
+def format_score(name: str, value: float) -> str:
+    """A score of evaluation.json in percent, or in frames if it is in frames."""
+    return f'{value:.2f}' if name in _IN_FRAMES else _percent(value)
+
+
 def _cell(summary: dict, name: str) -> str:
     """Mean and interval of a metric, or a dash if it was not computed."""
     if name not in summary:
         return '–'
 
-    mean = _percent(summary[name]['mean'])
+    mean = format_score(name, summary[name]['mean'])
     interval = summary[name]['interval']
     if interval is None:
         return mean
     low, high = interval
-    return f'{mean} [{_percent(low)}, {_percent(high)}]'
+    return f'{mean} [{format_score(name, low)}, {format_score(name, high)}]'
 
 
 def _cells(summary: dict, names) -> str:
@@ -144,8 +151,8 @@ def _paper_table(result: dict) -> list[str]:
 
     lines = [
         '| pairs of scenes | visual consistency | semantic consistency | sequence consistency '
-        '| FVD | cut sharpness | cuts placed |',
-        '|---|---:|---:|---:|---:|---:|---:|',
+        '| FVD | cut sharpness | cuts placed | transition deviation |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
     for row in _PAPER_ROWS:
         consistencies = _cells(summary, row.columns)
@@ -159,7 +166,10 @@ def _other_table(result: dict) -> list[str]:
     in_paper_table = {*_CUTS, *(name for row in _PAPER_ROWS for name in row.columns)}
     unlabelled = [name for name in summary if name not in in_paper_table | _LABELS.keys()]
 
-    lines = ['| | mean | cut sharpness | cuts placed |', '|---|---:|---:|---:|']
+    lines = [
+        '| | mean | cut sharpness | cuts placed | transition deviation |',
+        '|---|---:|---:|---:|---:|',
+    ]
     for name in (*_LABELS, *unlabelled):
         label = _LABELS.get(name, name)
         lines.append(f'| {label} | {_cell(summary, name)} | {_cells(summary, _CUTS)} |')
@@ -170,9 +180,11 @@ def _how_to_read_cuts() -> list[str]:
     return [
         'Cut sharpness is 100 for hard cuts between still scenes, and 0 where a border changes no '
         'more than the scenes do. Cuts placed is the share of borders that are among the largest '
-        'changes of the video. A video without cuts is consistent too: read every consistency '
-        'together with its cuts. Captions that leak into other scenes make the scenes alike: they '
-        'raise consistency, and only the matches fall.'
+        'changes of the video. The transition deviation is the number of frames from a border to '
+        'the largest change near it: 0 for cuts in their place, and the largest distance where '
+        'nothing changes. A video without cuts is consistent too: read every consistency together '
+        'with its cuts. Captions that leak into other scenes make the scenes alike: they raise '
+        'consistency, and only the matches fall.'
     ]
 
 

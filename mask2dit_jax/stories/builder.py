@@ -16,10 +16,11 @@ from absl import logging
 
 from mask2dit_jax import storage
 from mask2dit_jax.distributed import watchdog
-from mask2dit_jax.stories import rendering, world
+from mask2dit_jax.stories import cast, rendering, world
 
 SEED = 0
 SPLITS = ('train', 'test')
+KINDS = ('one', 'cast')
 
 # Number of stored examples that are drawn again when a split is opened.
 SPOT_CHECKS = 8
@@ -35,6 +36,7 @@ class StoriesConfig(tfds.core.BuilderConfig):
         size_px: height and width of the frame.
         num_train: examples of the train split.
         num_test: examples of the test split; its combinations are not in train.
+        kind: 'one' for stories of one character, 'cast' for world.CastStory.
     """
 
     name: str = ''
@@ -42,18 +44,20 @@ class StoriesConfig(tfds.core.BuilderConfig):
     size_px: int = 16
     num_train: int = 16384
     num_test: int = 512
+    kind: str = 'one'
 
     def __post_init__(self):
-        """Derives the name, such as 3x4_16px_16384_512 or 4-8_16px_16384_512."""
+        """Derives the name, as 3x4_16px_16384_512, 4-8_16px_16384_512, cast_8x4_16px_8192_512."""
         self.frames = tuple(self.frames)
         lengths = '-'.join(map(str, self.frames))
         if len(set(self.frames)) == 1:
             lengths = f'{len(self.frames)}x{self.frames[0]}'
-        self.name = f'{lengths}_{self.size_px}px_{self.num_train}_{self.num_test}'
+        prefix = '' if self.kind == 'one' else f'{self.kind}_'
+        self.name = f'{prefix}{lengths}_{self.size_px}px_{self.num_train}_{self.num_test}'
 
 
 class Stories(tfds.core.GeneratorBasedBuilder):
-    """Stories as TFDS examples: the video, and the JSON text of the Story."""
+    """Stories as TFDS examples: the video, and the JSON text of the story."""
 
     VERSION = tfds.core.Version('1.0.0')
     RELEASE_NOTES = {'1.0.0': 'First release.'}  # noqa: RUF012, TFDS wants a dict
@@ -102,7 +106,7 @@ def num_examples(config: StoriesConfig, split: str) -> int:
     return {'train': config.num_train, 'test': config.num_test}[split]
 
 
-def make_story(config: StoriesConfig, split: str, index: int) -> world.Story:
+def make_story(config: StoriesConfig, split: str, index: int) -> world.AnyStory:
     """Draws one story of a split.
 
     Args:
@@ -114,13 +118,14 @@ def make_story(config: StoriesConfig, split: str, index: int) -> world.Story:
         The story, a pure function of the arguments: it does not depend on earlier draws.
     """
     rng = np.random.default_rng([SEED, split == 'test', index])
-    return world.sample_story(rng, config.frames, split=split, size_px=config.size_px)
+    sample = cast.sample_cast_story if config.kind == 'cast' else world.sample_story
+    return sample(rng, config.frames, split=split, size_px=config.size_px)
 
 
 class StorySource:
     """Random access to one split, for grain or a loop.
 
-    `source[i]` is dict(video=uint8 [F, H, W, 3], story=Story).
+    `source[i]` is dict(video=uint8 [F, H, W, 3], story=Story or CastStory).
 
     Attributes:
         config: the StoriesConfig.
@@ -162,6 +167,7 @@ def load(
     size_px: int = 16,
     num_train: int = 16384,
     num_test: int = 512,
+    kind: str = 'one',
 ) -> StorySource:
     """Opens a split of the stories; builds both splits in `data_dir` first if they are not there.
 
@@ -172,20 +178,24 @@ def load(
         size_px: height and width of the frame.
         num_train: examples of the train split.
         num_test: examples of the test split.
+        kind: 'one' for stories of one character, 'cast' for world.CastStory.
 
     Returns:
         The split.
 
     Raises:
-        ValueError: for another split, a count below 1, or if the stored examples differ from
-            freshly rendered ones.
+        ValueError: for another split or kind, a count below 1, or if the stored examples differ
+            from freshly rendered ones.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'.")
+    world.check_split(split)
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} of stories is unknown; use 'one' or 'cast'.")
     if min(num_train, num_test) < 1:
         raise ValueError(f'num_train {num_train} and num_test {num_test} must be at least 1.')
 
-    config = StoriesConfig(frames=frames, size_px=size_px, num_train=num_train, num_test=num_test)
+    config = StoriesConfig(
+        frames=frames, size_px=size_px, num_train=num_train, num_test=num_test, kind=kind
+    )
 
     def make_builder():  # it looks for the examples when it is made, and never again
         return Stories(config=config, data_dir=os.fspath(data_dir), file_format='array_record')

@@ -1,4 +1,4 @@
-"""Draws a Story: which part of every pixel the character covers, and the frames in colour."""
+"""Draws a story: which part of every pixel the character covers, and the frames in colour."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class SceneMask(NamedTuple):
     scales: np.ndarray
 
 
-def render(story: world.Story) -> np.ndarray:
+def render(story: world.AnyStory) -> np.ndarray:
     """Draws the story.
 
     Args:
@@ -30,18 +30,16 @@ def render(story: world.Story) -> np.ndarray:
     Returns:
         uint8 [F, size, size, 3], the scenes one after the other.
     """
-    coverages = []
-    for action, frames, start in zip(story.actions, story.frames, story.starts):
-        mask = scene_coverage(story.shape, action, frames, start, story.size_px)
-        coverages.append(mask.coverage)
-    alpha = np.concatenate(coverages)  # [F, H, W]
-
-    background = np.array(world.BACKGROUND_RGB[story.background], np.float32) * 255
-    color = np.array(world.COLOR_RGB[story.color], np.float32) * 255
-    change = color - background
-
-    video = background + alpha[..., None] * change  # [F, H, W, 3]
-    return (video + 0.5).astype(np.uint8)
+    scenes = []
+    looks = zip(story.shapes, story.colors, story.backgrounds)
+    for (shape, color, background), action, frames, start in zip(
+        looks, story.actions, story.frames, story.starts
+    ):
+        mask = scene_coverage(shape, action, frames, start, story.size_px)
+        ground = np.array(world.BACKGROUND_RGB[background], np.float32) * 255
+        change = np.array(world.COLOR_RGB[color], np.float32) * 255 - ground
+        scenes.append(ground + mask.coverage[..., None] * change)  # [F, H, W, 3]
+    return (np.concatenate(scenes) + 0.5).astype(np.uint8)
 
 
 def scene_coverage(

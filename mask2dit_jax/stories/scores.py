@@ -3,7 +3,8 @@ the story.
 
 Nothing is learnt. `measure` takes background and colour from the pixels, as the nearest entries of
 the palettes; shape and action are those of the rendering that fits best among all shapes, actions
-and starts. `score` compares them with the stories, and `summarize` takes means.
+and starts. `score` compares them with the stories, `summarize` takes means, and `by_gap` takes them
+by the number of scenes since a character or a place was last shown.
 
 Shapes: B clips of one length, K candidate renderings, n stories of S scenes.
 """
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mask2dit_jax.stories import rendering, world
+from mask2dit_jax.stories import cast, rendering, world
 
 # Distances between colours are Euclidean, of RGB in [0, 1]; black and white are 1.73 apart.
 
@@ -55,12 +56,17 @@ LARGEST_MOVE = 4  # in half widths: one step moves no further
 DAMPING = 1e-2  # on the diagonal: frames that hide the character have no slopes at all
 SCALE_RANGE = (0.3, 2.0)
 
-# What stays the same through a story's scenes, and the names that it can have.
-PERSISTENT = {'color': world.COLORS, 'shape': world.SHAPES, 'background': world.BACKGROUNDS}
+# What a scene shows, and the names that it can have. Stories have a tuple of each: actions, ...
+KNOWN = {
+    'action': world.ACTIONS,
+    'color': world.COLORS,
+    'shape': world.SHAPES,
+    'background': world.BACKGROUNDS,
+}
 
 
 def score(
-    videos, stories: list[world.Story], scenes: tuple[int, ...] | None = None
+    videos, stories: list[world.AnyStory], scenes: tuple[int, ...] | None = None
 ) -> dict[str, np.ndarray]:
     """Compares videos with the stories that they should show.
 
@@ -75,36 +81,69 @@ def score(
         or wrong. 'leak': bool [n, S], the action is wrong and is that of another scene of the
         story. 'residual': float [n, S], see `measure`.
         'story': bool [n], action, identity and background right in all scored scenes.
-        'consistency': bool [n], the same colour, shape and background in all scenes (also those not
-        scored), whatever the story says.
+        'consistency': bool [n], each character has one colour and shape and each place one
+        background in all scenes (also those not scored), whatever the story says.
+        'character_kept', 'place_kept': float [n, S], 1 or 0: colour and shape (the background) are
+        those of the last scene that showed this character (place), whatever the story says; NaN
+        where none did.
+        'faithful': bool [n, S], right against the scene's own caption in the style 'first': the
+        action, and what the scene shows first.
+        'cut_deviation': float [n, S], see `cut_deviation`.
 
     Raises:
         ValueError: if counts of videos, frames or scenes do not match the stories.
     """
     seen = _measure_all(videos, stories)  # of [n, S]
-    told = _told(stories)  # of [n, S] or [n, 1]
+    told = _told(stories)  # of [n, S]
     picked = list(range(len(stories[0].actions)) if scenes is None else scenes)
 
-    right = {name: (seen[name] == told[name])[:, picked] for name in told}
+    right = {name: seen[name] == told[name] for name in told}
     identity = right['color'] & right['shape']
-    return right | {
-        'leak': _leaks(seen['action'], told['action'])[:, picked],
+    background = right['background']
+    character_gaps = _gaps([story.who for story in stories])
+    place_gaps = _gaps([story.where for story in stories])
+    faithful = right['action'] & (identity | (character_gaps > 0)) & (background | (place_gaps > 0))
+    character_kept = _kept(character_gaps, seen['color'], seen['shape'])
+    place_kept = _kept(place_gaps, seen['background'])
+    deviations = [cut_deviation(video, story) for video, story in zip(videos, stories)]
+
+    per_scene = right | {
+        'leak': _leaks(seen['action'], told['action']),
         'identity': identity,
-        'story': (right['action'] & identity & right['background']).all(1),
-        'consistency': _is_consistent(seen),
-        'residual': seen['residual'][:, picked],
+        'residual': seen['residual'],
+        'character_kept': character_kept,
+        'place_kept': place_kept,
+        'faithful': faithful,
+        'cut_deviation': np.stack(deviations),
+    }
+    shown = (seen['color'] >= 0) & (seen['shape'] >= 0) & (seen['background'] >= 0)
+    changed = (character_kept == 0) | (place_kept == 0)
+    return {name: values[:, picked] for name, values in per_scene.items()} | {
+        'story': (right['action'] & identity & background)[:, picked].all(1),
+        'consistency': (shown & ~changed).all(1),
     }
 
 
 def _told(stories):
-    """What the stories say, as indices: [n, 1] if it is the same in all scenes, else [n, S]."""
+    """What the stories say, as indices [n, S]."""
     told = {}
-    for name, known in PERSISTENT.items():
-        told[name] = np.array([[known.index(getattr(story, name))] for story in stories])
-
-    actions = [[world.ACTIONS.index(action) for action in story.actions] for story in stories]
-    told['action'] = np.array(actions)
+    for name, known in KNOWN.items():
+        told[name] = np.array(
+            [[known.index(shown) for shown in getattr(story, f'{name}s')] for story in stories]
+        )
     return told
+
+
+def _gaps(names):
+    """[n, S] cast.gaps of each story."""
+    return np.array([cast.gaps(story) for story in names])
+
+
+def _kept(gaps, *looks):
+    """[n, S]: 1 where looks [n, S] are those of `gaps` scenes ago, else 0; NaN where gaps are 0."""
+    before = np.arange(gaps.shape[1]) - gaps
+    same = [(look == np.take_along_axis(look, before, 1)) & (look >= 0) for look in looks]
+    return np.where(gaps > 0, np.all(same, axis=0), np.nan)
 
 
 def _leaks(seen, told):
@@ -113,12 +152,6 @@ def _leaks(seen, told):
     wrong = seen != told
     told_anywhere = (seen[:, :, None] == told[:, None]).any(2)
     return wrong & told_anywhere
-
-
-def _is_consistent(seen):
-    """[n]: all scenes show a character, and it and the background are those of the first scene."""
-    same = [(seen[name] == seen[name][:, :1]) & (seen[name] >= 0) for name in PERSISTENT]
-    return np.all(same, axis=(0, 2))
 
 
 def summarize(
@@ -132,17 +165,119 @@ def summarize(
 
     Returns:
         The mean of every score, and of scores [n, S] also the mean of every scene: 'action/1',
-        'action/2', ...
+        'action/2', ... NaN does not count; what is always NaN is left out.
     """
-    means = {name: float(values.mean()) for name, values in scores.items()}
+    means = {name: _mean(values) for name, values in scores.items()}
 
     for name, values in scores.items():
         if values.ndim < 2:
             continue
         numbers = range(values.shape[1]) if scenes is None else scenes
         for scene, column in zip(numbers, values.T):
-            means[f'{name}/{scene + 1}'] = float(column.mean())
-    return means
+            means[f'{name}/{scene + 1}'] = _mean(column)
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _mean(values):
+    """The mean of what is not NaN, None if there is nothing."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else None
+
+
+def by_gap(
+    scores: dict[str, np.ndarray],
+    stories: list[world.AnyStory],
+    scenes: tuple[int, ...] | None = None,
+) -> dict[str, float]:
+    """Recall: scores by the number of scenes since the character, or the place, was last shown.
+
+    Args:
+        scores: what `score` returned.
+        stories: the stories given to it.
+        scenes: the scenes given to it. Scenes that are not among them count as faithful, because
+            they were given.
+
+    Returns:
+        For every gap G from 1 ('new' for what no earlier scene shows) the mean over all scenes with
+        this gap, and the number of these scenes under the same name with '/count':
+        'identity/gap G', 'background/gap G': right against the story.
+        'character_kept/gap G', 'place_kept/gap G' (none for 'new'): looks as when it was last
+        shown, counted only where both scenes are faithful to their captions. Without this gate a
+        video that does not follow its captions, as one that stands still, would be consistent. Of
+        a whole story, 'consistency' with this gate is the score 'story'.
+    """
+    n, S = len(stories), len(stories[0].actions)
+    picked = list(range(S) if scenes is None else scenes)
+    faithful = np.ones((n, S), bool)
+    faithful[:, picked] = scores['faithful']
+
+    found = {}
+    for right, kept, names in (
+        ('identity', 'character_kept', [story.who for story in stories]),
+        ('background', 'place_kept', [story.where for story in stories]),
+    ):
+        gaps = _gaps(names)  # [n, S]
+        before = np.take_along_axis(faithful, np.arange(S) - gaps, 1)
+        counted = (faithful & before)[:, picked]
+        gaps = gaps[:, picked]
+        for gap in np.unique(gaps).tolist():
+            own = gaps == gap
+            bins = {right: scores[right][own]}
+            if gap:
+                bins[kept] = scores[kept][own & counted]
+            for name, values in bins.items():
+                key = f'{name}/gap {gap or "new"}'
+                found[f'{key}/count'] = len(values)
+                if len(values):
+                    found[key] = float(values.mean())
+    return found
+
+
+def cut_deviation(video, story: world.AnyStory) -> np.ndarray:
+    """How far cuts are from where they should be.
+
+    Each frame near a cut tells by its colours whether it belongs to the scene before or after. The
+    cut is where this changes, as well as one cut can explain it.
+
+    Args:
+        video: [F, H, W, 3], float in [0, 1] or uint8.
+        story: what it should show.
+
+    Returns:
+        float [S], frames between the border before each scene and its cut; up to the length of the
+        longer one of the two scenes, where no cut is seen. NaN for the first scene, and for scenes
+        in the colours of the one before.
+    """
+    frames = _as_float(video)[:, None]  # [F, 1, H, W, 3], every frame a clip
+    ground = _background_color(frames)  # [F, 3]
+    paint = _character_color(frames, ground)  # [F, 3]
+    is_shown = np.linalg.norm(paint - ground, axis=-1) > LEAST_CONTRAST  # blinks hide the character
+
+    def distance(scene, part):
+        """[frames of the part] from the colours of a scene."""
+        to_ground = np.array(world.BACKGROUND_RGB[story.backgrounds[scene]]) - ground[part]
+        to_paint = np.array(world.COLOR_RGB[story.colors[scene]]) - paint[part]
+        far = np.linalg.norm(to_ground, axis=-1)
+        return far + is_shown[part] * np.linalg.norm(to_paint, axis=-1)
+
+    deviations = np.full(len(story.actions), np.nan)
+    ends = np.cumsum(story.frames)
+    looks = list(zip(story.colors, story.backgrounds))
+    for scene in range(1, len(looks)):
+        if looks[scene] == looks[scene - 1]:
+            continue
+        border = story.frames[scene - 1]
+        part = slice(ends[scene - 1] - border, ends[scene])
+
+        # The error of a cut before each frame, and after the last one.
+        before = np.concatenate([[0], np.cumsum(distance(scene - 1, part))])
+        after = np.concatenate([[0], np.cumsum(distance(scene, part))])
+        error = before + after[-1] - after
+
+        # Frames that tell nothing leave cuts that are as good as each other.
+        best = np.flatnonzero(error <= error.min() + 1e-6)
+        deviations[scene] = np.abs(best - border).min()
+    return deviations
 
 
 def _measure_all(videos, stories):
@@ -162,9 +297,7 @@ def _measure_all(videos, stories):
                 f'video {n} has {len(video)} frames, its story {sum(story.frames)}; they must '
                 'agree.'
             )
-        largest = 255 if video.dtype == np.uint8 else 1
-        video = np.asarray(video, np.float32) / largest
-        for s, clip in enumerate(np.split(video, np.cumsum(story.frames)[:-1])):
+        for s, clip in enumerate(np.split(_as_float(video), np.cumsum(story.frames)[:-1])):
             groups.setdefault(clip.shape, []).append((n, s, clip))
 
     shape = (len(stories), *scene_counts)  # [n, S]
@@ -175,6 +308,11 @@ def _measure_all(videos, stories):
         for name, values in measure(np.stack(clips)).items():
             measured[name][rows, columns] = values
     return measured
+
+
+def _as_float(video):
+    """uint8 or float video as float32 in [0, 1]."""
+    return np.asarray(video, np.float32) / (255 if video.dtype == np.uint8 else 1)
 
 
 def measure(clips: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,8 +1,13 @@
 """The world of stories: a character (shape, colour) on a background does one action in every scene.
 
-This file has the world's constants, the Story and its captions; rendering.py draws a Story. The
-world is analytic and so small that a model learns it in minutes and that a picture can be scored
-exactly (scores.py).
+A Story has one character on one background in all scenes. A CastStory has a few characters and a
+few places, which have names, leave, and come back: it asks for memory. Both kinds say per scene
+what it shows (`who`, `where`, `shapes`, `colors`, `backgrounds`, `actions`), and everything that
+draws, tells or scores stories reads only that.
+
+This file has the world's constants, the stories and their captions; cast.py draws a CastStory's
+content at random, rendering.py its pictures. The world is analytic and so small that a model learns
+it in minutes and that a picture can be scored exactly (scores.py).
 
 Lengths are in units of 1/16 of the frame (UNITS), so that a larger frame shows the same story with
 more pixels. Pairs of lengths are (y, x).
@@ -10,6 +15,7 @@ more pixels. Pairs of lengths are (y, x).
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from typing import NamedTuple
 
@@ -93,16 +99,32 @@ MOTIONS = {
 }
 ACTIONS = tuple(MOTIONS)
 
+# Words for the characters and the places of a CastStory. They mean nothing by themselves: each
+# story gives them other looks.
+NAMES = ('ann', 'bob', 'eve', 'joe')
+PLACES = ('home', 'park', 'shop', 'lake')
+
 GRAMMAR = (
-    "'<color> <shape> on <background> <action>' or 'it <action>' with "
+    "'<color> <shape> on <background> <action>' or 'it <action>', in a story with a cast "
+    "'<name> <color> <shape> at <place> <background> <action>', or without what was said before "
+    "'<name> at <place> <action>', with "
     f'color {"|".join(COLORS)}, '
     f'shape {"|".join(SHAPES)}, '
     f'background {"|".join(BACKGROUNDS)}, '
+    f'name {"|".join(NAMES)}, '
+    f'place {"|".join(PLACES)}, '
     f'action {"|".join(ACTIONS)}'
 )
 PAD = '<pad>'
 _ACTION_WORDS = ' '.join(ACTIONS).split()
-VOCABULARY = tuple(sorted({'it', 'on', *COLORS, *SHAPES, *BACKGROUNDS, *_ACTION_WORDS}))
+_NOUNS = {*COLORS, *SHAPES, *BACKGROUNDS, *NAMES, *PLACES}
+VOCABULARY = tuple(sorted({'it', 'on', 'at', *_NOUNS, *_ACTION_WORDS}))
+
+# Runs of so many scenes of a CastStory are held out for the test split.
+HELD_OUT_SCENES = 4
+
+# The name of a Story's only character, and of its place.
+IT = 'it'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +154,131 @@ class Story:
         _check_known(self.shape, SHAPES)
         _check_known(self.color, COLORS)
         _check_known(self.background, BACKGROUNDS)
-        for action in self.actions:
-            _check_known(action, ACTIONS)
+        _check_scenes(self)
 
-        if not len(self.actions) == len(self.frames) == len(self.starts) > 0:
-            raise ValueError(
-                f'a story needs as many actions ({len(self.actions)}) as frame counts '
-                f'({len(self.frames)}) and starts ({len(self.starts)}), and at least one.'
-            )
+    @property
+    def who(self) -> tuple[str, ...]:
+        """Name of the character of each scene."""
+        return (IT,) * len(self.actions)
 
-        if min(self.frames) < 2:
-            raise ValueError(
-                f'frames {self.frames}: a scene needs at least 2 frames to show an action.'
-            )
+    @property
+    def where(self) -> tuple[str, ...]:
+        """Name of the place of each scene."""
+        return (IT,) * len(self.actions)
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """Shape of the character of each scene."""
+        return (self.shape,) * len(self.actions)
+
+    @property
+    def colors(self) -> tuple[str, ...]:
+        """Colour of the character of each scene."""
+        return (self.color,) * len(self.actions)
+
+    @property
+    def backgrounds(self) -> tuple[str, ...]:
+        """Background of each scene."""
+        return (self.background,) * len(self.actions)
+
+
+class Character(NamedTuple):
+    """Someone in a CastStory."""
+
+    name: str  # of NAMES
+    shape: str
+    color: str
+
+
+class Place(NamedTuple):
+    """Somewhere in a CastStory."""
+
+    name: str  # of PLACES
+    background: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CastStory:
+    """One story with a cast: every scene shows one of its characters at one of its places.
+
+    Attributes:
+        characters: the cast; names differ.
+        places: names differ.
+        who: name of the character of each scene.
+        where: name of the place of each scene.
+        actions, frames, starts, size_px: as in Story.
+    """
+
+    characters: tuple[Character, ...]
+    places: tuple[Place, ...]
+    who: tuple[str, ...]
+    where: tuple[str, ...]
+    actions: tuple[str, ...]
+    frames: tuple[int, ...]
+    starts: tuple[tuple[float, float], ...]
+    size_px: int = 16
+
+    def __post_init__(self):
+        """Refuses names outside the world or the story, and tuples of unequal length."""
+        for character in self.characters:
+            _check_known(character.name, NAMES)
+            _check_known(character.shape, SHAPES)
+            _check_known(character.color, COLORS)
+        for place in self.places:
+            _check_known(place.name, PLACES)
+            _check_known(place.background, BACKGROUNDS)
+
+        for known, used in ((self.characters, self.who), (self.places, self.where)):
+            names = [entry.name for entry in known]
+            if len(set(names)) < len(names):
+                raise ValueError(f'names {names} repeat: give each character and place its own.')
+            for name in used:
+                if name not in names:
+                    raise ValueError(f'{name!r} has no look in this story: use {", ".join(names)}.')
+            if len(used) != len(self.actions):
+                raise ValueError(
+                    f'a story of {len(self.actions)} actions needs as many characters and places, '
+                    f'not {used}.'
+                )
+        _check_scenes(self)
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """Shape of the character of each scene."""
+        looks = {character.name: character.shape for character in self.characters}
+        return tuple(looks[name] for name in self.who)
+
+    @property
+    def colors(self) -> tuple[str, ...]:
+        """Colour of the character of each scene."""
+        looks = {character.name: character.color for character in self.characters}
+        return tuple(looks[name] for name in self.who)
+
+    @property
+    def backgrounds(self) -> tuple[str, ...]:
+        """Background of each scene."""
+        looks = {place.name: place.background for place in self.places}
+        return tuple(looks[name] for name in self.where)
+
+
+AnyStory = Story | CastStory
+
+
+def _check_scenes(story):
+    """Raises ValueError for scenes that no story can have."""
+    for action in story.actions:
+        _check_known(action, ACTIONS)
+
+    if not len(story.actions) == len(story.frames) == len(story.starts) > 0:
+        raise ValueError(
+            f'a story needs as many actions ({len(story.actions)}) as frame counts '
+            f'({len(story.frames)}) and starts ({len(story.starts)}), and at least one.'
+        )
+
+    if min(story.frames) < 2:
+        raise ValueError(
+            f'frames {story.frames}: a scene needs at least 2 frames to show an action.'
+        )
 
 
 def _check_known(name, known):
@@ -155,20 +289,27 @@ def _check_known(name, known):
         )
 
 
-def story_to_json(story: Story) -> str:
-    """The story as JSON text; `story_from_json` returns an equal Story."""
+def story_to_json(story: AnyStory) -> str:
+    """The story as JSON text; `story_from_json` returns an equal story."""
     return json.dumps(dataclasses.asdict(story))
 
 
-def story_from_json(text: str) -> Story:
+def story_from_json(text: str) -> AnyStory:
     """The story of a text that `story_to_json` wrote."""
     fields = json.loads(text)
 
-    # JSON has lists only; a Story is hashable and compares equal only with tuples.
+    # JSON has lists only; a story is hashable and compares equal only with tuples.
     fields['actions'] = tuple(fields['actions'])
     fields['frames'] = tuple(fields['frames'])
     fields['starts'] = tuple(tuple(start) for start in fields['starts'])
-    return Story(**fields)
+    if 'characters' not in fields:
+        return Story(**fields)
+
+    fields['characters'] = tuple(Character(*entry) for entry in fields['characters'])
+    fields['places'] = tuple(Place(*entry) for entry in fields['places'])
+    fields['who'] = tuple(fields['who'])
+    fields['where'] = tuple(fields['where'])
+    return CastStory(**fields)
 
 
 def is_test(shape: str, color: str, background: str, actions: tuple[str, ...]) -> bool:
@@ -178,6 +319,47 @@ def is_test(shape: str, color: str, background: str, actions: tuple[str, ...]) -
     """
     text = '|'.join((shape, color, background, *actions))
     return hashlib.sha256(text.encode()).digest()[0] % 8 == 0
+
+
+def held_out_action(looks: list[tuple[str, ...]], actions: tuple[str, ...]) -> str:
+    """The last action with which a run of scenes of a CastStory is held out.
+
+    A hash decides, as in `is_test`: whatever else a run shows, one of its eight last actions is for
+    the test split. Names do not count, so that other names make no other run of it.
+
+    Args:
+        looks: (shape, color, background) of each scene of the run.
+        actions: of the scenes before the last one.
+    """
+    text = '|'.join((*itertools.chain(*looks), *actions))
+    return ACTIONS[hashlib.sha256(text.encode()).digest()[0] % len(ACTIONS)]
+
+
+def is_held_out(story: AnyStory, start: int, stop: int) -> bool:
+    """Whether scenes of a story show what is held out for the test split.
+
+    Of a Story, `is_test` decides. Of a CastStory, a run of HELD_OUT_SCENES scenes (fewer if `start`
+    to `stop` are fewer) is held out as `held_out_action` says, and more scenes are if any such run
+    among them is. Training stories of cast.py have no such run, test stories none other: no window
+    of HELD_OUT_SCENES or more scenes of (character, place, action) is seen in training and in
+    tests, however long the stories are.
+
+    Args:
+        story: the story.
+        start: the first of the scenes.
+        stop: the scene after the last one.
+    """
+    if isinstance(story, Story):
+        return is_test(story.shape, story.color, story.background, story.actions[start:stop])
+
+    looks = list(zip(story.shapes, story.colors, story.backgrounds))
+    length = min(HELD_OUT_SCENES, stop - start)
+    for last in range(start + length - 1, stop):
+        first = last - length + 1
+        held_out = held_out_action(looks[first : last + 1], story.actions[first:last])
+        if story.actions[last] == held_out:
+            return True
+    return False
 
 
 def sample_story(
@@ -197,8 +379,7 @@ def sample_story(
     Raises:
         ValueError: for another split, or frames that a Story refuses.
     """
-    if split not in ('train', 'test'):
-        raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'.")
+    check_split(split)
 
     # Draw until the combination belongs to the split.
     while True:
@@ -209,11 +390,19 @@ def sample_story(
         if is_test(shape, color, background, actions) == (split == 'test'):
             break
 
-    starts = tuple(_sample_start(rng, shape, action, size_px) for action in actions)
+    starts = tuple(sample_start(rng, shape, action, size_px) for action in actions)
     return Story(shape, color, background, actions, tuple(frames), starts, size_px)
 
 
-def _sample_start(rng, shape, action, size_px):
+def check_split(split: str) -> None:
+    """Raises ValueError for anything but 'train' and 'test'."""
+    if split not in ('train', 'test'):
+        raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'.")
+
+
+def sample_start(
+    rng: np.random.Generator, shape: str, action: str, size_px: int
+) -> tuple[float, float]:
     """A start centre (y, x) in px from which the whole action stays inside the frame."""
     motion = MOTIONS[action]
     start = []
@@ -232,13 +421,16 @@ def _sample_start(rng, shape, action, size_px):
     return tuple(start)
 
 
-def captions(story: Story, style: str = 'first') -> list[str]:
+def captions(story: AnyStory, style: str = 'first', given: int = 0) -> list[str]:
     """One caption per scene.
 
     Args:
         story: the story.
-        style: 'first' names the identity in scene 1 only ('red ring on gray moves left', then 'it
-            grows'), 'every' in every scene, 'never' in none.
+        style: 'first' describes a look once, at the scene that shows it first ('red ring on gray
+            moves left', then 'it grows'; with a cast 'ann red ring at home gray moves left', then
+            'ann at home grows' and 'ann at park white grows'), 'every' in every scene, 'never'
+            nowhere but, with a cast, where a scene shows what no given scene has shown.
+        given: leading scenes whose video is given, for the style 'never'.
 
     Returns:
         S captions, words of VOCABULARY.
@@ -249,21 +441,43 @@ def captions(story: Story, style: str = 'first') -> list[str]:
     if style not in ('first', 'every', 'never'):
         raise ValueError(f"caption style {style!r} is unknown; use 'first', 'every' or 'never'.")
 
-    identity = f'{story.color} {story.shape} on {story.background}'
+    # Names whose look needs no words any more.
+    known = {IT, *story.who[:given], *story.where[:given]} if style == 'never' else set()
+
     texts = []
-    for scene, action in enumerate(story.actions):
-        named = style == 'every' or (style == 'first' and scene == 0)
-        texts.append(f'{identity if named else "it"} {action}')
+    scenes = zip(story.who, story.where, story.shapes, story.colors, story.backgrounds)
+    for (who, where, shape, color, background), action in zip(scenes, story.actions):
+        if who == IT:
+            start = 'it' if IT in known else f'{color} {shape} on {background}'
+        else:
+            character = who if who in known else f'{who} {color} {shape}'
+            place = where if where in known else f'{where} {background}'
+            start = f'{character} at {place}'
+        texts.append(f'{start} {action}')
+        if style != 'every':
+            known |= {who, where}
     return texts
 
 
-def is_named(caption: str) -> bool:
-    """Whether a caption says who and where."""
-    return caption.split()[:1] != ['it']
+def described(caption: str) -> set[str]:
+    """Names of what a caption of `captions` describes: character and place, IT, or nothing."""
+    words = caption.split()
+    if words[0] in COLORS:
+        return {IT}
+
+    # The look follows the name.
+    found = set()
+    for name, following in itertools.pairwise(words):
+        is_look = (name in NAMES and following in COLORS) or (
+            name in PLACES and following in BACKGROUNDS
+        )
+        if is_look:
+            found.add(name)
+    return found
 
 
 def parse_captions(texts: list[str]) -> tuple[str, str, str, tuple[str, ...]]:
-    """Inverse of `captions`.
+    """Inverse of `captions` for stories of one character; cast.py has that for others.
 
     Args:
         texts: one caption per scene, of either style.
@@ -301,12 +515,17 @@ def _parse_caption(text):
         action = ' '.join(words[4:])
 
     if not known or action not in ACTIONS:
-        strange = [word for word in words if word not in VOCABULARY]
-        reason = 'does not follow the grammar'
-        if strange:
-            reason = f'contains the unknown word {strange[0]!r}'
-        raise ValueError(f'caption {text!r} {reason}; write {GRAMMAR}.')
+        raise grammar_error(text)
     return identity, action
+
+
+def grammar_error(text: str) -> ValueError:
+    """The error that says what is wrong with a caption, and shows the grammar."""
+    strange = [word for word in text.split() if word not in VOCABULARY]
+    reason = 'does not follow the grammar'
+    if strange:
+        reason = f'contains the unknown word {strange[0]!r}'
+    return ValueError(f'caption {text!r} {reason}; write {GRAMMAR}.')
 
 
 def _is_identity(shape, color, background):

@@ -22,7 +22,6 @@ Only pairs that the exact score tells apart count, because their intervals do no
 leaves a pair open where its own intervals meet.
 """
 
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -136,7 +135,7 @@ ENCODERS = {'measured': _measured, 'pixels': _pixels}
 # Scores of one run
 
 
-def _render_centred(story: world.Story, scene: int) -> np.ndarray:
+def _render_centred(story: world.AnyStory, scene: int) -> np.ndarray:
     """Renders one scene, with the middle of the character's path in the middle of the frame.
 
     Returns:
@@ -144,27 +143,36 @@ def _render_centred(story: world.Story, scene: int) -> np.ndarray:
     """
     travel, _ = world.MOTIONS[story.actions[scene]]
     start = tuple((8 - distance / 2) * story.size_px / 16 for distance in travel)
-    centred = dataclasses.replace(
-        story, actions=(story.actions[scene],), frames=(story.frames[scene],), starts=(start,)
+    centred = world.Story(
+        story.shapes[scene],
+        story.colors[scene],
+        story.backgrounds[scene],
+        (story.actions[scene],),
+        (story.frames[scene],),
+        (start,),
+        story.size_px,
     )
     return rendering.render(centred) / 255
 
 
-def _told(stories: list[world.Story], scene: int) -> dict[str, np.ndarray]:
+def _told(stories: list[world.AnyStory], scene: int) -> dict[str, np.ndarray]:
     """What the stories say of a scene: an index [n] for every attribute."""
     told = {}
     for name, values in _SUBJECT.items():
-        told[name] = np.array([values.index(getattr(story, name)) for story in stories])
+        shown = [getattr(story, f'{name}s')[scene] for story in stories]
+        told[name] = np.array([values.index(value) for value in shown])
     told['action'] = np.array([world.ACTIONS.index(story.actions[scene]) for story in stories])
     return told
 
 
-def _exact_scores(videos, stories: list[world.Story]) -> dict[str, list[float]]:
-    """Exact scores of every video; scores of scenes are averaged over the scenes."""
+def _exact_scores(videos, stories: list[world.AnyStory]) -> dict[str, list[float]]:
+    """Exact scores of every video; scores of scenes are averaged over the scenes, and those that
+    some scenes do not have are left out."""
     exact = {}
     for name, values in scores.score(videos, stories).items():
         per_video = np.asarray(values, float).reshape(len(stories), -1)
-        exact[name] = per_video.mean(1).tolist()
+        if not np.isnan(per_video).any():
+            exact[name] = per_video.mean(1).tolist()
     return exact
 
 
@@ -188,7 +196,7 @@ def _metric_scores(
     return {pair.metric: [row[pair.metric] for row in rows] for pair in FOLLOWS}
 
 
-def score(videos, known: list[world.Story]) -> dict[str, dict[str, list[float]]]:
+def score(videos, known: list[world.AnyStory]) -> dict[str, dict[str, list[float]]]:
     """Computes exact scores and metrics of every video.
 
     Args:
@@ -331,7 +339,7 @@ def _comparison_table(comparisons: list[dict]) -> list[str]:
 # The command
 
 
-def _generate(workdir: pathlib.Path) -> tuple[np.ndarray, list[world.Story]]:
+def _generate(workdir: pathlib.Path) -> tuple[np.ndarray, list[world.AnyStory]]:
     """Generates the held-out videos of a run; returns them and their stories."""
     config = config_lib.load_run(workdir)
     if config.data.encoded:

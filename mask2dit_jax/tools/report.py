@@ -30,6 +30,7 @@ from matplotlib import figure, ticker
 
 from mask2dit_jax import logs, paths, storage
 from mask2dit_jax.data import story_file, video
+from mask2dit_jax.evaluation import report_table
 from mask2dit_jax.evaluation import videos as videos_lib
 from mask2dit_jax.training import validation
 
@@ -48,11 +49,12 @@ _SCORE_NOTES = {
     'identity': 'identity: the character has the right colour and shape.',
     'background': 'background: it is the right one.',
     'consistency': (
-        'consistency: colour, shape and background are the same in all scenes, whatever the story '
-        'says.'
+        'consistency: each character has one colour and shape and each place one background in all '
+        'scenes, whatever the story says.'
     ),
     'story': 'story: action, identity and background are right in all scored scenes.',
     'leak': 'leak: the action is wrong and that of another scene, lower is better.',
+    'cut_deviation': 'cut_deviation: frames from each cut to where it should be.',
 } | validation.SCORE_NOTES
 
 # The metrics of evaluation.json in words.
@@ -68,6 +70,7 @@ _METRICS = {
     'margin': 'cosine with own caption minus cosine with others',
     'sharpness': 'cut sharpness',
     'placed': 'cuts placed',
+    'transition_deviation': 'transition deviation, frames',
 }
 
 # matplotlib draws in these colours, and the page puts its own in their place.
@@ -436,7 +439,7 @@ def _scores(path: pathlib.Path) -> str:
     with _reading(path):
         rows = json.loads(path.read_text(encoding='utf-8'))
         columns = [column for column in validation.SCORE_COLUMNS if column in rows[0]]
-        values = [[_score(row[column]) for column in columns] for row in rows]
+        values = [[_score(row.get(column, '–')) for column in columns] for row in rows]
         noted = [_SCORE_NOTES[column] for column in columns if column in _SCORE_NOTES]
         notes = ''.join(f'<li>{_text(note)}</li>' for note in noted)
 
@@ -444,6 +447,7 @@ def _scores(path: pathlib.Path) -> str:
             table('Scores by task and frames of the scenes', columns, values)
             + f'<ul class="note">{notes}</ul>\n'
             + _scene_scores(rows)
+            + _gap_scores(rows)
         )
 
 
@@ -454,16 +458,34 @@ def _score(value):
 
 def _scene_scores(rows: list[dict]) -> str:
     """A closed table of the scores named 'action/1', ..., or nothing if there are none."""
-    names = sorted({key.split('/')[0] for row in rows for key in row if '/' in key})
+    found = [{key: row[key] for key in row if re.fullmatch(r'\w+/\d+', key)} for row in rows]
+    names = sorted({key.split('/')[0] for scores in found for key in scores})
     if not names:
         return ''
 
     lines = []
-    for row in rows:
-        for scene in sorted({int(key.split('/')[1]) for key in row if '/' in key}):
-            values = [f'{row[f"{name}/{scene}"]:.3f}' for name in names]
-            lines.append([f'{row["task"]} {row["frames"]}, scene {scene}', *values])
+    for row, scores in zip(rows, found):
+        for scene in sorted({int(key.split('/')[1]) for key in scores}):
+            values = [scores.get(f'{name}/{scene}', '–') for name in names]
+            lines.append([f'{row["task"]} {row["frames"]}, scene {scene}', *map(_score, values)])
     return _details('Scores of each scene', table('Scores by scene', ['scene', *names], lines))
+
+
+def _gap_scores(rows: list[dict]) -> str:
+    """A closed table of the scores named 'identity/gap 2', ..., or nothing if there are none."""
+    lines = []
+    for row in rows:
+        for key, value in row.items():
+            if re.fullmatch(r'\w+/gap \w+', key):
+                name, gap = key.split('/gap ')
+                task = f'{row["task"]} {row["frames"]}'
+                lines.append([task, name, gap, _score(value), row[f'{key}/count']])
+    if not lines:
+        return ''
+    caption = 'Scores by the scenes since the character, or the place, was last shown'
+    return _details(
+        'Scores of each gap', table(caption, ['task', 'score', 'gap', 'mean', 'scenes'], lines)
+    )
 
 
 def run_sections(folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:
@@ -646,9 +668,10 @@ def _summary(result: dict) -> str:
     """A table of the means, with intervals where there are any."""
     rows = []
     for name, value in result['summary'].items():
-        interval = ' to '.join(map(_percent, value['interval'] or ()))
-        rows.append([_METRICS.get(name, name), _percent(value['mean']), interval or '–'])
-    caption = f'Means over {len(result["videos"])} video(s), in percent'
+        ends = [report_table.format_score(name, end) for end in value['interval'] or ()]
+        mean = report_table.format_score(name, value['mean'])
+        rows.append([_METRICS.get(name, name), mean, ' to '.join(ends) or '–'])
+    caption = f'Means over {len(result["videos"])} video(s), in percent unless in frames'
     return table(caption, ['metric', 'mean', '95 % interval'], rows)
 
 
@@ -679,8 +702,9 @@ def _video_scores(result: dict) -> str:
     names = list(result['summary'])
     rows = []
     for scores in result['videos']:
-        rows.append([scores['name'], *(_percent(scores[name]) for name in names)])
-    scores_table = table('Scores by video, in percent', ['video', *names], rows)
+        values = [report_table.format_score(name, scores[name]) for name in names]
+        rows.append([scores['name'], *values])
+    scores_table = table('Scores by video, in percent unless in frames', ['video', *names], rows)
     return _details('Scores of each video', scores_table)
 
 

@@ -36,6 +36,7 @@ SCORE_COLUMNS = (
     'leak',
     'color',
     'shape',
+    'cut_deviation',
     'residual',
     'loss',
 )
@@ -257,7 +258,7 @@ class _Generated(NamedTuple):
 
     indices: list[int]
     videos: np.ndarray
-    stories: list[world.Story]
+    stories: list[world.AnyStory]
 
 
 def _generated_batches(
@@ -282,7 +283,7 @@ def _generated_batches(
         examples = [source[(first + row) % len(source)] for row in rows]
         stories = [example['story'] for example in examples]
 
-        captions = [world.captions(story, caption_style) for story in stories]
+        captions = [world.captions(story, caption_style, given_scenes) for story in stories]
         videos = generation.generate(
             config,
             params,
@@ -307,7 +308,7 @@ def generate_held_out(
     given_scenes: int,
     caption_style: str,
     desc: str,
-) -> tuple[np.ndarray, list[world.Story]]:
+) -> tuple[np.ndarray, list[world.AnyStory]]:
     """Generates videos of held-out stories, in a single process.
 
     Args:
@@ -342,11 +343,13 @@ def score_stories(
       workdir: the run's folder, beside which the stories are kept.
 
     Returns:
-      One row per layout and task, with the keys of SCORE_COLUMNS and scores per scene.
+      One row per layout and task, with the keys of SCORE_COLUMNS, scores per scene, and scores by
+      gap.
     """
     rows = []
     for frames in dict.fromkeys(config.data.layouts):
         source = batches_lib.open_stories(config, workdir, frames, 'test')
+        stories = [source[i % len(source)]['story'] for i in range(config.eval.stories)]
         layout_name = _layout_name(frames)
 
         # The names say how many scenes are given: layouts of several lengths stand in one table.
@@ -355,7 +358,7 @@ def score_stories(
         if len(frames) > 1:
             given_scenes = len(frames) - 1
             tasks[f'extend {given_scenes} given'] = given_scenes, style
-            # Only the pixels of the given scenes say who and where.
+            # Only the pixels of the given scenes say who and where, if they show it.
             tasks[f'extend {given_scenes} given, unnamed'] = given_scenes, 'never'
 
         for task, (given_scenes, style) in tasks.items():
@@ -373,7 +376,8 @@ def score_stories(
             scored = tuple(range(given_scenes, len(frames)))
             scores = _score_batches(batches, scored)
             summary = scores_lib.summarize(scores, scenes=scored)
-            rows.append({'task': task, 'frames': layout_name} | summary)
+            recall = scores_lib.by_gap(scores, stories, scenes=scored)
+            rows.append({'task': task, 'frames': layout_name} | summary | recall)
 
     return rows
 

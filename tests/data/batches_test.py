@@ -14,7 +14,7 @@ from conftest import tiny_config
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import encoded_clips, latent_codec, records
-from mask2dit_jax.stories import world
+from mask2dit_jax.stories import cast, world
 
 A, B = (5, 5), (9,)
 SHAPE = (2, 2, 8)  # (h, w, C) of the latents
@@ -66,26 +66,30 @@ class Codec:
         return videos[:, :, :1, :1]
 
     def encode_text(self, captions):
-        return np.array([[[ord(c) for c in f'{caption:<40}']] for caption in captions])
+        return np.array([[[ord(c) for c in f'{caption:<48}']] for caption in captions])
+
+
+def source_of(stories):
+    """Stories of scenes of two frames; the videos say which story and which frame they are."""
+
+    class Source(list):
+        config = types.SimpleNamespace(frames=stories[0].frames)
+
+    source = Source()
+    for index, story in enumerate(stories):
+        frames = sum(story.frames)
+        video = np.zeros((frames, 16, 16, 3), np.float32)
+        video[:, 0, 0, 0] = index
+        video[:, 0, 0, 1] = np.arange(frames)
+        source.append({'video': video, 'story': story})
+    return source
 
 
 @pytest.mark.parametrize('style, named', [('first', {0}), ('every', {0, 1, 2})])
 def test_windows_start_anywhere_and_none_is_held_out(style, named):
-    stories = []
-    for index in range(40):
-        rng = np.random.default_rng(index)
-        stories.append(world.sample_story(rng, (2,) * 5, split='train'))
-
-    class Source(list):
-        config = types.SimpleNamespace(frames=(2,) * 5)
-
-    source = Source()
-    for index, story in enumerate(stories):
-        video = np.zeros((10, 16, 16, 3), np.float32)
-        video[:, 0, 0, 0] = index
-        video[:, 0, 0, 1] = np.arange(10)
-        source.append({'video': video, 'story': story})
-
+    rngs = map(np.random.default_rng, range(40))
+    stories = [world.sample_story(rng, (2,) * 5, split='train') for rng in rngs]
+    source = source_of(stories)
     windows = batches_lib.EncodedStories(source, Codec(), 3, style)
     seen = set()
     for example in (windows[i] for i in range(len(windows))):
@@ -124,6 +128,57 @@ def test_longer_stories_for_training_leave_the_held_out_ones_as_they_are(tmp_pat
     assert len(longer) == 4
     folders = sorted(p.name for p in (tmp_path / 'data/stories').iterdir())
     assert folders == ['2x2_16px_1_3', '2x2_16px_4_3', '3x2_16px_4_1']
+
+
+@pytest.mark.parametrize('style', ['first', 'every'])
+def test_windows_show_what_they_do_not_describe_in_their_first_scene(style):
+    rngs = map(np.random.default_rng, range(60))
+    stories = [cast.sample_cast_story(rng, (2,) * 8, split='train') for rng in rngs]
+    windows = batches_lib.EncodedStories(source_of(stories), Codec(), 4, style)
+    found = {}
+    for example in (windows[i] for i in range(len(windows))):
+        index, first = example['latents'][0, 0, 0, :2].astype(int)
+        found[index, first // 2] = bool(example['named'])
+    assert len(found) == len(windows)
+
+    expected = {}
+    undescribed_returns = 0
+    for index, story in enumerate(stories):
+        for start in range(5):
+            scenes = range(start, start + 4)
+            pairs = [(story.who[i], story.where[i]) for i in scenes]
+            # Told before the window, and only there.
+            told = {n for i in range(start) for n in (story.who[i], story.where[i])}
+            undescribed = told & {n for pair in pairs for n in pair} if style == 'first' else set()
+            if undescribed <= set(pairs[0]):
+                expected[index, start] = not undescribed
+            for names in zip(*pairs):
+                is_return = (
+                    names[0] in undescribed and names[0] in names[2:] and names[1] != names[0]
+                )
+                undescribed_returns += is_return and undescribed <= set(pairs[0])
+    assert found == expected
+    if style == 'every':
+        assert len(found) == 60 * 5 and all(found.values())
+    else:
+        assert 0.15 < np.mean([not named for named in found.values()]) < 0.5
+        assert undescribed_returns >= 10
+
+
+def test_windows_of_a_cast_show_nothing_that_is_held_out():
+    """Windows of other lengths than the runs that training stories leave out, too."""
+    rngs = map(np.random.default_rng, range(60))
+    stories = [cast.sample_cast_story(rng, (2,) * 8, split='train') for rng in rngs]
+    windows = batches_lib.EncodedStories(source_of(stories), Codec(), 3, 'every')
+    found = set()
+    for example in (windows[i] for i in range(len(windows))):
+        index, first = example['latents'][0, 0, 0, :2].astype(int)
+        found.add((index, first // 2))
+    held_out = {
+        (i, s) for i in range(60) for s in range(6) if world.is_held_out(stories[i], s, s + 3)
+    }
+    assert len(held_out) > 20
+    assert found == {(i, s) for i in range(60) for s in range(6)} - held_out
 
 
 # Clips.

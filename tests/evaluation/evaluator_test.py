@@ -66,6 +66,8 @@ def test_end_to_end_with_all_encoders(folders, tmp_path):
     # The video with cuts differs between scenes, the still one nowhere.
     assert cut['sharpness'] > 0.9
     assert cut['placed'] == 1
+    assert cut['transition_deviation'] == 0
+    assert still['transition_deviation'] == 3  # of 4 + 7 + 3 frames: 3 at both borders
     assert still['sharpness'] == still['placed'] == 0
     for name in 'visual', 'visual_adjacent', 'subject_within', 'subject_between':
         assert still[name] == pytest.approx(1, abs=1e-4)
@@ -93,6 +95,7 @@ def test_end_to_end_with_all_encoders(folders, tmp_path):
     page = (tmp_path / 'out/evaluation.md').read_text()
     assert f'| all pairs | {100 * visual["mean"]:.2f} [' in page
     assert page.count('caption 3') == 1
+    assert '| 1.50 [0.00, 3.00] |' in page  # frames, no percentage
     assert 'So few videos bias it' in page
 
 
@@ -116,7 +119,8 @@ def test_scene_features_are_means_over_frames(folders, tmp_path):
 def test_encoders_without_captions_score_what_they_can(folders, tmp_path):
     videos = write_videos(tmp_path / 'samples')
     summary = evaluator.evaluate(videos, tmp_path / 'out', encoder=folders['videomae'])['summary']
-    assert set(summary) == {'visual', 'visual_adjacent', 'sharpness', 'placed'}
+    cuts = {'sharpness', 'placed', 'transition_deviation'}
+    assert set(summary) == {'visual', 'visual_adjacent', *cuts}
     assert '| – | – | – |' in (tmp_path / 'out/evaluation.md').read_text()
 
 

@@ -209,6 +209,7 @@ def test_hard_cuts_between_still_scenes_are_perfect():
     scores = cuts.cut_scores(cuts.transitions(still([10, 90, 50], frames)), frames)
     assert scores['sharpness'].tolist() == [1, 1]
     assert scores['placed'].tolist() == [1, 1]
+    assert scores['transition_deviation'].tolist() == [0, 0]
 
 
 def test_no_cuts_are_seen_as_none():
@@ -218,6 +219,7 @@ def test_no_cuts_are_seen_as_none():
         scores = cuts.cut_scores(cuts.transitions(video), frames)
         np.testing.assert_allclose(scores['sharpness'], 0, atol=1e-12)
         assert scores['placed'].tolist() == [0, 0]
+        assert scores['transition_deviation'].tolist() == [2, 2]  # as far as half way to the other
 
 
 def test_cuts_in_the_wrong_place():
@@ -225,6 +227,14 @@ def test_cuts_in_the_wrong_place():
     scores = cuts.cut_scores(cuts.transitions(still([10, 90, 50], (4, 5, 3))), (4, 4, 4))
     assert scores['placed'].tolist() == [1, 0]
     assert scores['sharpness'].tolist() == [1, -1]
+    assert scores['transition_deviation'].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize('late', [-3, -2, -1, 0, 1, 2, 3])
+def test_transition_deviation_is_how_many_frames_a_cut_is_late_or_early(late):
+    video = still([10, 90, 50], (8 + late, 8 - late, 8))
+    deviation = cuts.cut_scores(cuts.transitions(video), (8, 8, 8))['transition_deviation']
+    assert deviation.tolist() == [abs(late), 0]
 
 
 def test_cut_by_hand_and_invisible_changes():
@@ -232,6 +242,9 @@ def test_cut_by_hand_and_invisible_changes():
     scores = cuts.cut_scores(change, (2, 2, 2))
     assert scores['sharpness'].tolist() == pytest.approx([(0.3 - 0.1) / 0.4, -1])
     assert scores['placed'].tolist() == [1, 0]
+    # Of the second and the third change, which are as near to the second border, one is as large as
+    # the last one.
+    assert scores['transition_deviation'].tolist() == [0, 1]
 
 
 def test_a_border_has_its_place_if_fewer_changes_inside_rival_it_than_there_are_borders():

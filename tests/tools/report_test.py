@@ -54,6 +54,8 @@ def write_run(folder, steps=60):
         write_json(folder / f'sheets/{name}.json', {'stories': captions, 'given_scenes': 0})
 
     scores = {'action': 1.0, 'leak': 0.25, 'residual': 0.3, 'action/2': 1.0, 'leak/2': 0.25}
+    scores |= {'leak/1': 0.125, 'identity/gap 2': 0.75, 'identity/gap 2/count': 44}
+    scores |= {'character_kept/gap 2/count': 0}  # and no mean
     tasks = ('generate', 'extend 1 given')
     rows = [{'task': task, 'frames': '4+4'} | scores for task in tasks]
     write_json(folder / 'scores.json', rows)
@@ -84,10 +86,19 @@ def write_evaluation(folder):
         'summary': {
             'visual': {'mean': 0.9, 'interval': [0.8, 0.95]},
             'matches': {'mean': 0.5, 'interval': None},
+            'transition_deviation': {'mean': 1.25, 'interval': [0.5, 2.0]},
         },
         'confusion': {'2': confusion},
         'frechet': {'distance': 12.5, 'videos': 1, 'references': 9, 'size': 16},
-        'videos': [{'name': NASTY, 'visual': 0.9, 'matches': 0.5, 'confusion': confusion}],
+        'videos': [
+            {
+                'name': NASTY,
+                'visual': 0.9,
+                'matches': 0.5,
+                'transition_deviation': 1.25,
+                'confusion': confusion,
+            }
+        ],
     }
     write_json(folder / 'evaluation.json', result)
     return folder
@@ -239,6 +250,10 @@ def test_tables(page):
     cells = [text for _, text in read(page).all('td')]
     for value in '0.250', '0.300', '90.00', '80.00 to 95.00', '30.00', '3', '"adamw"':
         assert value in cells
+    for value in '1.25', '0.50 to 2.00', '0.125', '–':  # frames; a scene without all scores
+        assert value in cells
+    start = cells.index('identity')
+    assert cells[start : start + 4] == ['identity', '2', '0.750', '44']
 
 
 def test_unfinished_run(tmp_path):

@@ -15,6 +15,7 @@ from conftest import unlike_the_umask
 
 from mask2dit_jax import checkpoint, pipeline, sample
 from mask2dit_jax import config as config_lib
+from mask2dit_jax.data import batches as batches_lib
 from mask2dit_jax.data import latent_codec, story_file, video
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
@@ -22,6 +23,7 @@ from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
 from mask2dit_jax.models import flops as flops_lib
 from mask2dit_jax.pretrained import names as names_lib
+from mask2dit_jax.stories import cast, world
 from mask2dit_jax.training import trainer, validation
 
 
@@ -69,6 +71,30 @@ def finished(tmp_path_factory):
     """A finished run of a few steps on two layouts, and its rows of scores."""
     workdir = tmp_path_factory.mktemp('runs') / 'smoke'
     return workdir, trainer.train_and_evaluate(smoke_config(), workdir)
+
+
+def test_a_run_on_stories_with_a_cast_is_scored_by_gap(tmp_path):
+    """Trained on windows of longer stories; its scores say how many scenes each gap has."""
+    config = smoke_config(
+        steps=2,
+        model=dataclasses.replace(smoke_config().model, max_text_seq_length=8),
+        data=config_lib.DataConfig(
+            world='cast', layouts=((4, 4, 4),), story_scenes=6, num_train=32, num_test=8
+        ),
+    )
+    rows = trainer.train_and_evaluate(config, tmp_path / 'run')
+    source = batches_lib.open_stories(config, tmp_path / 'run', (4, 4, 4), 'test')
+    stories = [source[i]['story'] for i in range(8)]
+    gaps = np.array([cast.gaps(story.who) for story in stories])
+    captions = json.loads((tmp_path / 'run/sheets/00000002_generated.json').read_text())
+    assert captions['stories'] == [world.captions(story) for story in stories[:4]]
+
+    generated, extended, unnamed = rows
+    for row, scored in (generated, gaps), (extended, gaps[:, 2:]), (unnamed, gaps[:, 2:]):
+        for gap in range(3):
+            count = int((scored == gap).sum())
+            assert row.get(f'identity/gap {gap or "new"}/count', 0) == count
+    assert (gaps[:, 2] > 0).sum() > 4
 
 
 @pytest.fixture(scope='module')
