@@ -10,13 +10,24 @@ Variants, after the colon:
   conditional    fine-tunes another run with given scenes: --config.init_from=runs/unconditional
   lora           as conditional, by LoRA of rank 8
   mixed          2 to 5 scenes of unequal length
+  frames         9 frames a scene, in three latent frames: the first alone, then groups of four
   smoke          a few steps in seconds, to check that everything runs
 """
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import ranges
 
-VARIANTS = ('dual', 'full', 'isolated', 'unconditional', 'conditional', 'lora', 'mixed', 'smoke')
+VARIANTS = (
+    'dual',
+    'full',
+    'isolated',
+    'unconditional',
+    'conditional',
+    'lora',
+    'mixed',
+    'frames',
+    'smoke',
+)
 
 
 def get_config(variant='dual'):
@@ -82,6 +93,9 @@ def get_config(variant='dual'):
             (4, 4, 8, 4, 4),
         )
         config.train.steps = 6000
+    if variant == 'frames':
+        config.data.update(layouts=((9, 9, 9),), codec_first_frame=True)
+        config.model.sample_frames = 9  # (9 - 1) / 4 + 1 = 3 latent frames
     if variant == 'smoke':
         config.data.update(num_train=64, num_test=16)
         config.train.update(
