@@ -70,6 +70,21 @@ def test_codec_keeps_what_is_scored(patch_frames):
     assert out['residual'] < 0.2
 
 
+def test_codec_of_larger_patches_keeps_what_is_scored():
+    """Of 32 px in as many latents as 16 px have: more channels leave a smaller residual."""
+    told = sample(64, (4, 8, 4), size_px=32)
+    videos = np.stack([rendering.render(story) for story in told])
+    residuals = []
+    for components in (48, 96):
+        codec = codec_lib.default_codec(32, components=components, patch_px=8)
+        latents = codec_lib.encode(codec, videos)
+        assert latents.shape == (64, 4, 4, 4, components)
+        out = means(codec_lib.decode(codec, latents), told)
+        assert_all_right(out)
+        residuals.append(out['residual'])
+    assert residuals[1] < 0.1 < residuals[0] < 0.2
+
+
 @pytest.mark.parametrize('frames', [(9, 9, 9), (9, 5, 13)])
 def test_codec_of_first_frames_keeps_what_is_scored(frames):
     told = sample(128, frames)
