@@ -11,6 +11,8 @@ Variants, after the colon:
   lora           as conditional, by LoRA of rank 8
   mixed          2 to 5 scenes of unequal length
   memory         characters and places with names, which leave and come back: windows of 4 scenes
+  frames         9 frames a scene, in three latent frames: the first alone, then groups of four
+  sharp          32 x 32 pixels, in as many tokens
   smoke          a few steps in seconds, to check that everything runs
 """
 
@@ -26,6 +28,8 @@ VARIANTS = (
     'lora',
     'mixed',
     'memory',
+    'frames',
+    'sharp',
     'smoke',
 )
 
@@ -97,6 +101,12 @@ def get_config(variant='dual'):
         config.model.max_text_seq_length = 8
         config.data.update(world='cast', layouts=((4, 4, 4, 4),), story_scenes=8, num_train=8192)
         config.train.steps = 6000
+    if variant == 'frames':
+        config.data.update(layouts=((9, 9, 9),), codec_first_frame=True)
+        config.model.sample_frames = 9  # (9 - 1) / 4 + 1 = 3 latent frames
+    if variant == 'sharp':
+        config.data.update(height_px=32, width_px=32, codec_patch_px=8, codec_components=96)
+        config.model.update(in_channels=96, out_channels=96)
     if variant == 'smoke':
         config.data.update(num_train=64, num_test=16)
         config.train.update(

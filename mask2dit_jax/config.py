@@ -93,7 +93,11 @@ class DataConfig:
       caption_style: captions of rendered stories: 'first' describes character and place only in the
         caption of the scene that shows them first, 'every' in each caption.
       codec_patch_frames: frames per latent frame of the 'stories' codec.
+      codec_patch_px: height and width in pixels of a cell of the 'stories' codec's latent grid.
       codec_components: latent channels of the 'stories' codec.
+      codec_first_frame: whether the 'stories' codec makes a latent frame of the first frame of a
+        scene alone, as CogVideoX's VAE does; scenes then have one frame more than a multiple of
+        codec_patch_frames.
       num_train: rendered stories of each kind for training.
       num_test: rendered stories of each kind that are held out.
       fps: frames per second of the videos that are written.
@@ -117,7 +121,9 @@ class DataConfig:
     world: str = ranges.word('one', WORLDS)
     caption_style: str = ranges.word('first', CAPTION_STYLES)
     codec_patch_frames: int = ranges.whole(4, least=1)
+    codec_patch_px: int = ranges.whole(4, least=1)
     codec_components: int = ranges.whole(48, least=1)
+    codec_first_frame: bool = ranges.switch(False)
     num_train: int = ranges.whole(16384, least=1)
     num_test: int = ranges.whole(512, least=1)
     fps: float = ranges.real(4.0, above=0, most=50)  # a gif has at most 50

@@ -16,9 +16,11 @@ story.json that `sample` wrote.
     --lora=pytorch_lora_weights.safetensors --prompt=A --prompt=B
 
 A story file is {"scenes": [{"caption": "red ring on gray moves left", "frames": 8}, {"caption":
-"it grows"}]}. It may set what the flags set, too. The story.json in --out sets everything: with
---story it makes the same videos again, to the byte on the same machine, and flags replace single
-values of it.
+"it grows"}]}; "seconds" may take the place of "frames". It may set what the flags set, too. The
+story.json in --out sets everything: with --story it makes the same videos again, to the byte on the
+same machine, and flags replace single values of it. Two other forms are read: a .txt file with
+"red ring on gray moves left [5s] | it grows [10s]", and the JSON of ST-Bench and EntityBench, of
+which every prompt becomes a scene.
 
 --out belongs to one story. In it are
 
@@ -87,8 +89,8 @@ _PROMPT = flags.DEFINE_multi_string(
 _STORY = flags.DEFINE_string(
     'story',
     None,
-    'JSON file with scenes of caption and frames, and with other settings that no flag gives; '
-    'instead of --prompt.',
+    'JSON file with scenes of caption and frames, and with other settings that no flag gives; or '
+    'a .txt file, or the JSON of ST-Bench or EntityBench; instead of --prompt.',
 )
 _GIVEN = flags.DEFINE_multi_string(
     'given',
@@ -364,7 +366,8 @@ def _load(path: pathlib.Path, record: dict) -> pipeline.Model:
 def _request(model: pipeline.Model, record: dict) -> pipeline.Request:
     """What is asked for by flags and story file."""
     captions = [scene['caption'] for scene in record['scenes']]
-    frames = [scene.get('frames') for scene in record['scenes']]
+    fps = model.config.data.fps
+    frames = story_file.lengths(record['scenes'], fps, model.codec.nearest_frames)
     if _FRAMES.value and all(frames):
         raise app.UsageError(
             f'--frames is for scenes without a length, and {_STORY.value} says the length of each.'

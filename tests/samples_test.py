@@ -154,6 +154,19 @@ def test_a_story_makes_its_folder_again(workdir, tmp_path, monkeypatch, caplog):
     assert 'weights' in warnings(caplog)[0]
 
 
+def test_seconds_of_a_story_become_frames_of_the_model(run, tmp_path):
+    """At 4 fps, rounded to what the codec can take; the scene without seconds has the default."""
+    text = tmp_path / 'story.txt'
+    text.write_text('red ring on gray moves left [1.2s] | it grows [1.6s] |\nit blinks\n')
+    out = run_sample(tmp_path / 'out', story=str(text), workdir=str(run))
+    scenes = json.loads((out / 'story.json').read_text())['scenes']
+    assert scenes == [
+        {'caption': 'red ring on gray moves left', 'frames': 4},
+        {'caption': 'it grows', 'frames': 8},
+        {'caption': 'it blinks', 'frames': 4},
+    ]
+
+
 def test_a_story_whose_sources_changed(workdir, tmp_path, caplog):
     clip = given_clip(tmp_path / 'clip.mp4')
     flags = {'given': [clip], 'prompt': ['red ball on gray stays', *PROMPT]}

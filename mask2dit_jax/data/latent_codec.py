@@ -5,6 +5,7 @@ a model folder. Both have the same methods and attributes: a `LatentCodec` is ei
 """
 
 import hashlib
+import math
 import pathlib
 
 import jax
@@ -45,7 +46,13 @@ class StoriesCodec:
         if path.exists():
             codec = codec_lib.load_codec(path)
         else:
-            codec = codec_lib.default_codec(side_px, data.codec_patch_frames, data.codec_components)
+            codec = codec_lib.default_codec(
+                side_px,
+                data.codec_patch_frames,
+                data.codec_components,
+                data.codec_patch_px,
+                data.codec_first_frame,
+            )
             if jax.process_index() == 0:
                 codec_lib.save_codec(path, codec)
 
@@ -64,8 +71,9 @@ class StoriesCodec:
         self.size_px = (side_px, side_px)
 
         content = hashlib.sha256(repr((codec.patch_px, codec.patch_frames)).encode())
-        for array in (codec.mean, codec.basis, codec.scale):
-            content.update(np.ascontiguousarray(array).tobytes())
+        for part in (codec, codec.first):
+            for array in (part.mean, part.basis, part.scale) if part else ():
+                content.update(np.ascontiguousarray(array).tobytes())
         self.fingerprint = content.hexdigest()[:16]
 
     def encode_text(self, captions: list[str]) -> np.ndarray:
@@ -84,27 +92,24 @@ class StoriesCodec:
 
         Args:
           videos: [B, F, H, W, 3], uint8 or float in [0, 1].
-          frames: pixel frames of each scene. This codec does not need them: no patch of frames
-            crosses the border of a scene.
+          frames: pixel frames of each scene.
 
         Returns:
           Latents float32 [B, T, h, w, C].
         """
-        del frames
-        return codec_lib.encode(self._codec, videos)
+        return codec_lib.encode(self._codec, videos, frames)
 
     def decode_video(self, latents, latent_frames: tuple[int, ...]) -> np.ndarray:
         """Decodes latents.
 
         Args:
           latents: [B, T, h, w, C].
-          latent_frames: latent frames of each scene. This codec does not need them.
+          latent_frames: latent frames of each scene.
 
         Returns:
           Videos float32 [B, F, H, W, 3] in [0, 1].
         """
-        del latent_frames
-        return codec_lib.decode(self._codec, latents)
+        return codec_lib.decode(self._codec, latents, latent_frames)
 
     def scene_latents(self, frames: int) -> int:
         """Number of latent frames of a scene of `frames` pixel frames.
@@ -113,12 +118,18 @@ class StoriesCodec:
           ValueError: if a scene of so many frames cannot be coded.
         """
         patch_frames = self._codec.patch_frames
-        if frames < 1 or frames % patch_frames:
+        alone = int(self._codec.first is not None)
+        if frames < 1 or (frames - alone) % patch_frames:
+            rule = 'one more than a' if alone else 'a positive'
             raise ValueError(
-                f'A scene of {frames} frames cannot be coded: use a positive multiple of '
-                f'{patch_frames}.'
+                f'A scene of {frames} frames cannot be coded: use {rule} multiple of '
+                f'{patch_frames}, e.g. {self.nearest_frames(frames)}.'
             )
-        return frames // patch_frames
+        return (frames - alone) // patch_frames + alone
+
+    def nearest_frames(self, frames: float) -> int:
+        """The length that can be coded and is the nearest to `frames` pixel frames."""
+        return _nearest_frames(frames, self._codec.patch_frames, self._codec.first is not None)
 
     def latent_frames(self, frames: tuple[int, ...]) -> tuple[int, ...]:
         """Latent frames of each scene, from its pixel frames.
@@ -286,12 +297,15 @@ class PretrainedCodec:
         """
         ratio = self._vae_config.temporal_compression_ratio
         if frames < 1 or (frames - 1) % ratio:
-            nearest = max(frames - 1, 0) // ratio * ratio + 1
             raise ValueError(
                 f'A scene of {frames} frames cannot be coded: the VAE needs one more than a '
-                f'multiple of {ratio}, e.g. {nearest}.'
+                f'multiple of {ratio}, e.g. {self.nearest_frames(frames)}.'
             )
         return (frames - 1) // ratio + 1
+
+    def nearest_frames(self, frames: float) -> int:
+        """The length that can be coded and is the nearest to `frames` pixel frames."""
+        return _nearest_frames(frames, self._vae_config.temporal_compression_ratio, True)
 
     def latent_frames(self, frames: tuple[int, ...]) -> tuple[int, ...]:
         """Latent frames of each scene, from its pixel frames.
@@ -411,8 +425,9 @@ def latent_shape(
     """
     data = config.data
     if data.codec == 'stories':
-        factor = codec_lib.Codec.patch_px
-        latent_frames = tuple(f // data.codec_patch_frames for f in frames)
+        factor = data.codec_patch_px
+        alone = int(data.codec_first_frame)
+        latent_frames = tuple((f - alone) // data.codec_patch_frames + alone for f in frames)
     else:
         factor = 8  # of CogVideoX's VAE
         ratio = config.model.temporal_compression_ratio
@@ -420,6 +435,14 @@ def latent_shape(
 
     grid = (data.height_px // factor, data.width_px // factor)
     return latent_frames, (*grid, config.model.in_channels)
+
+
+def _nearest_frames(frames: float, ratio: int, first_frame: bool) -> int:
+    """The nearest multiple of `ratio` from 1 on; with a first frame alone, one more than one from 0
+    on. Of two that are as near, the longer."""
+    alone = int(first_frame)
+    groups = math.floor((frames - alone) / ratio + 0.5)
+    return max(groups, 1 - alone) * ratio + alone
 
 
 def _to_float(video) -> np.ndarray:

@@ -21,6 +21,9 @@ from mask2dit_jax.stories import rendering, world
 FIT_STORIES = 512
 FIT_FRAMES = (4, 4, 8)
 
+# The same for a codec whose scenes have a first latent frame of one video frame.
+FIT_FRAMES_AFTER_FIRST = (5, 9, 9)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codec:
@@ -32,6 +35,8 @@ class Codec:
         scale: [C] float32 factor on each component.
         patch_px: height and width of a patch.
         patch_frames: frames of a patch.
+        first: codec of the first frame of a scene, with patches of that frame alone, the same
+            patch_px and C; None where the first frame is coded like all others.
     """
 
     mean: np.ndarray
@@ -39,59 +44,115 @@ class Codec:
     scale: np.ndarray
     patch_px: int = 4
     patch_frames: int = 4
+    first: 'Codec | None' = None
 
 
-def encode(codec: Codec, video: np.ndarray) -> np.ndarray:
+def encode(codec: Codec, video: np.ndarray, frames: tuple[int, ...] | None = None) -> np.ndarray:
     """Video to latents.
 
     Args:
         codec: the codec.
         video: [..., F, H, W, 3], float in [0, 1] or uint8.
+        frames: video frames of each scene; None for one scene. Only a codec with a `first` has to
+            know where scenes begin.
 
     Returns:
-        float32 [..., F/patch_frames, H/patch_px, W/patch_px, C].
+        float32 [..., T, H/patch_px, W/patch_px, C]. A scene of F frames has T = F/patch_frames, or
+        (F - 1)/patch_frames + 1 where the first frame is coded alone.
 
     Raises:
         ValueError: if the video does not divide into patches.
     """
-    patches = _to_patches(_to_float(video), codec.patch_px, codec.patch_frames)
-    return (patches - codec.mean) @ codec.basis * codec.scale
+    if codec.first is None:
+        return _encode_patches(codec, video)
+
+    latents = []
+    for scene in _split(video, frames):
+        latents.append(_encode_patches(codec.first, scene[..., :1, :, :, :]))
+        latents.append(_encode_patches(codec, scene[..., 1:, :, :, :]))
+    return np.concatenate(latents, axis=-4)
 
 
-def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
+def decode(
+    codec: Codec, latents: np.ndarray, latent_frames: tuple[int, ...] | None = None
+) -> np.ndarray:
     """Latents to video.
 
     Args:
         codec: the codec.
         latents: [..., T, H, W, C].
+        latent_frames: latent frames of each scene; None for one scene. Only a codec with a `first`
+            has to know where scenes begin.
 
     Returns:
-        float32 [..., T * patch_frames, H * patch_px, W * patch_px, 3], clipped to [0, 1].
+        float32 [..., F, H * patch_px, W * patch_px, 3], clipped to [0, 1]. A scene of T latent
+        frames has F = T * patch_frames, or 1 + (T - 1) * patch_frames where the first frame is
+        coded alone.
     """
+    if codec.first is None:
+        return _decode_patches(codec, latents)
+
+    video = []
+    for scene in _split(latents, latent_frames):
+        video.append(_decode_patches(codec.first, scene[..., :1, :, :, :]))
+        video.append(_decode_patches(codec, scene[..., 1:, :, :, :]))
+    return np.concatenate(video, axis=-4)
+
+
+def _split(sequence, frames):
+    """Scenes of [..., F, H, W, C], from the frames of each."""
+    return np.split(sequence, np.cumsum(frames or ())[:-1].astype(int), axis=-4)
+
+
+def _encode_patches(codec, video):
+    """`encode` of frames that are all coded alike."""
+    patches = _to_patches(_to_float(video), codec.patch_px, codec.patch_frames)
+    return (patches - codec.mean) @ codec.basis * codec.scale
+
+
+def _decode_patches(codec, latents):
+    """`decode` of frames that are all coded alike."""
     patches = np.asarray(latents, np.float32) / codec.scale @ codec.basis.T + codec.mean
     video = _to_video(patches, codec.patch_px, codec.patch_frames)
     return np.clip(video, 0, 1)
 
 
 @functools.cache
-def default_codec(size_px: int = 16, patch_frames: int = 4, components: int | None = None) -> Codec:
+def default_codec(
+    size_px: int = 16,
+    patch_frames: int = 4,
+    components: int | None = None,
+    patch_px: int = 4,
+    first_frame: bool = False,
+) -> Codec:
     """The codec of stories of `size_px`, fitted on a fixed set of them; the same on every call.
 
     Args:
-        size_px: height and width of the frame, a multiple of 4.
-        patch_frames: frames of a patch, 4 or 2.
+        size_px: height and width of the frame, a multiple of `patch_px`.
+        patch_frames: frames of a patch, which divide 4.
         components: channels of the latents; a quarter of the values of a patch if None.
+        patch_px: height and width of a patch.
+        first_frame: whether the first frame of a scene is a latent frame of its own, as in
+            CogVideoX's VAE.
 
     Returns:
         The codec.
     """
     rng = np.random.default_rng(0)
     videos = []
+    fit_frames = FIT_FRAMES_AFTER_FIRST if first_frame else FIT_FRAMES
     for _ in range(FIT_STORIES):
-        story = world.sample_story(rng, FIT_FRAMES, split='train', size_px=size_px)
+        story = world.sample_story(rng, fit_frames, split='train', size_px=size_px)
         videos.append(rendering.render(story))
 
-    return fit_codec(videos, components or 12 * patch_frames, patch_frames=patch_frames)
+    components = components or patch_frames * patch_px**2 * 3 // 4
+    if not first_frame:
+        return fit_codec(videos, components, patch_px, patch_frames)
+
+    scenes = [scene for video in videos for scene in _split(video, fit_frames)]
+    first = fit_codec([scene[:1] for scene in scenes], components, patch_px, patch_frames=1)
+    after = fit_codec([scene[1:] for scene in scenes], components, patch_px, patch_frames)
+    return dataclasses.replace(after, first=first)
 
 
 def fit_codec(videos, components: int = 48, patch_px: int = 4, patch_frames: int = 4) -> Codec:
@@ -182,6 +243,9 @@ def _to_video(patches, patch_px, patch_frames):
     return blocks.reshape(*batch, T * patch_frames, H * patch_px, W * patch_px, 3)
 
 
+_ARRAYS = ('mean', 'basis', 'scale')
+
+
 def save_codec(path, codec: Codec) -> None:
     """Writes the codec as a safetensors file.
 
@@ -189,15 +253,18 @@ def save_codec(path, codec: Codec) -> None:
         path: of the file.
         codec: the codec.
     """
+    tensors = _tensors(codec)
+    tensors['patch'] = np.array([codec.patch_px, codec.patch_frames], np.int32)
+    if codec.first is not None:
+        tensors |= {f'first_{name}': value for name, value in _tensors(codec.first).items()}
+    tensor_io.write_file(path, tensors)
+
+
+def _tensors(codec):
+    """The arrays of a codec, by name."""
     # safetensors writes the memory of an array as it lies there. That of a basis from eigh is
     # transposed: without a contiguous copy, the loaded codec would be another one.
-    tensors = {
-        'mean': np.ascontiguousarray(codec.mean),
-        'basis': np.ascontiguousarray(codec.basis),
-        'scale': np.ascontiguousarray(codec.scale),
-        'patch': np.array([codec.patch_px, codec.patch_frames], np.int32),
-    }
-    tensor_io.write_file(path, tensors)
+    return {name: np.ascontiguousarray(getattr(codec, name)) for name in _ARRAYS}
 
 
 def load_codec(path) -> Codec:
@@ -211,10 +278,9 @@ def load_codec(path) -> Codec:
     """
     tensors = safetensors.numpy.load_file(path)
     patch_px, patch_frames = tensors['patch'].tolist()
-    return Codec(
-        mean=tensors['mean'],
-        basis=tensors['basis'],
-        scale=tensors['scale'],
-        patch_px=patch_px,
-        patch_frames=patch_frames,
-    )
+    codec = Codec(*(tensors[name] for name in _ARRAYS), patch_px, patch_frames)
+    if 'first_basis' not in tensors:
+        return codec
+
+    first = Codec(*(tensors[f'first_{name}'] for name in _ARRAYS), patch_px, patch_frames=1)
+    return dataclasses.replace(codec, first=first)

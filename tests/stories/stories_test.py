@@ -70,6 +70,53 @@ def test_codec_keeps_what_is_scored(patch_frames):
     assert out['residual'] < 0.2
 
 
+def test_codec_of_larger_patches_keeps_what_is_scored():
+    """Of 32 px in as many latents as 16 px have: more channels leave a smaller residual."""
+    told = sample(64, (4, 8, 4), size_px=32)
+    videos = np.stack([rendering.render(story) for story in told])
+    residuals = []
+    for components in (48, 96):
+        codec = codec_lib.default_codec(32, components=components, patch_px=8)
+        latents = codec_lib.encode(codec, videos)
+        assert latents.shape == (64, 4, 4, 4, components)
+        out = means(codec_lib.decode(codec, latents), told)
+        assert_all_right(out)
+        residuals.append(out['residual'])
+    assert residuals[1] < 0.1 < residuals[0] < 0.2
+
+
+@pytest.mark.parametrize('frames', [(9, 9, 9), (9, 5, 13)])
+def test_codec_of_first_frames_keeps_what_is_scored(frames):
+    told = sample(128, frames)
+    codec = codec_lib.default_codec(components=24, first_frame=True)
+    videos = np.stack([rendering.render(story) for story in told])
+    latents = codec_lib.encode(codec, videos, frames)
+
+    latent_frames = tuple((f - 1) // 4 + 1 for f in frames)
+    assert latents.shape == (128, sum(latent_frames), 4, 4, 24)
+    assert abs(latents.var() - 1) < 0.1
+
+    decoded = codec_lib.decode(codec, latents, latent_frames)
+    assert decoded.shape == videos.shape
+    out = means(decoded, told)
+    assert_all_right(out)
+    assert out['residual'] < 0.22
+
+
+def test_codec_of_first_frames_codes_scenes_apart():
+    """The latents of a scene are the same whatever stands before and after it."""
+    codec = codec_lib.default_codec(components=24, first_frame=True)
+    videos = rendered(4, (9, 5, 13))
+    latents = codec_lib.encode(codec, videos, (9, 5, 13))
+    np.testing.assert_array_equal(latents[:, 3:5], codec_lib.encode(codec, videos[:, 9:14]))
+
+    # The first latent frame of a scene knows nothing of its other frames.
+    other = videos.copy()
+    other[:, 10:14] = 255 - other[:, 10:14]
+    changed = codec_lib.encode(codec, other, (9, 5, 13)) != latents
+    assert changed.any((0, 2, 3, 4)).tolist() == [False] * 4 + [True] + [False] * 4
+
+
 def test_score_at_other_sizes():
     told = sample(32, (4, 4), size_px=32)
     videos = [rendering.render(story) for story in told]  # uint8, as a list
@@ -310,6 +357,18 @@ def test_codec_is_deterministic_and_survives_its_file(tmp_path):
     assert (loaded.patch_px, loaded.patch_frames) == (codec.patch_px, codec.patch_frames)
     videos = rendered(64, (4, 4))
     np.testing.assert_array_equal(codec_lib.encode(loaded, videos), codec_lib.encode(codec, videos))
+
+
+def test_codec_of_first_frames_survives_its_file(tmp_path):
+    codec = codec_lib.default_codec(patch_px=8, components=40, first_frame=True)
+    codec_lib.save_codec(tmp_path / 'codec.safetensors', codec)
+    loaded = codec_lib.load_codec(tmp_path / 'codec.safetensors')
+    videos = rendered(8, (9, 5))
+    latents = codec_lib.encode(loaded, videos, (9, 5))
+    np.testing.assert_array_equal(latents, codec_lib.encode(codec, videos, (9, 5)))
+    np.testing.assert_array_equal(
+        codec_lib.decode(loaded, latents, (3, 2)), codec_lib.decode(codec, latents, (3, 2))
+    )
 
 
 def test_codec_scales_by_the_root_of_the_deviation():
