@@ -79,7 +79,7 @@ def test_configuration_evaluates(path, variant):
         return train_step.init_state(config, (latents[0], text[0], frames))
 
     def update(state, latents, text):
-        batch = {'latents': latents, 'text': text, 'named': jnp.ones(size, bool)}
+        batch = {'latents': latents, 'text': text, 'least_given': jnp.zeros(size, int)}
         return train_step.train_step(state, batch, text[0, 0], config=config, frames=frames)
 
     def shapes(tree):

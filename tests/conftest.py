@@ -86,7 +86,7 @@ def batch_of(step):
     return {
         'latents': rng.standard_normal((16, 3, 2, 2, 8), np.float32),  # [B, T, H, W, C]
         'text': rng.standard_normal((16, 2, 2, 8), np.float32),  # [B, S, M, E]
-        'named': np.ones(16, bool),
+        'least_given': np.zeros(16, np.int32),
     }
 
 

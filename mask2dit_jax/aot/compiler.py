@@ -55,8 +55,8 @@ def lower_train(config: config_lib.Config, frames: tuple[int, ...], latent, mesh
 
     batch_sharding = mesh_lib.batch_sharding(mesh)
     batch = {}
-    named = jax.ShapeDtypeStruct((), jnp.bool_)
-    for name, example in (('latents', latents), ('text', text), ('named', named)):
+    least_given = jax.ShapeDtypeStruct((), jnp.int32)
+    for name, example in (('latents', latents), ('text', text), ('least_given', least_given)):
         shape = (config.train.batch_size, *example.shape)
         batch[name] = jax.ShapeDtypeStruct(shape, example.dtype, sharding=batch_sharding)
 

@@ -27,12 +27,10 @@ from mask2dit_jax.stories import builder, world
 class EncodedStories:
     """Random access to latents and text of rendered stories, encoded once and held in memory.
 
-    An example is a window: neighbouring scenes of a story, which may have more of them. A window
-    is named if its captions describe every character and every place that it shows. What no
-    caption of it describes, as an earlier scene's did, must be seen before it is generated. The
-    first scene is the only one that is given in every window that is not named (see
-    training.objectives), so that windows are left out whose first scene does not show all that
-    they do not describe.
+    An example is a window: neighbouring scenes of a story, which may have more of them. What no
+    caption of a window describes, because an earlier scene's did, must be seen before it is
+    generated: 'least_given' says how many leading scenes must be given for that. Windows are left
+    out whose last scene is the first to show such a thing.
     """
 
     def __init__(
@@ -69,20 +67,20 @@ class EncodedStories:
         return len(self._windows)
 
     def __getitem__(self, index):
-        story, start, named = self._windows[index]
+        story, start, least_given = self._windows[index]
         stop = start + self._num_scenes
         return {
             'latents': self._latents[story, self._borders[start] : self._borders[stop]],
             'text': np.stack(self._text[story][start:stop]),
-            'named': np.array(named),
+            'least_given': np.array(least_given, np.int32),
         }
 
 
 def _windows(
     stories: list[world.AnyStory], captions: list[list[str]], num_scenes: int
 ) -> list[tuple[int, int, bool]]:
-    """(story, first scene, named) of all windows but those that show what is held out, and those
-    whose first scene does not show what they do not describe."""
+    """(story, first scene, least_given) of all windows but those that show what is held out, and
+    those whose last scene is the first to show something that they do not describe."""
     windows = []
     for index, (story, texts) in enumerate(zip(stories, captions)):
         shown = [{who, where} for who, where in zip(story.who, story.where)]
@@ -90,8 +88,12 @@ def _windows(
         for start in range(len(shown) - num_scenes + 1):
             stop = start + num_scenes
             unknown = set().union(*shown[start:stop]).difference(*described[start:stop])
-            if unknown <= shown[start] and not world.is_held_out(story, start, stop):
-                windows.append((index, start, not unknown))
+            least_given = 0
+            while unknown:
+                unknown = unknown - shown[start + least_given]
+                least_given += 1
+            if least_given < num_scenes and not world.is_held_out(story, start, stop):
+                windows.append((index, start, least_given))
     return windows
 
 

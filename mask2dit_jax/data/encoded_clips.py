@@ -225,10 +225,10 @@ class EncodedClips:
         text = [scene['text'].astype(np.float32) for scene in scenes]
         return {'latents': np.concatenate(latents), 'text': np.stack(text)}
 
-    def _is_named(self, records) -> np.ndarray:
-        """Whether the captions of these records say what they show, bool []."""
+    def _least_given(self, records) -> np.ndarray:
+        """How many scenes must be given, int32 []: one, if no caption says what they show."""
         begins = self._records.rows['scene'][records[0]] == 0
-        return np.array(begins or not self._config.data.named_once)
+        return np.array(self._config.data.named_once and not begins, np.int32)
 
     def captions(self, records) -> list[str]:
         """Captions of these records."""
@@ -254,7 +254,7 @@ class EncodedClips:
 
         def draw(starts, rng):
             records = self._draw_records(starts, rng, layout)
-            return self.example(records, rng) | {'named': self._is_named(records)}
+            return self.example(records, rng) | {'least_given': self._least_given(records)}
 
         dataset = grain.MapDataset.source(groups).seed(self._config.seed)
         return dataset.shuffle().repeat().random_map(draw)

@@ -77,7 +77,7 @@ def train_step(
 
     Args:
       state: the state, donated.
-      batch: 'latents' [B, T, H, W, C], 'text' [B, S, M, E] and 'named' [B], global; see
+      batch: 'latents' [B, T, H, W, C], 'text' [B, S, M, E] and 'least_given' [B], global; see
         denoising.draw.
       null_text: [M, E], the encoding of the empty caption.
       config: the configuration, static.

@@ -44,7 +44,7 @@ RNG = np.random.default_rng(0)
 BATCH = {
     'latents': RNG.standard_normal((8, 3, 2, 2, 4), np.float32),
     'text': RNG.standard_normal((8, 2, 3, 5), np.float32),
-    'named': np.ones(8, bool),
+    'least_given': np.zeros(8, np.int32),
 }
 NULL = np.zeros((3, 5), np.float32)
 
@@ -134,14 +134,14 @@ def test_captions_are_dropped_for_whole_stories():
     assert abs(kept.mean() - 0.7) < 0.03
 
 
-def many_draws(key=0, step=0, named=(True, True), **train):
-    """What a step draws for 4,000 stories of three scenes, and their captions; `named` of the even
-    and of the odd ones."""
+def many_draws(key=0, step=0, least_given=(0, 0), **train):
+    """What a step draws for 4,000 stories of three scenes, and their captions; `least_given` of the
+    even and of the odd ones."""
     rng = np.random.default_rng(0)
     batch = {
         'latents': np.zeros((4000, 3, 1, 1, 1), np.float32),  # [B, T, H, W, C]
         'text': rng.standard_normal((4000, 3, 3, 5), np.float32),  # [B, S, M, E]
-        'named': np.tile(named, 2000),
+        'least_given': np.tile(least_given, 2000),
     }
     config = step_config(**train)
     return denoising.draw(jax.random.key(key), batch, NULL, step, config), batch['text']
@@ -165,14 +165,15 @@ def test_a_step_draws_given_scenes_for_every_story_by_itself(which, subsets):
     np.testing.assert_allclose(counts / 4000, 1 / subsets, atol=0.05)
 
 
+@pytest.mark.parametrize('least', [1, 2])
 @pytest.mark.parametrize('probability', [0.0, 0.5])
-def test_what_no_caption_names_is_never_generated_from_captions_alone(probability):
-    """Before conditional_from_step, too; named stories are drawn as if there were no others."""
+def test_what_no_caption_names_is_never_generated_from_captions_alone(probability, least):
+    """Before conditional_from_step, too; other stories are drawn as if there were none of these."""
     train = {'conditional_probability': probability, 'conditional_from_step': 5}
     for step in (4, 5):
-        drawn, _ = many_draws(step=step, named=(True, False), **train)
+        drawn, _ = many_draws(step=step, least_given=(0, least), **train)
         count = np.asarray(drawn.given).sum(1)
-        assert set(count[1::2]) == {1, 2}
+        assert set(count[1::2]) == set(range(least, 3))
         share = probability if step >= 5 else 0
         assert abs((count[::2] > 0).mean() - share) < (0.04 if share else 1e-9)
 

@@ -29,9 +29,9 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
 
     Args:
       key: PRNG key of this step.
-      batch: 'latents' [B, T, H, W, C], 'text' [B, S, M, E], and 'named' bool [B]: whether captions
-        say what the story shows. Where they do not, some scenes are always given: from captions
-        alone the model would learn to invent.
+      batch: 'latents' [B, T, H, W, C], 'text' [B, S, M, E], and 'least_given' int [B]: how many
+        leading scenes must be given, because they alone show what captions do not say. Without
+        them the model would learn to invent.
       null_text: [M, E], the encoding of the empty caption.
       step: int [], the updates done before this one.
       config: the configuration.
@@ -49,8 +49,9 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
         given_key,
         batch_size,
         num_scenes,
-        jnp.where(batch['named'], probability, 1.0),
+        jnp.where(batch['least_given'] > 0, 1.0, probability),
         train.given,
+        batch['least_given'],
     )
 
     text = drop_captions(drop_key, batch['text'], null_text, train.caption_dropout)
@@ -84,7 +85,9 @@ def stratified_timesteps(key, batch_size: int, num_timesteps: int):
     return jnp.minimum((fraction * num_timesteps).astype(jnp.int32), num_timesteps - 1)
 
 
-def sample_given_scenes(key, batch_size: int, num_scenes: int, probability, which: str = 'leading'):
+def sample_given_scenes(
+    key, batch_size: int, num_scenes: int, probability, which: str = 'leading', least=0
+):
     """Chooses the given (conditioning) scenes of each story.
 
     Args:
@@ -92,8 +95,9 @@ def sample_given_scenes(key, batch_size: int, num_scenes: int, probability, whic
       batch_size: B.
       num_scenes: S.
       probability: how likely a story has given scenes, a number or [B]. Their number is uniform
-        from 1 to S - 1, so that there is always a scene left to train on.
+        from 1 (or `least`) to S - 1, so that there is always a scene left to train on.
       which: 'leading' gives the first scenes of a story, 'any' a random subset.
+      least: a story that has given scenes has at least so many of them, a number or [B].
 
     Returns:
       bool [B, S], true where a scene is given.
@@ -102,7 +106,8 @@ def sample_given_scenes(key, batch_size: int, num_scenes: int, probability, whic
         return jnp.zeros((batch_size, num_scenes), bool)
 
     coin_key, count_key, *order_key = jax.random.split(key, 3 if which == 'any' else 2)
-    count = jax.random.randint(count_key, (batch_size, 1), 1, num_scenes)
+    lowest = jnp.broadcast_to(jnp.maximum(1, least), batch_size)
+    count = jax.random.randint(count_key, (batch_size,), lowest, num_scenes)[:, None]
     has_given = jax.random.uniform(coin_key, (batch_size,)) < probability
 
     # The scenes with the lowest ranks are given.
