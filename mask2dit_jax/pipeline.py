@@ -11,6 +11,7 @@ and scores.
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -536,10 +537,12 @@ class Model:
 
         One network is in memory at a time: the text encoder, the VAE, the transformer.
         """
+        lengths = [f'{len(list(run))} x {n}' for n, run in itertools.groupby(request.frames)]
         logging.info(
-            'Sampling %d video(s) of %s frames.',
+            'Sampling %d video(s) of %d scenes (%s frames).',
             len(request.stories),
-            '+'.join(map(str, request.frames)),
+            len(request.frames),
+            ' + '.join(lengths),
         )
         inputs = generation.encode_inputs(
             self.codec,

@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mask2dit_jax.data import video
 
+MAX_ROWS = 12  # of a contact sheet
+
 _MARGIN_PX = 20  # around a sheet and between its rows
 _SCENE_GAP_PX = 24  # between scenes in one row
 _FRAME_GAP_PX = 3  # between frames of one scene
@@ -68,7 +70,8 @@ def story_grid(
 def contact_sheet(
     scenes, captions, *, given=None, max_frames: int = 8, frame_height_px: int = 128
 ) -> np.ndarray:
-    """Draws one story with a row per scene.
+    """Draws one story with a row per scene; a long one with several scenes in a row, in the order
+    of reading, so that it has at most MAX_ROWS.
 
     Args:
       scenes: a list of scenes [F, H, W, 3].
@@ -84,11 +87,16 @@ def contact_sheet(
     """
     if given is None:
         given = [False] * len(scenes)
-    # A story of one scene for every row.
+    columns = max(1, -(-len(scenes) // MAX_ROWS))
+
+    def in_rows(items):
+        return [items[i : i + columns] for i in range(0, len(items), columns)]
+
+    # A story for every row.
     return story_grid(
-        [[scene] for scene in scenes],
-        [[caption] for caption in captions],
-        given=[[mark] for mark in given],
+        in_rows(scenes),
+        in_rows(captions),
+        given=in_rows(given),
         max_frames=max_frames,
         frame_height_px=frame_height_px,
     )

@@ -72,6 +72,21 @@ def test_long_captions_wrap_inside_the_sheet_and_end_in_an_ellipsis():
     assert not _ink(image)[:, -20:].any()
 
 
+def test_a_long_story_has_several_scenes_in_a_row():
+    """In the order of reading: sheets of these rows, one below the other."""
+    scenes = [np.full((2, 16, 16, 3), 10 * number, np.uint8) for number in range(14)]
+    captions = [f'scene {number}' for number in range(14)]
+    given = [number < 3 for number in range(14)]
+    rows = [slice(start, start + 2) for start in range(0, 14, 2)]
+    expected = sheets.story_grid(
+        [scenes[row] for row in rows],
+        [captions[row] for row in rows],
+        given=[given[row] for row in rows],
+        max_frames=8,
+    )
+    np.testing.assert_array_equal(sheets.contact_sheet(scenes, captions, given=given), expected)
+
+
 def test_given_scenes_are_marked():
     scenes, captions = [_plain(0, 4), _plain(1, 4)], ['same', 'same']
     plain = sheets.contact_sheet(scenes, captions)
