@@ -462,6 +462,19 @@ def test_extending_a_folder_is_telling_in_one_go(run, tmp_path):
     assert differing(whole, longer) == []
 
 
+def test_extending_takes_the_latents_that_are_there(run, tmp_path):
+    """It generates none of these scenes again, and the next one is made from them."""
+    made = run_sample(tmp_path / 'made', workdir=str(run), prompt=LONG[:3])
+    plain = run_sample(tmp_path / 'plain', prompt=LONG[3:4], extend=str(made))
+    path = made / 'video_0/latents.safetensors'
+    latents = latent_file.read(path)
+    changed = [scene + 0.5 for scene in latents.scenes]
+    latent_file.write(path, dataclasses.replace(latents, scenes=changed))
+    more = run_sample(tmp_path / 'more', prompt=LONG[3:4], extend=str(made))
+    np.testing.assert_array_equal(told_scenes(more)[:3], changed)
+    assert np.abs(told_scenes(more)[3] - told_scenes(plain)[3]).max() > 1e-3
+
+
 def test_what_cannot_be_extended_is_named(run, workdir, tmp_path, caplog):
     made = run_sample(tmp_path / 'made', workdir=str(run))
     flags = {'extend': str(made), 'prompt': ['it blinks']}
