@@ -10,6 +10,7 @@ Variants, after the colon:
   conditional    fine-tunes another run with given scenes: --config.init_from=runs/unconditional
   lora           as conditional, by LoRA of rank 8
   mixed          2 to 5 scenes of unequal length
+  extend         windows of longer stories, whose captions often do not name what is given
   memory         characters and places with names, which leave and come back: windows of 4 scenes
   frames         9 frames a scene, in three latent frames: the first alone, then groups of four
   sharp          32 x 32 pixels, in as many tokens
@@ -27,6 +28,7 @@ VARIANTS = (
     'conditional',
     'lora',
     'mixed',
+    'extend',
     'memory',
     'frames',
     'sharp',
@@ -97,6 +99,11 @@ def get_config(variant='dual'):
             (4, 4, 8, 4, 4),
         )
         config.train.steps = 6000
+    if variant == 'extend':
+        config.data.story_scenes = 4
+        config.model.remat = 'save_matmuls'
+        # Half of the windows are not named and always have given scenes: few others need any.
+        config.train.update(steps=7000, conditional_from_step=500, conditional_probability=0.25)
     if variant == 'memory':
         config.model.max_text_seq_length = 8
         config.data.update(world='cast', layouts=((4, 4, 4, 4),), story_scenes=8, num_train=8192)

@@ -227,7 +227,7 @@ def plan_telling(
     *,
     joint: int | None,
     window: int | None,
-    sinks: int,
+    sinks: int | None,
 ) -> tuple[list[generation.Block], dict]:
     """Plans which scenes are generated together, and says where that is beyond the training.
 
@@ -251,6 +251,8 @@ def plan_telling(
 
     trained = max(map(len, config.data.layouts))
     joint = trained if joint is None else joint
+    # On the stories the first scene is what keeps characters and places the same.
+    sinks = min(1, max(0, trained - 2)) if sinks is None else sinks
     window = max(1, trained - 1 - sinks) if window is None else window
     blocks = generation.plan_blocks(len(frames), num_given, joint=joint, window=window, sinks=sinks)
     joint = max(blocks[0].stop, 1)
@@ -459,7 +461,7 @@ class Model:
         negative_caption: str = '',
         joint: int | None = None,
         window: int | None = None,
-        sinks: int = 0,
+        sinks: int | None = None,
     ) -> Request:
         """Checks what `generate` is asked for, and reads the given files; no network is loaded.
 
@@ -483,7 +485,8 @@ class Model:
             model was trained on. All later ones are generated one after another.
           window: how many scenes right before a later one are given to it; None takes as many as
             the model was trained on, the new scene and `sinks` not counted.
-          sinks: how many scenes at the beginning of the story are given to every later one on top.
+          sinks: how many scenes at the beginning of the story are given to every later one on top;
+            None takes one, or none if the model was trained on fewer than three scenes.
 
         Raises:
           FileNotFoundError, ValueError: naming what is missing or does not fit.

@@ -122,7 +122,7 @@ _SINKS = flags.DEFINE_integer(
     'sinks',
     None,
     'Scenes at the beginning of the story that are given to every later one, on top of --window. '
-    'Default: 0.',
+    'Default: 1, or 0 if the model was trained on fewer than three scenes.',
     lower_bound=0,
 )
 _GIVEN_FRAMES = flags.DEFINE_integer(
@@ -391,7 +391,7 @@ def _request(model: pipeline.Model, record: dict) -> pipeline.Request:
         negative_caption=_chosen(_NEGATIVE, record, ''),
         joint=_chosen(_JOINT, record),
         window=_chosen(_WINDOW, record),
-        sinks=_chosen(_SINKS, record, 0),
+        sinks=_chosen(_SINKS, record),
     )
 
 

@@ -45,6 +45,48 @@ def run(tmp_path_factory):
     return functools.partial(generation.generate, CONFIG, params, codec, frames=FRAMES, seed=1)
 
 
+@pytest.mark.parametrize(
+    'trained, asked, planned',
+    [
+        # As many scenes at once as the model was trained on; the first one stays if there is room.
+        (2, {}, [((), 0, 2), ((1,), 2, 3), ((2,), 3, 4), ((3,), 4, 5)]),
+        (3, {}, [((), 0, 3), ((0, 2), 3, 4), ((0, 3), 4, 5)]),
+        (4, {}, [((), 0, 4), ((0, 2, 3), 4, 5)]),
+        (4, {'sinks': 2}, [((), 0, 4), ((0, 1, 3), 4, 5)]),
+        (3, {'sinks': 0}, [((), 0, 3), ((1, 2), 3, 4), ((2, 3), 4, 5)]),
+        (
+            3,
+            {'window': 3, 'joint': 2},
+            [((), 0, 2), ((0, 1), 2, 3), ((0, 1, 2), 3, 4), ((0, 1, 2, 3), 4, 5)],
+        ),
+        (5, {}, [((), 0, 5)]),
+    ],
+)
+def test_how_a_story_of_five_scenes_is_told(trained, asked, planned):
+    data = dataclasses.replace(CONFIG.data, layouts=((4,) * trained, (4,)))
+    config = dataclasses.replace(CONFIG, data=data)
+    settings = {'joint': None, 'window': None, 'sinks': None} | asked
+    blocks, told = pipeline.plan_telling(config, (4,) * 5, 0, **settings)
+    assert [tuple(block) for block in blocks] == planned
+    again, _ = pipeline.plan_telling(config, (4,) * 5, 0, **told)
+    assert again == blocks
+
+
+@pytest.mark.parametrize(
+    'num_given, joint, planned',
+    [
+        # Given scenes are a part of the first block, or are it.
+        (2, 3, [(0, 3), (3, 4), (4, 5)]),
+        (3, 3, [(0, 3), (3, 4), (4, 5)]),
+        (4, 3, [(0, 4), (4, 5)]),
+        (4, 5, [(0, 5)]),
+    ],
+)
+def test_given_scenes_are_in_the_first_block(num_given, joint, planned):
+    blocks = generation.plan_blocks(5, num_given, joint=joint, window=2, sinks=0)
+    assert [(block.start, block.stop) for block in blocks] == planned
+
+
 def test_guidance_one_follows_the_caption_and_zero_ignores_it(run):
     by_caption = [[run(STORIES[i : i + 2], guidance=g) for i in (0, 1)] for g in (0.0, 1.0)]
     np.testing.assert_array_equal(*by_caption[0])
