@@ -34,6 +34,9 @@ NOT_PATHS = {
     'topology',
     'what',
     'category',
+    'window',
+    'sinks',
+    'given_timestep',
 }
 
 

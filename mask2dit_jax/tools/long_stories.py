@@ -33,9 +33,8 @@ from absl import app, flags
 from matplotlib import figure
 
 from mask2dit_jax import config as config_lib
-from mask2dit_jax import generation, logs, paths, ranges, storage, tables
+from mask2dit_jax import generation, logs, paths, pipeline, ranges, storage, tables
 from mask2dit_jax.data import latent_codec
-from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.pretrained import names as names_lib
 from mask2dit_jax.pretrained import runs
@@ -68,72 +67,102 @@ class Setting:
     carry: str
 
 
+def sample_stories(config: config_lib.Config, num_stories: int, num_scenes: int) -> list:
+    """The stories that are told, the same on every call; none is in the training split."""
+    rng = np.random.default_rng(STORIES_SEED)
+    frames = config.data.layouts[0][:1] * num_scenes
+    size_px = latent_codec.square(config.data)
+    return [
+        world.sample_story(rng, frames, split='test', size_px=size_px) for _ in range(num_stories)
+    ]
+
+
+def tell(
+    config: config_lib.Config,
+    params,
+    codec: latent_codec.LatentCodec,
+    setting: Setting,
+    stories: list[world.Story],
+    *,
+    seed: int = 0,
+    first_index: int = 0,
+) -> np.ndarray:
+    """Tells a batch of stories.
+
+    Args:
+      config, params, codec: of the run.
+      setting: how later scenes are generated.
+      stories: B stories of equal scenes.
+      seed: of the noise.
+      first_index: number of the first story, on which its noise depends, too.
+
+    Returns:
+      Pixels float32 in [0, 1], [B, F, H, W, 3].
+    """
+    sample = dataclasses.replace(config.sample, given_timestep=setting.given_timestep)
+    config = dataclasses.replace(config, sample=sample)
+    frames = stories[0].frames
+    blocks = generation.plan_blocks(
+        len(frames),
+        0,
+        joint=len(config.data.layouts[0]),
+        window=setting.window,
+        sinks=setting.sinks,
+    )
+    first, later = (
+        generation.encode_inputs(codec, [world.captions(story, style) for story in stories], frames)
+        for style in ('first', 'first' if setting.captions == 'named' else 'never')
+    )
+
+    told, pixels = [], []
+    for block in tqdm.tqdm(blocks, desc=_name(setting), unit='block'):
+        inputs = later if block.start else first
+        new = generation.tell(
+            config, params, inputs, block, told, seed=seed, first_index=first_index
+        )
+        for scene, latents in zip(range(block.start, block.stop), new):
+            pixels.append(codec.decode_video(latents, inputs.latent_frames[scene : scene + 1]))
+            if setting.carry == 'pixels':
+                latents = codec.encode_video(pixels[-1], frames[scene : scene + 1])
+            told.append(latents)
+    return np.concatenate(pixels, axis=1)
+
+
 def tell_and_score(
     config: config_lib.Config,
     params,
     codec: latent_codec.LatentCodec,
     setting: Setting,
+    stories: list[world.Story],
     *,
-    num_scenes: int,
-    num_stories: int,
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict[str, np.ndarray]:
     """Tells stories and scores them.
 
     Args:
-      config, params, codec: of the run.
-      setting: how later scenes are generated.
-      num_scenes: S, scenes of a story; all have the frames of the run's first scene.
-      num_stories: B, the stories; none of them is in the training split.
-      seed: of the noise.
+      config, params, codec, setting, stories, seed: as in `tell`.
       batch_size: stories that are told at once.
 
     Returns:
       The shares of scenes that are right, float [S] each: SHOWN, and 'residual'.
     """
-    sample = dataclasses.replace(config.sample, given_timestep=setting.given_timestep)
-    config = dataclasses.replace(config, sample=sample)
-    layout = config.data.layouts[0]
-    frames = layout[:1] * num_scenes
-    rng = np.random.default_rng(STORIES_SEED)
-    size_px = latent_codec.square(config.data)
-    stories = [
-        world.sample_story(rng, frames, split='test', size_px=size_px) for _ in range(num_stories)
-    ]
-    blocks = generation.plan_blocks(
-        num_scenes, 0, joint=len(layout), window=setting.window, sinks=setting.sinks
-    )
-
     parts = []
-    starts = range(0, num_stories, batch_size)
-    with tqdm.tqdm(total=len(blocks) * len(starts), desc=str(setting), unit='block') as bar:
-        for first in starts:
-            part = stories[first : first + batch_size]
-            named, later = (
-                generation.encode_inputs(
-                    codec, [world.captions(story, style) for story in part], frames
-                )
-                for style in ('first', 'first' if setting.captions == 'named' else 'never')
-            )
-            told, pixels = [], []
-            for block in blocks:
-                inputs = later if block.start else named
-                new = generation.tell(
-                    config, params, inputs, block, told, seed=seed, first_index=first
-                )
-                for scene, latents in zip(range(block.start, block.stop), new):
-                    length = (inputs.latent_frames[scene],)
-                    pixels.append(codec.decode_video(latents, length))  # [B, F, H, W, 3]
-                    if setting.carry == 'pixels':
-                        latents = codec.encode_video(pixels[-1], frames[scene : scene + 1])
-                    told.append(latents)
-                bar.update()
-            parts.append(scores.score(np.concatenate(pixels, axis=1), part))
+    for first in range(0, len(stories), batch_size):
+        part = stories[first : first + batch_size]
+        pixels = tell(config, params, codec, setting, part, seed=seed, first_index=first)
+        parts.append(scores.score(pixels, part))
 
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}  # [B, S]
     found['right'] = found['action'] & found['identity'] & found['background']
     return {name: found[name].mean(0) for name in (*SHOWN, 'residual')}
+
+
+def _name(setting: Setting) -> str:
+    return (
+        f'window {setting.window}, sinks {setting.sinks}, t {setting.given_timestep}, '
+        f'{setting.captions}, {setting.carry}'
+    )
 
 
 def _rows(results: list[tuple[Setting, dict]], trained: int, num_scenes: int) -> list[dict]:
@@ -155,11 +184,8 @@ def _draw(path: pathlib.Path, results: list[tuple[Setting, dict]]) -> None:
     picture = figure.Figure(figsize=(9, 5), layout='constrained')
     axes = picture.subplots()
     for setting, curves in results:
-        label = (
-            f'window {setting.window}, sinks {setting.sinks}, t {setting.given_timestep}, '
-            f'{setting.captions}, {setting.carry}'
-        )
-        axes.plot(np.arange(1, len(curves['right']) + 1), curves['right'], label=label)
+        numbers = np.arange(1, len(curves['right']) + 1)
+        axes.plot(numbers, curves['right'], label=_name(setting))
     axes.set(xlabel='scene', ylabel='share of scenes that are right', ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
@@ -167,57 +193,84 @@ def _draw(path: pathlib.Path, results: list[tuple[Setting, dict]]) -> None:
         picture.savefig(temporary, format='png', dpi=120)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
-    logs.quiet_libraries()
-    chosen = flags.FLAGS
-    workdir = pathlib.Path(chosen.run)
+def sweep(
+    workdir,
+    out,
+    settings: list[Setting],
+    *,
+    num_scenes: int,
+    num_stories: int,
+    steps: int | None = None,
+    seed: int = 0,
+) -> str:
+    """Tries settings on a run, and writes what is found after each.
+
+    Args:
+      workdir: of the run.
+      out: folder for curves.json, curves.md and curves.png.
+      settings: what is tried.
+      num_scenes: scenes of a story.
+      num_stories: stories that are told.
+      steps: DDIM steps; None for those of the run.
+      seed: of the noise.
+
+    Returns:
+      The table of curves.md.
+
+    Raises:
+      ValueError: if the run is not one on stories.
+    """
     config = config_lib.load_run(workdir)
     if config.data.encoded:
         raise ValueError(f'{workdir} was trained on encoded videos: only stories are scored.')
-    sample = {'sampler': 'ddim', 'steps': chosen.steps or config.sample.steps}
+    sample = {'sampler': 'ddim', 'steps': steps or config.sample.steps}
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **sample))
-    trained = max(map(len, config.data.layouts))
-    numbers = {
-        name: [_whole(name, text) for text in chosen[name].value]
-        for name in ('window', 'sinks', 'given_timestep')
-    }
-    settings = [
-        Setting(*values)
-        for values in itertools.product(*numbers.values(), chosen.captions, chosen.carry)
-    ]
-    storage.try_output(chosen.out)
+    stories = sample_stories(config, num_stories, num_scenes)
+    storage.try_output(out)
 
     abstract = names_lib.abstract_params(config.model)
-    target = partitioning.abstract_arrays(abstract, mesh_lib.make_mesh(config.mesh))
+    target = partitioning.abstract_arrays(abstract, pipeline.default_mesh())
     _, params = runs.newest(workdir, config, target)
     codec = latent_codec.for_run(config, workdir)
 
-    out = pathlib.Path(chosen.out)
+    out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results = []
     for setting in settings:
-        curves = tell_and_score(
-            config,
-            params,
-            codec,
-            setting,
-            num_scenes=chosen.scenes,
-            num_stories=chosen.stories,
-            seed=chosen.seed,
-        )
+        curves = tell_and_score(config, params, codec, setting, stories, seed=seed)
         results.append((setting, curves))
         found = [
             dataclasses.asdict(setting) | {name: curve.tolist() for name, curve in curves.items()}
             for setting, curves in results
         ]
         storage.write_text(out / 'curves.json', json.dumps(found, indent=2) + '\n')
-        rows = _rows(results, trained, chosen.scenes)
+        rows = _rows(results, max(map(len, config.data.layouts)), num_scenes)
         table = tables.format_table(rows, list(rows[0]))
         storage.write_text(out / 'curves.md', table + '\n')
         _draw(out / 'curves.png', results)
-    print(f'{table}\n\nCurves: {out}/curves.png, curves.md and curves.json')
+    return table
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'Unknown arguments {" ".join(argv[1:])}: see --help.')
+    logs.quiet_libraries()
+    chosen = flags.FLAGS
+    numbers = [
+        [_whole(name, text) for text in chosen[name].value]
+        for name in ('window', 'sinks', 'given_timestep')
+    ]
+    combinations = itertools.product(*numbers, chosen.captions, chosen.carry)
+    table = sweep(
+        pathlib.Path(chosen.run),
+        chosen.out,
+        [Setting(*values) for values in combinations],
+        num_scenes=chosen.scenes,
+        num_stories=chosen.stories,
+        steps=chosen.steps,
+        seed=chosen.seed,
+    )
+    print(f'{table}\n\nCurves: {chosen.out}/curves.png, curves.md and curves.json')
 
 
 def _whole(name: str, text: str) -> int:
@@ -234,8 +287,8 @@ if __name__ == '__main__':
     flags.DEFINE_integer('stories', 64, 'Stories that are told.', lower_bound=1)
     flags.DEFINE_integer('seed', 0, 'Seed of the noise.', lower_bound=0)
     flags.DEFINE_integer('steps', None, 'DDIM steps; default: those of the run.', lower_bound=1)
-    flags.DEFINE_list('window', ['2'], 'Scenes right before a new one that are given.')
-    flags.DEFINE_list('sinks', ['0'], 'First scenes of the story that are given on top.')
+    flags.DEFINE_list('window', ['1'], 'Scenes right before a new one that are given.')
+    flags.DEFINE_list('sinks', ['1'], 'First scenes of the story that are given on top.')
     flags.DEFINE_list('given_timestep', ['0'], 'Timestep of given scenes, with its noise.')
     flags.DEFINE_multi_enum(
         'captions', ['unnamed'], ['named', 'unnamed'], 'What captions of given scenes say.'

@@ -635,8 +635,8 @@ def test_the_posterior_is_drawn_anew_every_time(encoded, folder):
     draws = np.stack(
         [
             x
-            for step in range(350)
-            for x, t in zip(*batches(step, range(4))[1].values())
+            for batch in (batches(step, range(4))[1] for step in range(350))
+            for x, t in zip(batch['latents'], batch['text'])
             if (t[0] == text).all()
         ]
     )

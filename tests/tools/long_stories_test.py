@@ -1,0 +1,98 @@
+"""Long stories are told and scored by the number of the scene."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import STORY_MODEL, mesh_of
+
+from mask2dit_jax import checkpoint
+from mask2dit_jax import config as config_lib
+from mask2dit_jax.data import latent_codec
+from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.pretrained import names, runs
+from mask2dit_jax.tools import long_stories
+from mask2dit_jax.training import train_step
+
+# With one layer no caption reaches the scene after its own.
+MODEL = dataclasses.replace(STORY_MODEL, num_layers=2)
+CONFIG = config_lib.Config(
+    model=MODEL,
+    data=config_lib.DataConfig(codec_components=8, layouts=((4, 4, 4),)),
+    sample=config_lib.SampleConfig(steps=1),
+)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The workdir of a run with random parameters."""
+    workdir = tmp_path_factory.mktemp('runs') / 'run'
+    workdir.mkdir()
+    config_lib.save(CONFIG, workdir / 'config.json')
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), names.abstract_params(MODEL)
+    )
+    state = train_step.TrainState(np.int32(3), params, params, {'unused': np.ones(1)})
+    checkpoints = checkpoint.manager(workdir, 10, 0, 0)
+    checkpoint.save(checkpoints, 3, state, {})
+    checkpoint.finish(checkpoints)
+    return workdir
+
+
+def settings(**lists):
+    """All combinations."""
+    lists = {
+        'window': [1],
+        'sinks': [0],
+        'given_timestep': [0],
+        'captions': ['unnamed'],
+        'carry': ['latents'],
+    } | lists
+    return [long_stories.Setting(*values) for values in itertools.product(*lists.values())]
+
+
+def test_every_combination_has_its_curve(run, tmp_path):
+    tried = settings(window=[1, 2], sinks=[0, 1])
+    long_stories.sweep(run, tmp_path / 'out', tried, num_scenes=5, num_stories=2)
+    curves = json.loads((tmp_path / 'out/curves.json').read_text())
+    assert [(c['window'], c['sinks']) for c in curves] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert {len(c[name]) for c in curves for name in long_stories.SHOWN} == {5}
+    assert (tmp_path / 'out/curves.png').stat().st_size > 1000
+    lines = (tmp_path / 'out/curves.md').read_text().splitlines()
+    longer = [line for line in lines if 'longer than trained (4, not 3)' in line]
+    assert len(lines) == 2 + 8 and len(longer) == 2
+
+
+def test_captions_name_nobody_where_they_are_given_again(run):
+    """The first scene's caption matters after the joint scenes if it is a sink or in the window;
+    carrying pixels matters from the first scene on that has given ones."""
+    target = partitioning.abstract_arrays(names.abstract_params(MODEL), mesh_of(1, 1, 1, 1))
+    _, params = runs.newest(run, CONFIG, target)
+    codec = latent_codec.for_run(CONFIG, run)
+    stories = long_stories.sample_stories(CONFIG, 2, 5)
+
+    def told(**choice):
+        (setting,) = settings(**{name: [value] for name, value in choice.items()})
+        pixels = long_stories.tell(CONFIG, params, codec, setting, stories)
+        return pixels.reshape(2, 5, 4, 16, 16, 3)
+
+    def differing(one, other):
+        return [scene for scene in range(5) if (one[:, scene] != other[:, scene]).any()]
+
+    plain = told()
+    assert differing(plain, told(captions='named')) == []
+    assert differing(told(window=3), told(window=3, captions='named')) == [3, 4]
+    assert differing(told(sinks=1), told(sinks=1, captions='named')) == [3, 4]
+    assert differing(plain, told(carry='pixels')) == [3, 4]
+    assert differing(plain, told(given_timestep=300)) == [3, 4]
+
+
+def test_runs_on_encoded_videos_have_no_exact_scores(run, tmp_path):
+    config = config_lib.Config(data=config_lib.DataConfig(encoded='data', codec='vae'))
+    config_lib.save(config, tmp_path / 'config.json')
+    with pytest.raises(ValueError, match='was trained on encoded videos'):
+        long_stories.sweep(tmp_path, tmp_path, settings(), num_scenes=5, num_stories=2)
