@@ -638,6 +638,21 @@ def communicate(process):
         return process.communicate()
 
 
+# Runs `sample` with the flags argv[2:], and hangs where it loads the model, after making argv[1].
+HANGS = """
+import pathlib, sys, time
+from absl import app
+from mask2dit_jax import pipeline, sample
+marker = pathlib.Path(sys.argv[1])
+def load(*args, **kwargs):
+    marker.touch()
+    time.sleep(1e6)
+pipeline.load = load
+sys.argv = ['sample', *sys.argv[2:]]
+app.run(sample.main)
+"""
+
+
 def test_ctrl_c(run, tmp_path):
     """The first stops after the present scene, the second at once."""
     out = tmp_path / 'out'
@@ -654,13 +669,14 @@ def test_ctrl_c(run, tmp_path):
     made = 1000 - len(lacking)
     assert 1 <= made < 1000 and len(content(out)) == 1 + 6 * made
 
-    # At once, in the midst of loading or compiling.
+    # At once, in the midst of loading.
     other = tmp_path / 'other'
-    process = start(run, other, '--num_videos=1000', '--seed=1')
-    wait_for(other / storage.OWNER_FILE, process)
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+    marker = tmp_path / 'loading'
+    process = start(run, other, '--num_videos=1000', code=['-c', HANGS, str(marker)])
+    wait_for(marker, process)
+    process.send_signal(signal.SIGINT)
+    assert 'Stopping after' in ''.join(process.stderr.readline() for _ in range(2))
+    process.send_signal(signal.SIGINT)
     _, err = communicate(process)
     assert process.returncode == 130, err
     assert 'Stopped' not in err and 'Traceback' not in err

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import types
 
 import jax
@@ -629,3 +631,23 @@ def test_missing_workdirs_are_named(tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r'must be a folder that mask2dit_jax\.main wrote'):
         config_lib.load(tmp_path / 'config.json')
+
+
+@pytest.mark.parametrize('sample_every', [2, 3])
+def test_sigterm_while_it_draws_saves_that_step_once(sample_every, tmp_path, monkeypatch):
+    """Whether the step is saved anyway, as step 3, or not, as step 2."""
+    config = smoke_config()
+    train = dataclasses.replace(config.train, sample_every_steps=sample_every, log_every_steps=3)
+    config = dataclasses.replace(
+        config, train=train, data=dataclasses.replace(config.data, layouts=((4, 4),))
+    )
+    draw = validation.write_sample_grids
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*args)
+
+    monkeypatch.setattr(validation, 'write_sample_grids', stopped)
+    assert trainer.train_and_evaluate(config, tmp_path / 'run') is None
+    assert [path.name for path in checkpoint.folders(tmp_path / 'run')] == [str(sample_every)]
+    assert [record['step'] for record in records(tmp_path / 'run')] == [sample_every]
