@@ -611,6 +611,14 @@ def _conflicts(config) -> list[str]:
             'config.data.named_once needs consecutive scenes and layouts of two or more, because '
             'what no caption names must be seen in another scene.'
         )
+    if data.named_once and not data.encoded:
+        found.append('config.data.named_once is about the clips of config.data.encoded: give both.')
+    longest = max(map(len, data.layouts))
+    if 0 < data.story_scenes < longest:
+        found.append(
+            f'config.data.story_scenes {data.story_scenes} is fewer than the {longest} scenes of a '
+            'layout: use as many or more, or 0.'
+        )
     for layout in data.layouts:
         if data.story_scenes > len(layout) and (len(layout) == 1 or len(set(layout)) > 1):
             found.append(

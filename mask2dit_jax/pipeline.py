@@ -31,7 +31,7 @@ from mask2dit_jax.models import dit, lora, vae
 from mask2dit_jax.pretrained import config_json, lora_files, names, runs
 from mask2dit_jax.pretrained import load as load_lib
 
-# Scenes that the released weights were trained on (Mask²DiT, section 4.1); their folder does not
+# Scenes of the published setting, in which the released weights were trained; their folder does not
 # say.
 _RELEASED_SCENES = 3
 
@@ -255,7 +255,7 @@ def plan_telling(
     sinks = min(1, max(0, trained - 2)) if sinks is None else sinks
     window = max(1, trained - 1 - sinks) if window is None else window
     blocks = generation.plan_blocks(len(frames), num_given, joint=joint, window=window, sinks=sinks)
-    joint = max(blocks[0].stop, 1)
+    joint = blocks[0].stop
 
     longest = max(len(block.scenes) for block in blocks if block.stop > num_given)
     if longest > trained:

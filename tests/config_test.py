@@ -157,6 +157,9 @@ def test_a_backend_of_an_earlier_version_loads_under_its_new_name(tmp_path):
         ({'schedule': {'beta_start': 0.5}}, 'config.schedule.beta_start 0.5 must not be above'),
         ({'model': {'freq_shift': 2000}}, 'config.model.freq_shift 2000 must be below'),
         ({'train': {'keep_every_steps': 1500}}, 'keep_every_steps 1500 must be a multiple'),
+        ({'data': {'story_scenes': 2}}, 'story_scenes 2 is fewer than the 3 scenes of a layout'),
+        ({'data': {'story_scenes': 4, 'layouts': ((4, 8, 4),)}}, 'that have one length'),
+        ({'data': {'named_once': True}}, 'named_once is about the clips'),
         (
             {'data': {'world': 'cast', 'story_scenes': 8}, 'train': {'given': 'any'}},
             'config.data.story_scenes 8 with config.data.world cast needs config.train.given',

@@ -276,6 +276,19 @@ def test_files_of_others_are_neither_counted_nor_deleted(run, tmp_path):
     assert set(content(out)) == {*FILES, 'notes.txt', 'video_0/notes.txt'}
 
 
+def test_latents_without_their_story_are_not_told_on(run, tmp_path):
+    """As `rm out/*` leaves them, which keeps folders."""
+    out = run_sample(tmp_path / 'out', workdir=str(run))
+    for path in list(out.iterdir()):
+        if path.is_file():
+            path.unlink()
+    other = {'workdir': str(run), 'prompt': ['blue ball on white stays', 'it blinks']}
+    with pytest.raises(samples.OtherStoryError, match=r'latents\.safetensors has no story\.json'):
+        run_sample(out, **other)
+    run_sample(out, overwrite=True, **other)
+    assert differing(out, run_sample(tmp_path / 'new', **other)) == []
+
+
 def test_a_claimed_folder_is_left_alone(run, tmp_path):
     with storage.claim(tmp_path), pytest.raises(storage.ClaimedError, match='is being written by'):
         run_sample(tmp_path, workdir=str(run))

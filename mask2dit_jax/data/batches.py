@@ -78,7 +78,7 @@ class EncodedStories:
 
 def _windows(
     stories: list[world.AnyStory], captions: list[list[str]], num_scenes: int
-) -> list[tuple[int, int, bool]]:
+) -> list[tuple[int, int, int]]:
     """(story, first scene, least_given) of all windows but those that show what is held out, and
     those whose last scene is the first to show something that they do not describe."""
     windows = []

@@ -127,12 +127,16 @@ def check(folder, record: dict, but: Iterable[str] = ()) -> None:
     expected = {f'video_{i}.mp4' for i in range(record['num_videos'])}
     there = {path.name for path in folder.glob('*.mp4')}
     is_told = (folder / STORY).exists()
+    # Latents would be taken for those of this story, and told on.
+    orphans = [
+        f'{path.parent.name}/{path.name}' for path in folder.glob(f'video_*/{latent_file.NAME}')
+    ]
 
     found = read(folder) if is_told else {}
     if not isinstance(found, dict):
         differences = [f'{STORY} is damaged']
-    elif not is_told and there:
-        differences = [f'{sorted(there)[0]} has no {STORY}']
+    elif not is_told and (there or orphans):
+        differences = [f'{sorted([*there, *orphans])[0]} has no {STORY}']
     elif not is_told:
         return
     else:
