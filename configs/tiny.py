@@ -60,7 +60,7 @@ def get_config(variant='dual'):
         learned_positions=True,
         attention_backend='dense',
         dtype='float32',
-        remat='full',
+        remat='save_matmuls',
     )
     config.data.codec_components = 24
     config.optimizer.update(
@@ -101,7 +101,6 @@ def get_config(variant='dual'):
         config.train.steps = 6000
     if variant == 'extend':
         config.data.story_scenes = 4
-        config.model.remat = 'save_matmuls'
         # Half of the windows are not named and always have given scenes: few others need any.
         config.train.update(steps=7000, conditional_from_step=500, conditional_probability=0.25)
     if variant == 'memory':

@@ -3,8 +3,8 @@
 Required flags: --run, the workdir of a finished run, and --out, the folder to write.
 
   python -m mask2dit_jax.tools.long_stories --run=runs/tiny --out=drift
-  python -m mask2dit_jax.tools.long_stories --run=runs/tiny --out=drift --scenes=50 \\
-    --window=2,3 --sinks=0,1 --given_timestep=0,20
+  python -m mask2dit_jax.tools.long_stories --run=runs/seed_0,runs/seed_1,runs/causal --out=drift \\
+    --scenes=50 --window=2,3 --sinks=0,1 --given_timestep=0,20
 
 The first scenes are generated together, as many as the run was trained on, and their first caption
 says who and where. Every later scene is generated from a window and the sinks, as `sample` does it.
@@ -19,13 +19,16 @@ gives their latents as they were generated.
 
 --out receives curves.json, curves.md and curves.png: for every combination the share of scenes that
 are right (action, character and place), by the number of the scene. Rows that show more scenes to
-the model than it was trained on say so.
+the model than it was trained on say so. Several runs are set beside each other; those that differ
+only by their seed share a row and a line, with a band from the lowest to the highest.
 """
 
 import dataclasses
 import itertools
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tqdm
@@ -165,27 +168,58 @@ def _name(setting: Setting) -> str:
     )
 
 
-def _rows(results: list[tuple[Setting, dict]], trained: int, num_scenes: int) -> list[dict]:
-    """Rows of the table: two for each setting, scenes that are right and characters."""
+def _cell(values: np.ndarray) -> float | str:
+    """The mean of the runs, with their standard deviation if there are several."""
+    mean = round(float(values.mean()), 3)
+    return mean if len(values) == 1 else f'{mean:.3f} ± {values.std():.3f}'
+
+
+class Result(NamedTuple):
+    """What a setting gave.
+
+    Attributes:
+      group: name of the first of the runs.
+      trained: scenes of the longest stories that they were trained on.
+      setting: the setting.
+      curves: by score, one list per run with a value per scene.
+    """
+
+    group: str
+    trained: int
+    setting: Setting
+    curves: dict[str, list[list[float]]]
+
+
+def _rows(results: list[Result]) -> list[dict]:
+    """Rows of the table: two for each result, scenes that are right and characters."""
     rows = []
-    for setting, curves in results:
+    for result in results:
+        setting = result.setting
         seen = setting.window + setting.sinks + 1
-        row = dataclasses.asdict(setting)
-        row['note'] = f'longer than trained ({seen}, not {trained})' if seen > trained else ''
+        longer = seen > result.trained
+        row = {'run': result.group, 'seeds': len(result.curves['right'])}
+        row |= dataclasses.asdict(setting)
+        row['note'] = f'longer than trained ({seen}, not {result.trained})' if longer else ''
         for score in ('right', 'identity'):
-            shown = [number for number in COLUMNS if number <= num_scenes]
-            values = {str(number): round(float(curves[score][number - 1]), 3) for number in shown}
-            rows.append(row | {'score': score} | values)
+            curves = np.array(result.curves[score])  # [runs, S]
+            shown = [number for number in COLUMNS if number <= curves.shape[1]]
+            cells = {str(number): _cell(curves[:, number - 1]) for number in shown}
+            rows.append(row | {'score': score} | cells)
     return rows
 
 
-def _draw(path: pathlib.Path, results: list[tuple[Setting, dict]]) -> None:
-    """The share of scenes that are right by their number, a line for each setting."""
+def _draw(path: pathlib.Path, results: list[Result]) -> None:
+    """The share of scenes that are right by their number: a line for the mean of the runs of a
+    result, and their range as a band."""
     picture = figure.Figure(figsize=(9, 5), layout='constrained')
     axes = picture.subplots()
-    for setting, curves in results:
-        numbers = np.arange(1, len(curves['right']) + 1)
-        axes.plot(numbers, curves['right'], label=_name(setting))
+    several = len({result.group for result in results}) > 1
+    for result in results:
+        curves = np.array(result.curves['right'])  # [runs, S]
+        numbers = np.arange(1, curves.shape[1] + 1)
+        label = f'{result.group}: {_name(result.setting)}' if several else _name(result.setting)
+        axes.plot(numbers, curves.mean(0), label=label)
+        axes.fill_between(numbers, curves.min(0), curves.max(0), alpha=0.2)
     axes.set(xlabel='scene', ylabel='share of scenes that are right', ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
@@ -193,8 +227,36 @@ def _draw(path: pathlib.Path, results: list[tuple[Setting, dict]]) -> None:
         picture.savefig(temporary, format='png', dpi=120)
 
 
+def _write(out: pathlib.Path, results: list[Result]) -> str:
+    """Writes curves.json, curves.md and curves.png; returns the table."""
+    found = [
+        {'run': result.group, 'trained': result.trained}
+        | dataclasses.asdict(result.setting)
+        | result.curves
+        for result in results
+    ]
+    storage.write_text(out / 'curves.json', json.dumps(found, indent=2) + '\n')
+    rows = _rows(results)
+    table = tables.format_table(rows, list(rows[0]))
+    storage.write_text(out / 'curves.md', table + '\n')
+    _draw(out / 'curves.png', results)
+    return table
+
+
+def _config_of(workdir) -> config_lib.Config:
+    """The configuration of a run.
+
+    Raises:
+      ValueError: if the run is not one on stories.
+    """
+    config = config_lib.load_run(workdir)
+    if config.data.encoded:
+        raise ValueError(f'{workdir} was trained on encoded videos: only stories are scored.')
+    return config
+
+
 def sweep(
-    workdir,
+    workdirs: Sequence,
     out,
     settings: list[Setting],
     *,
@@ -203,10 +265,10 @@ def sweep(
     steps: int | None = None,
     seed: int = 0,
 ) -> str:
-    """Tries settings on a run, and writes what is found after each.
+    """Tries settings on runs, and writes what is found after each.
 
     Args:
-      workdir: of the run.
+      workdirs: of the runs. Those whose configurations differ only by the seed share a row.
       out: folder for curves.json, curves.md and curves.png.
       settings: what is tried.
       num_scenes: scenes of a story.
@@ -218,36 +280,33 @@ def sweep(
       The table of curves.md.
 
     Raises:
-      ValueError: if the run is not one on stories.
+      ValueError: if a run is not one on stories.
     """
-    config = config_lib.load_run(workdir)
-    if config.data.encoded:
-        raise ValueError(f'{workdir} was trained on encoded videos: only stories are scored.')
-    sample = {'sampler': 'ddim', 'steps': steps or config.sample.steps}
-    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **sample))
-    stories = sample_stories(config, num_stories, num_scenes)
+    configs = {workdir: _config_of(workdir) for workdir in workdirs}
     storage.try_output(out)
-
-    abstract = names_lib.abstract_params(config.model)
-    target = partitioning.abstract_arrays(abstract, pipeline.default_mesh())
-    _, params = runs.newest(workdir, config, target)
-    codec = latent_codec.for_run(config, workdir)
-
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for setting in settings:
-        curves = tell_and_score(config, params, codec, setting, stories, seed=seed)
-        results.append((setting, curves))
-        found = [
-            dataclasses.asdict(setting) | {name: curve.tolist() for name, curve in curves.items()}
-            for setting, curves in results
-        ]
-        storage.write_text(out / 'curves.json', json.dumps(found, indent=2) + '\n')
-        rows = _rows(results, max(map(len, config.data.layouts)), num_scenes)
-        table = tables.format_table(rows, list(rows[0]))
-        storage.write_text(out / 'curves.md', table + '\n')
-        _draw(out / 'curves.png', results)
+
+    groups = {}  # name of the first run, by what its runs share
+    results = {}  # by group and setting
+    for workdir, config in configs.items():
+        group = groups.setdefault(dataclasses.replace(config, seed=0), pathlib.Path(workdir).name)
+        trained = max(map(len, config.data.layouts))
+        sample = {'sampler': 'ddim', 'steps': steps or config.sample.steps}
+        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **sample))
+        stories = sample_stories(config, num_stories, num_scenes)
+
+        abstract = names_lib.abstract_params(config.model)
+        target = partitioning.abstract_arrays(abstract, pipeline.default_mesh())
+        _, params = runs.newest(workdir, config, target)
+        codec = latent_codec.for_run(config, workdir)
+        for setting in settings:
+            curves = tell_and_score(config, params, codec, setting, stories, seed=seed)
+            empty = {name: [] for name in curves}
+            result = results.setdefault((group, setting), Result(group, trained, setting, empty))
+            for name, curve in curves.items():
+                result.curves[name].append(curve.tolist())
+            table = _write(out, list(results.values()))
     return table
 
 
@@ -262,7 +321,7 @@ def main(argv):
     ]
     combinations = itertools.product(*numbers, chosen.captions, chosen.carry)
     table = sweep(
-        pathlib.Path(chosen.run),
+        chosen.run,
         chosen.out,
         [Setting(*values) for values in combinations],
         num_scenes=chosen.scenes,
@@ -281,7 +340,12 @@ def _whole(name: str, text: str) -> int:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('run', None, 'Workdir of a finished run on stories.')
+    flags.DEFINE_list(
+        'run',
+        None,
+        'Workdirs of finished runs on stories. Runs that differ only by their seed share a row, '
+        'the mean of them with its standard deviation.',
+    )
     flags.DEFINE_string('out', None, 'Folder for curves.json, curves.md and curves.png.')
     flags.DEFINE_integer('scenes', 16, 'Scenes of a story.', lower_bound=2)
     flags.DEFINE_integer('stories', 64, 'Stories that are told.', lower_bound=1)

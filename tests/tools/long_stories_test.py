@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -57,14 +58,35 @@ def settings(**lists):
 
 def test_every_combination_has_its_curve(run, tmp_path):
     tried = settings(window=[1, 2], sinks=[0, 1])
-    long_stories.sweep(run, tmp_path / 'out', tried, num_scenes=5, num_stories=2)
+    long_stories.sweep([run], tmp_path / 'out', tried, num_scenes=5, num_stories=2)
     curves = json.loads((tmp_path / 'out/curves.json').read_text())
     assert [(c['window'], c['sinks']) for c in curves] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    assert {len(c[name]) for c in curves for name in long_stories.SHOWN} == {5}
+    assert {np.shape(c[name]) for c in curves for name in long_stories.SHOWN} == {(1, 5)}
     assert (tmp_path / 'out/curves.png').stat().st_size > 1000
     lines = (tmp_path / 'out/curves.md').read_text().splitlines()
     longer = [line for line in lines if 'longer than trained (4, not 3)' in line]
     assert len(lines) == 2 + 8 and len(longer) == 2
+
+
+def test_runs_that_differ_by_their_seed_share_a_row(run, tmp_path):
+    """Others have rows of their own, and a row of several runs has their mean."""
+    others = {
+        'seed_1': {'seed': 1},
+        'causal': {'model': dataclasses.replace(MODEL, pattern='causal')},
+    }
+    for name, changes in others.items():
+        shutil.copytree(run, tmp_path / name)
+        config_lib.save(dataclasses.replace(CONFIG, **changes), tmp_path / name / 'config.json')
+    workdirs = [run, tmp_path / 'causal', tmp_path / 'seed_1']
+    out = tmp_path / 'out'
+    table = long_stories.sweep(workdirs, out, settings(), num_scenes=4, num_stories=2)
+    curves = json.loads((out / 'curves.json').read_text())
+    assert [(c['run'], np.shape(c['right'])) for c in curves] == [
+        ('run', (2, 4)),
+        ('causal', (1, 4)),
+    ]
+    # The folders hold the same parameters.
+    assert curves[0]['action'][0] == curves[0]['action'][1] and ' ± 0.000' in table
 
 
 def test_captions_name_nobody_where_they_are_given_again(run):
@@ -95,4 +117,4 @@ def test_runs_on_encoded_videos_have_no_exact_scores(run, tmp_path):
     config = config_lib.Config(data=config_lib.DataConfig(encoded='data', codec='vae'))
     config_lib.save(config, tmp_path / 'config.json')
     with pytest.raises(ValueError, match='was trained on encoded videos'):
-        long_stories.sweep(tmp_path, tmp_path, settings(), num_scenes=5, num_stories=2)
+        long_stories.sweep([tmp_path], tmp_path, settings(), num_scenes=5, num_stories=2)
