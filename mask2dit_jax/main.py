@@ -46,7 +46,6 @@ Compiled programs are kept for the next start if JAX_COMPILATION_CACHE_DIR names
 for TPU are in launch/env.sh.
 """
 
-import ctypes
 import dataclasses
 import math
 import pathlib
@@ -117,19 +116,6 @@ def _with_model_from(config: config_lib.Config, folder: str, workdir: str) -> co
     return load_lib.with_model_from(config, folder)
 
 
-def _keep_freed_memory() -> None:
-    """Lets glibc keep freed memory for the next step, where the CPU computes.
-
-    XLA allocates the temporary memory of a step anew each time. What is larger than 32 MB glibc
-    returns to the system in between, and then its pages are made and cleared at every step.
-    """
-    libc = ctypes.CDLL(None)
-    if jax.default_backend() == 'cpu' and hasattr(libc, 'mallopt'):
-        # The options of malloc.h: trim threshold, top padding, and how many blocks may be mapped.
-        for option, value in ((-1, 2**31 - 1), (-2, 64 * 2**20), (-4, 0)):
-            libc.mallopt(option, value)
-
-
 def main(argv):
     config = config_lib.parse(_CONFIG.value)
     if len(argv) > 1:
@@ -161,7 +147,6 @@ def main(argv):
     jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
     num_devices = math.prod(getattr(config.mesh, axis) for axis in mesh_lib.AXES)
     multihost.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, num_devices)
-    _keep_freed_memory()
 
     with multihost.ending_together():
         trainer.train_and_evaluate(config, _WORKDIR.value, _TRACE_STEP.value)

@@ -10,9 +10,10 @@ The first scenes are generated together, as many as the run was trained on, and 
 says who and where. Every later scene is generated from a window and the sinks, as `sample` does it.
 All combinations of the lists are tried, on the same stories with the same noise.
 
-With --captions=unnamed (the default) no caption that a later scene is given says who and where: the
-first one, where it is given again, is replaced by one that says only what happens. Character and
-place can then come from the given pixels alone. --captions=named keeps the first caption.
+With --captions=unnamed (the default) no caption of a given scene says who or where: the first one,
+where it is given again, is replaced by one that says only what happens. Character and place can
+then come from the given pixels alone. --captions=named keeps the captions as they are. In stories
+with a cast (a run of configs/tiny.py:memory) a scene that shows somebody new always says who it is.
 
 --carry=pixels takes given scenes through pixels and the codec each time, where --carry=latents
 gives their latents as they were generated.
@@ -20,7 +21,9 @@ gives their latents as they were generated.
 --out receives curves.json, curves.md and curves.png: for every combination the share of scenes that
 are right (action, character and place), by the number of the scene. Rows that show more scenes to
 the model than it was trained on say so. Several runs are set beside each other; those that differ
-only by their seed share a row and a line, with a band from the lowest to the highest.
+only by their seed share a row and a line, with a band from the lowest to the highest. Of stories
+with a cast a second table tells how often a character, or a place, is right that was last shown so
+many scenes ago.
 """
 
 import dataclasses
@@ -41,7 +44,7 @@ from mask2dit_jax.data import latent_codec
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.pretrained import names as names_lib
 from mask2dit_jax.pretrained import runs
-from mask2dit_jax.stories import scores, world
+from mask2dit_jax.stories import cast, scores, world
 
 # The seed of the stories that are told.
 STORIES_SEED = 5
@@ -49,6 +52,8 @@ STORIES_SEED = 5
 SHOWN = ('right', 'action', 'identity', 'background')
 # Scenes, counted from 1, that the table has columns for.
 COLUMNS = (3, 4, 5, 8, 12, 16, 24, 32, 50)
+# Numbers of scenes since a look was shown that have a column together.
+OCTAVES = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +80,27 @@ def sample_stories(config: config_lib.Config, num_stories: int, num_scenes: int)
     rng = np.random.default_rng(STORIES_SEED)
     frames = config.data.layouts[0][:1] * num_scenes
     size_px = latent_codec.square(config.data)
-    return [
-        world.sample_story(rng, frames, split='test', size_px=size_px) for _ in range(num_stories)
-    ]
+    sample = cast.sample_cast_story if config.data.world == 'cast' else world.sample_story
+    return [sample(rng, frames, split='test', size_px=size_px) for _ in range(num_stories)]
+
+
+def encode_block(
+    codec: latent_codec.LatentCodec,
+    stories: list[world.AnyStory],
+    block: generation.Block,
+    captions: str,
+) -> generation.Inputs:
+    """What the transformer is told when it generates a block: under 'unnamed' captions the given
+    scenes' ones describe nothing."""
+    frames = stories[0].frames
+    texts = []
+    for story in stories:
+        own = world.captions(story)
+        if captions == 'unnamed':
+            bare = world.captions(story, 'never', given=len(frames))
+            own = [bare[i] if i in block.given else text for i, text in enumerate(own)]
+        texts.append(own)
+    return generation.encode_inputs(codec, texts, frames)
 
 
 def tell(
@@ -85,7 +108,7 @@ def tell(
     params,
     codec: latent_codec.LatentCodec,
     setting: Setting,
-    stories: list[world.Story],
+    stories: list[world.AnyStory],
     *,
     seed: int = 0,
     first_index: int = 0,
@@ -112,14 +135,9 @@ def tell(
         window=setting.window,
         sinks=setting.sinks,
     )
-    first, later = (
-        generation.encode_inputs(codec, [world.captions(story, style) for story in stories], frames)
-        for style in ('first', 'first' if setting.captions == 'named' else 'never')
-    )
-
     told, pixels = [], []
     for block in tqdm.tqdm(blocks, desc=_name(setting), unit='block'):
-        inputs = later if block.start else first
+        inputs = encode_block(codec, stories, block, setting.captions)
         new = generation.tell(
             config, params, inputs, block, told, seed=seed, first_index=first_index
         )
@@ -136,11 +154,11 @@ def tell_and_score(
     params,
     codec: latent_codec.LatentCodec,
     setting: Setting,
-    stories: list[world.Story],
+    stories: list[world.AnyStory],
     *,
     seed: int = 0,
     batch_size: int = 64,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Tells stories and scores them.
 
     Args:
@@ -148,7 +166,8 @@ def tell_and_score(
       batch_size: stories that are told at once.
 
     Returns:
-      The shares of scenes that are right, float [S] each: SHOWN, and 'residual'.
+      The shares of scenes that are right, float [S] each: SHOWN, and 'residual'; and, of stories
+      with a cast, scores.by_gap.
     """
     parts = []
     for first in range(0, len(stories), batch_size):
@@ -158,7 +177,8 @@ def tell_and_score(
 
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}  # [B, S]
     found['right'] = found['action'] & found['identity'] & found['background']
-    return {name: found[name].mean(0) for name in (*SHOWN, 'residual')}
+    recall = scores.by_gap(found, stories) if config.data.world == 'cast' else {}
+    return {name: found[name].mean(0) for name in (*SHOWN, 'residual')}, recall
 
 
 def _name(setting: Setting) -> str:
@@ -182,12 +202,14 @@ class Result(NamedTuple):
       trained: scenes of the longest stories that they were trained on.
       setting: the setting.
       curves: by score, one list per run with a value per scene.
+      recall: scores.by_gap of each run, of stories with a cast.
     """
 
     group: str
     trained: int
     setting: Setting
     curves: dict[str, list[list[float]]]
+    recall: list[dict[str, float]]
 
 
 def _rows(results: list[Result]) -> list[dict]:
@@ -205,6 +227,27 @@ def _rows(results: list[Result]) -> list[dict]:
             shown = [number for number in COLUMNS if number <= curves.shape[1]]
             cells = {str(number): _cell(curves[:, number - 1]) for number in shown}
             rows.append(row | {'score': score} | cells)
+    return rows
+
+
+def _recall_rows(results: list[Result]) -> list[dict]:
+    """Rows of the second table: how often a look that comes back is right, by octaves of gaps."""
+    rows = []
+    for result in results:
+        for score in ('identity', 'background'):
+            row = {'run': result.group} | dataclasses.asdict(result.setting) | {'score': score}
+            for low, high in OCTAVES:
+                shares, counts = [], []
+                for recall, gap in itertools.product(result.recall, range(low, high + 1)):
+                    key = f'{score}/gap {gap}'
+                    if key in recall:
+                        shares.append(recall[key])
+                        counts.append(recall[f'{key}/count'])
+                if counts:
+                    name = f'gap {low}' if low == high else f'gap {low} to {high}'
+                    row[name] = round(float(np.average(shares, weights=counts)), 3)
+                    row[f'{name}, scenes'] = sum(counts)
+            rows.append(row)
     return rows
 
 
@@ -233,11 +276,16 @@ def _write(out: pathlib.Path, results: list[Result]) -> str:
         {'run': result.group, 'trained': result.trained}
         | dataclasses.asdict(result.setting)
         | result.curves
+        | {'by_gap': result.recall}
         for result in results
     ]
     storage.write_text(out / 'curves.json', json.dumps(found, indent=2) + '\n')
     rows = _rows(results)
     table = tables.format_table(rows, list(rows[0]))
+    if any(result.recall for result in results):
+        rows = _recall_rows(results)
+        columns = list(dict.fromkeys(itertools.chain(*rows)))
+        table += '\n\n' + tables.format_table(rows, columns)
     storage.write_text(out / 'curves.md', table + '\n')
     _draw(out / 'curves.png', results)
     return table
@@ -301,11 +349,15 @@ def sweep(
         _, params = runs.newest(workdir, config, target)
         codec = latent_codec.for_run(config, workdir)
         for setting in settings:
-            curves = tell_and_score(config, params, codec, setting, stories, seed=seed)
+            curves, recall = tell_and_score(config, params, codec, setting, stories, seed=seed)
             empty = {name: [] for name in curves}
-            result = results.setdefault((group, setting), Result(group, trained, setting, empty))
+            result = results.setdefault(
+                (group, setting), Result(group, trained, setting, empty, [])
+            )
             for name, curve in curves.items():
                 result.curves[name].append(curve.tolist())
+            if recall:
+                result.recall.append(recall)
             table = _write(out, list(results.values()))
     return table
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from conftest import STORY_MODEL, mesh_of
 
-from mask2dit_jax import checkpoint
+from mask2dit_jax import checkpoint, generation
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import latent_codec
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.pretrained import names, runs
+from mask2dit_jax.stories import cast, world
 from mask2dit_jax.tools import long_stories
 from mask2dit_jax.training import train_step
 
@@ -25,23 +26,38 @@ CONFIG = config_lib.Config(
     data=config_lib.DataConfig(codec_components=8, layouts=((4, 4, 4),)),
     sample=config_lib.SampleConfig(steps=1),
 )
+CAST_CONFIG = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(MODEL, max_text_seq_length=8),
+    data=dataclasses.replace(CONFIG.data, world='cast'),
+)
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def make_run(tmp_path_factory, config):
     """The workdir of a run with random parameters."""
     workdir = tmp_path_factory.mktemp('runs') / 'run'
     workdir.mkdir()
-    config_lib.save(CONFIG, workdir / 'config.json')
+    config_lib.save(config, workdir / 'config.json')
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32), names.abstract_params(MODEL)
+        lambda p: rng.normal(0, 0.5, p.shape).astype(np.float32),
+        names.abstract_params(config.model),
     )
     state = train_step.TrainState(np.int32(3), params, params, {'unused': np.ones(1)})
     checkpoints = checkpoint.manager(workdir, 10, 0, 0)
     checkpoint.save(checkpoints, 3, state, {})
     checkpoint.finish(checkpoints)
     return workdir
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory, CONFIG)
+
+
+@pytest.fixture(scope='module')
+def cast_run(tmp_path_factory):
+    return make_run(tmp_path_factory, CAST_CONFIG)
 
 
 def settings(**lists):
@@ -111,6 +127,42 @@ def test_captions_name_nobody_where_they_are_given_again(run):
     assert differing(told(sinks=1), told(sinks=1, captions='named')) == [3, 4]
     assert differing(plain, told(carry='pixels')) == [3, 4]
     assert differing(plain, told(given_timestep=300)) == [3, 4]
+
+
+def test_stories_with_a_cast_are_scored_by_gap(cast_run, tmp_path):
+    """Every scene with a look that was shown before is counted at its gap."""
+    num_stories, num_scenes = 3, 7
+    out = tmp_path / 'out'
+    table = long_stories.sweep(
+        [cast_run], out, settings(), num_scenes=num_scenes, num_stories=num_stories
+    )
+    (found,) = json.loads((out / 'curves.json').read_text())
+    (recall,) = found['by_gap']
+    stories = long_stories.sample_stories(CAST_CONFIG, num_stories, num_scenes)
+    for score, turns in (('identity', 'who'), ('background', 'where')):
+        gaps = [gap for story in stories for gap in cast.gaps(getattr(story, turns))]
+        for gap in range(1, num_scenes):
+            assert recall.get(f'{score}/gap {gap}/count', 0) == gaps.count(gap)
+        row = [line for line in table.splitlines() if f' {score} ' in line and '| unnamed' in line][
+            -1
+        ]
+        later = sum(gap in (2, 3) for gap in gaps)
+        assert f' {later} |' in row
+
+
+def test_who_is_new_is_described_and_who_was_given_is_not(cast_run):
+    codec = latent_codec.for_run(CAST_CONFIG, cast_run)
+    (story,) = long_stories.sample_stories(CAST_CONFIG, 1, 6)
+    whole = codec.encode_text(world.captions(story))
+    bare = codec.encode_text(world.captions(story, 'never', given=6))
+    blocks = generation.plan_blocks(6, 0, joint=3, window=2, sinks=1)
+    assert [block.start for block in blocks] == [0, 3, 4, 5]
+    for captions, of_given in (('named', whole), ('unnamed', bare)):
+        for block in blocks:
+            text = long_stories.encode_block(codec, [story], block, captions).text[0]
+            for scene in block.scenes:
+                expected = of_given if scene in block.given else whole
+                np.testing.assert_array_equal(text[scene], expected[scene])
 
 
 def test_runs_on_encoded_videos_have_no_exact_scores(run, tmp_path):

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import types
 
 import jax
@@ -651,3 +653,25 @@ def test_sigterm_while_it_draws_saves_that_step_once(sample_every, tmp_path, mon
     assert trainer.train_and_evaluate(config, tmp_path / 'run') is None
     assert [path.name for path in checkpoint.folders(tmp_path / 'run')] == [str(sample_every)]
     assert [record['step'] for record in records(tmp_path / 'run')] == [sample_every]
+
+
+def test_freed_memory_is_kept_where_a_cpu_computes():
+    """In a process of its own, since it lasts. Pages that are made count as faults."""
+    code = """
+import resource, sys
+import numpy as np
+from mask2dit_jax.distributed import mesh
+from mask2dit_jax.training import trainer
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**24)  # 128 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults(), faults()
+trainer._keep_freed_memory(mesh.make_mesh(mesh.MeshConfig()))
+first, second = faults(), faults()
+print(before, first, second)
+sys.exit(not (second < 10 < min(before)))
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)
