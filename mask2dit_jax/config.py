@@ -215,6 +215,8 @@ class SampleConfig:
       given_timestep: timestep of given scenes, with its noise; 0 for clean ones, as in the paper.
         A little noise hides what generated scenes have wrong, from a model that was trained with
         train.given_max_timestep.
+      captions_of_given: whether given scenes keep their captions in the negative half of guidance,
+        where the others have the empty or the negative one.
       sheet_stories: stories in a sample grid.
     """
 
@@ -222,6 +224,7 @@ class SampleConfig:
     steps: int = ranges.whole(50, least=1)
     guidance: float = ranges.real(6.0)
     given_timestep: int = ranges.whole(0, least=0)
+    captions_of_given: bool = ranges.switch(False)
     sheet_stories: int = ranges.whole(4, least=1)
 
 

@@ -21,8 +21,8 @@ from mask2dit_jax import config as config_lib
 from mask2dit_jax.data import latent_codec
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.diffusion import schedule as schedule_lib
+from mask2dit_jax.distributed import context_parallel, partitioning
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
 
@@ -77,9 +77,15 @@ def jit_sample(
     frames: tuple[int, ...],
     mesh: jax.sharding.Mesh,
     reports_steps: bool = False,
+    remembered: int = 0,
 ):
     """The jitted sampling loop for these latent frames per scene; it compiles once for each batch
     size and number of steps.
+
+    With `remembered`, so many leading scenes are given in every story. They go through the
+    transformer once, which leaves the keys and values of their video in a cache, and the loop has
+    the tokens of the other scenes alone. The result is that of the loop over all tokens, to
+    rounding, if the pattern lets no scene see later ones.
 
     Stories lie on the mesh as mesh.row_sharding says. The two halves of classifier-free guidance
     are rows of one batch, spread over the batch axes; tokens are spread over context. With
@@ -87,9 +93,19 @@ def jit_sample(
     tells it of every step that is done.
     """
     model = dit.DiT(config.model)
+    given_timestep = config.sample.given_timestep
+    first = sum(frames[:remembered])  # the first frame that has tokens in the loop
 
     def by_rows(x):
         return jax.lax.with_sharding_constraint(x, mesh_lib.row_sharding(mesh, len(x)))
+
+    def remember(params, text, given):
+        """A cache of the leading scenes [R, ...], spread as attention has it."""
+        times = jnp.full(text.shape[:2], given_timestep)
+        _, cache = model.apply(
+            {'params': params}, given, text, times, frames=frames[:remembered], remembers=True
+        )
+        return context_parallel.spread_cache(cache, mesh)
 
     def run(
         params,
@@ -104,33 +120,52 @@ def jit_sample(
         listener=None,
     ):
         noise, text, given, given_scenes = map(by_rows, (noise, text, given, given_scenes))
-        layout = config.model.layout(frames, *noise.shape[2:4])
-        both = jnp.concatenate([jnp.broadcast_to(null_text, text.shape), text])
 
-        # Between forward passes width and channels are one axis: alone, 16 channels would fill an
-        # eighth of the TPU's lanes, and every copy of the latents eight times their size.
-        shape = noise.shape[1:]
+        # The captions of both halves of guidance.
+        negative = jnp.broadcast_to(null_text, text.shape)
+        if config.sample.captions_of_given:
+            negative = jnp.where(given_scenes[..., None, None], text, negative)
+        both = jnp.concatenate([negative, text])
 
-        def velocity(x, t):
-            v = model.apply({'params': params}, x.reshape(-1, *shape), both, t, frames=frames)
-            return v.reshape(x.shape)
-
-        noise, given = (x.reshape(*x.shape[:3], -1) for x in (noise, given))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            cache = None
+            if remembered:
+                halves = [text] if config.sample.captions_of_given else [negative, text]
+                leading = jnp.concatenate(halves)[:, :remembered]
+                clean = jnp.concatenate([given[:, :first]] * len(halves))
+                cache = remember(params, leading, clean)
+
+            # Between forward passes width and channels are one axis: alone, 16 channels would fill
+            # an eighth of the TPU's lanes, and every copy of the latents eight times their size.
+            shape = (-1, *noise.shape[2:])
+
+            def velocity(x, t):
+                v = model.apply(
+                    {'params': params},
+                    x.reshape(len(x), *shape),
+                    both[:, remembered:],
+                    t,
+                    frames=frames,
+                    cache=cache,
+                )
+                return v.reshape(x.shape)
+
+            merged, of_given = (x.reshape(*x.shape[:3], -1) for x in (noise, given))
             out = samplers.sample(
                 velocity,
-                noise,
-                layout,
+                merged[:, first:],
+                config.model.layout(frames[remembered:], *noise.shape[2:4]),
                 timesteps,
                 table,
-                guidance,
-                given,
-                given_scenes,
-                given_timestep=config.sample.given_timestep,
+                guidance[remembered:],
+                of_given[:, first:],
+                given_scenes[:, remembered:],
+                given_timestep=given_timestep,
                 callback=_report_step if reports_steps else None,
                 callback_data=listener,
             )
-        return by_rows(out.reshape(-1, *shape))
+        out = out.reshape(len(out), *shape)
+        return by_rows(jnp.concatenate([given[:, :first], out], axis=1))
 
     # Stories come in and go out as they lie: how they are spread depends on their number.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -298,7 +333,13 @@ def sample_latents(
         sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
     )
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
-    run = jit_sample(config, whole.frames, mesh, reports_steps=listener is not None)
+    run = jit_sample(
+        config,
+        whole.frames,
+        mesh,
+        reports_steps=listener is not None,
+        remembered=num_remembered(config, inputs.given_scenes),
+    )
     arguments = (
         params,
         stories['noise'],
@@ -317,6 +358,19 @@ def sample_latents(
             latents = mesh_lib.local_batch(run(*arguments, number))
     is_given = np.repeat(inputs.given_scenes, inputs.latent_frames, axis=1)  # [B, T]
     return np.where(is_given[..., None, None, None], inputs.given, latents[:, whole.kept])
+
+
+def num_remembered(config: config_lib.Config, given_scenes: np.ndarray) -> int:
+    """How many leading scenes a cache can hold.
+
+    Args:
+      config: of the model, which must let no scene see or shift another one before it.
+      given_scenes: bool [B, S], of which those count that every story has.
+    """
+    if dit.cache_conflict(config.model):
+        return 0
+    leading = np.cumprod(given_scenes, axis=1).sum(1)  # [B]
+    return int(min(leading.min(), given_scenes.shape[1] - 1))
 
 
 def _with_noise(

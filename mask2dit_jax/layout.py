@@ -44,6 +44,8 @@ class SceneLayout:
       text_tokens: text tokens per scene, padding included.
       patch_t: latent frames per token (1, or 2 for CogVideoX 1.5); a scene that is no multiple, as
         `whole_patches` makes them, is padded at its end.
+      remembered: leading scenes that have no tokens in the sequence. Attention has the keys and
+        values of their video from a cache (attention/kv_cache.py), and positions count them.
     """
 
     frames: tuple[int, ...]
@@ -51,6 +53,7 @@ class SceneLayout:
     width: int
     text_tokens: int
     patch_t: int = 1
+    remembered: int = 0
 
     def __post_init__(self):
         if not self.frames or min(self.frames) < 1:
@@ -63,6 +66,9 @@ class SceneLayout:
             raise ValueError(
                 f'SceneLayout needs a positive grid, text length and temporal patch, got {self}.'
             )
+
+        if not 0 <= self.remembered < self.num_scenes:
+            raise ValueError(f'SceneLayout needs a scene that is not remembered, got {self}.')
 
     @property
     def num_scenes(self) -> int:
@@ -78,12 +84,22 @@ class SceneLayout:
         return tuple(-(-frames // self.patch_t) for frames in self.frames)
 
     @property
+    def whole(self) -> 'SceneLayout':
+        """The layout with tokens for the remembered scenes, too."""
+        return dataclasses.replace(self, remembered=0)
+
+    @property
     def num_text(self) -> int:
-        return self.num_scenes * self.text_tokens
+        return (self.num_scenes - self.remembered) * self.text_tokens
+
+    @property
+    def num_remembered(self) -> int:
+        """Video tokens of the remembered scenes, of which attention has keys and values."""
+        return sum(self.token_frames[: self.remembered]) * self.height * self.width
 
     @property
     def num_video(self) -> int:
-        return sum(self.token_frames) * self.height * self.width
+        return sum(self.token_frames[self.remembered :]) * self.height * self.width
 
     @property
     def num_tokens(self) -> int:
@@ -96,13 +112,21 @@ class SceneLayout:
         Masks and attention kernels learn from this list alone what the sequence is made of. Later
         kinds of segments (a global caption, reference pictures) are to be added here.
         """
-        text_lengths = [self.text_tokens] * self.num_scenes
-        video_lengths = [frames * self.height * self.width for frames in self.token_frames]
+        return self._segments(first_video=self.remembered)
 
+    @property
+    def key_segments(self) -> tuple[Segment, ...]:
+        """The keys of attention: the captions of the sequence, the video of the remembered scenes,
+        and the video of the sequence."""
+        return self._segments(first_video=0)
+
+    def _segments(self, first_video: int) -> tuple[Segment, ...]:
         segments = []
         start = 0
-        for is_text, lengths in ((True, text_lengths), (False, video_lengths)):
-            for scene, length in enumerate(lengths):
+        for is_text, first in ((True, self.remembered), (False, first_video)):
+            for scene in range(first, self.num_scenes):
+                video_length = self.token_frames[scene] * self.height * self.width
+                length = self.text_tokens if is_text else video_length
                 segments.append(Segment(scene, is_text, start, start + length))
                 start += length
         return tuple(segments)
@@ -120,25 +144,25 @@ class SceneLayout:
         return segment.start, segment.stop
 
 
-def token_scenes(layout: SceneLayout) -> tuple[np.ndarray, np.ndarray]:
-    """Scene index (int32 [L]) and is-text flag (bool [L]) of every token of the joint sequence."""
-    lengths = [segment.length for segment in layout.segments]
-    scenes = np.array([segment.scene for segment in layout.segments], np.int32)
-    is_text = np.array([segment.is_text for segment in layout.segments])
+def token_scenes(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Scene index (int32 [L]) and is-text flag (bool [L]) of every token of these segments."""
+    lengths = [segment.length for segment in segments]
+    scenes = np.array([segment.scene for segment in segments], np.int32)
+    is_text = np.array([segment.is_text for segment in segments])
     return np.repeat(scenes, lengths), np.repeat(is_text, lengths)
 
 
-def traced_token_scenes(layout: SceneLayout) -> tuple[jax.Array, jax.Array]:
+def traced_token_scenes(segments: tuple[Segment, ...]) -> tuple[jax.Array, jax.Array]:
     """`token_scenes`, computed in the program.
 
     A numpy array would be a constant of the program, which grows with the number of tokens.
     """
-    scenes = np.array([segment.scene for segment in layout.segments], np.int32)
-    is_text = np.array([segment.is_text for segment in layout.segments])
-    starts = np.array([segment.start for segment in layout.segments], np.int32)
-    stops = np.array([segment.stop for segment in layout.segments], np.int32)
+    scenes = np.array([segment.scene for segment in segments], np.int32)
+    is_text = np.array([segment.is_text for segment in segments])
+    starts = np.array([segment.start for segment in segments], np.int32)
+    stops = np.array([segment.stop for segment in segments], np.int32)
 
-    token = jnp.arange(layout.num_tokens, dtype=jnp.int32)[:, None]  # [L, 1]
+    token = jnp.arange(stops[-1], dtype=jnp.int32)[:, None]  # [L, 1]
     inside = (token >= starts) & (token < stops)  # [L, segments]
     scene_of_token = jnp.sum(jnp.where(inside, scenes, 0), axis=1, dtype=jnp.int32)
     return scene_of_token, jnp.any(inside & is_text, axis=1)

@@ -54,7 +54,7 @@ def test_segments_are_the_sequence(layout):
         assert of_scene(segment.scene) == (segment.start, segment.stop)
     assert tokens == tokens_of(layout)
 
-    scenes, is_text = token_scenes(layout)
+    scenes, is_text = token_scenes(layout.segments)
     assert scenes.tolist() == [scene for _, scene in tokens]
     assert is_text.tolist() == [kind == 'text' for kind, _ in tokens]
 

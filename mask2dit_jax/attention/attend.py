@@ -10,7 +10,7 @@ rematerialization can keep or offload it.
 
 from mask2dit_jax.attention import blockwise as blockwise_lib
 from mask2dit_jax.attention import dense as dense_lib
-from mask2dit_jax.attention import flash, splash
+from mask2dit_jax.attention import flash, kv_cache, splash
 from mask2dit_jax.distributed import context_parallel
 from mask2dit_jax.layout import SceneLayout
 
@@ -42,7 +42,15 @@ BACKENDS = {
 }
 
 
-def attend(q, k, v, layout: SceneLayout, pattern: str, backend: str):
+def attend(
+    q,
+    k,
+    v,
+    layout: SceneLayout,
+    pattern: str,
+    backend: str,
+    cache: kv_cache.KVCache | None = None,
+):
     """Scaled dot-product attention under a scene pattern, on the mesh that is being traced for.
 
     Args:
@@ -50,6 +58,8 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: str):
       layout: says which token belongs to which scene; its num_tokens must be L.
       pattern: one of masks.PATTERNS.
       backend: one of BACKENDS.
+      cache: of one layer, the video of the layout's remembered scenes, which the queries see too;
+        its heads are spread over the mesh's tensor and context axes.
 
     Returns:
       [B, L, N, D] in q's dtype.
@@ -70,4 +80,11 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: str):
             f'got {q.shape}, {k.shape}, {v.shape}.'
         )
 
-    return context_parallel.attend(q, k, v, layout, pattern, BACKENDS[backend])
+    remembered = 0 if cache is None else cache.keys.shape[1]
+    if remembered != layout.num_remembered:
+        raise ValueError(
+            f'Attention over {layout} needs a cache of {layout.num_remembered} tokens, '
+            f'got {remembered}.'
+        )
+
+    return context_parallel.attend(q, k, v, layout, pattern, BACKENDS[backend], cache)

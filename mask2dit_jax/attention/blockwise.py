@@ -121,9 +121,9 @@ def _heads_first(x):
 
 
 def _heads_last(x, like):
-    """[B·N, L, D] to [B, L, N, D], in the shape and dtype of `like`."""
-    b, length, n, d = like.shape
-    return x.reshape(b, n, length, d).swapaxes(1, 2).astype(like.dtype)
+    """[B·N, L, D] to [B, L, N, D], with the batch, the heads and the dtype of `like`."""
+    b, _, n, d = like.shape
+    return x.reshape(b, n, -1, d).swapaxes(1, 2).astype(like.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -48,18 +48,19 @@ def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
 
 
 def dense_mask(layout: SceneLayout, pattern: str) -> np.ndarray:
-    """The whole mask, bool [L, L], true where query i may see key j.
+    """The whole mask, bool [queries, keys], true where query i may see key j.
 
-    It is quadratic in L: for tests, pictures and tiny models.
+    It is quadratic: for tests, pictures and tiny models.
     """
-    scene, is_text = token_scenes(layout)  # [L] each
-    return may_attend(pattern, scene[:, None], is_text[:, None], scene[None], is_text[None])
+    q_scene, q_is_text = token_scenes(layout.segments)  # [queries] each
+    k_scene, k_is_text = token_scenes(layout.key_segments)  # [keys] each
+    return may_attend(pattern, q_scene[:, None], q_is_text[:, None], k_scene[None], k_is_text[None])
 
 
 def key_ranges(
     layout: SceneLayout, pattern: str, scene: int, is_text: bool
 ) -> list[tuple[int, int]]:
-    """Contiguous token ranges that the queries of one segment may see, read off the predicate.
+    """Contiguous ranges of keys that the queries of one segment may see, read off the predicate.
 
     Args:
       layout: the sequence.
@@ -70,7 +71,7 @@ def key_ranges(
       At most a few disjoint (start, stop) ranges in ascending order.
     """
     ranges: list[tuple[int, int]] = []
-    for keys in layout.segments:
+    for keys in layout.key_segments:
         if not may_attend(pattern, scene, is_text, keys.scene, keys.is_text):
             continue
 
@@ -85,7 +86,7 @@ def key_ranges(
 def segment_pairs(layout: SceneLayout, pattern: str) -> int:
     """Number of (query, key) pairs that the pattern lets see each other."""
     pairs = 0
-    for queries, keys in itertools.product(layout.segments, repeat=2):
+    for queries, keys in itertools.product(layout.segments, layout.key_segments):
         if may_attend(pattern, queries.scene, queries.is_text, keys.scene, keys.is_text):
             pairs += queries.length * keys.length
     return pairs

@@ -45,10 +45,24 @@ class _KernelSequence:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The layout's segments in the order of kernels; start and stop remain the layout's."""
-        videos = [segment for segment in self.layout.segments if not segment.is_text]
-        captions = [segment for segment in self.layout.segments if segment.is_text]
-        return (*videos, *captions)
+        """The layout's keys in the order of kernels; start and stop remain the layout's.
+
+        The captions of remembered scenes are among them, without tokens.
+        """
+        videos = [segment for segment in self.layout.key_segments if not segment.is_text]
+        captions = [segment for segment in self.layout.key_segments if segment.is_text]
+        missing = [Segment(scene, True, 0, 0) for scene in range(self.layout.remembered)]
+        return (*videos, *missing, *captions)
+
+    @property
+    def first_query(self) -> int:
+        """Where the queries begin, so that they fill whole blocks up to the sequence's end.
+
+        Before the first one may be others, whose results nobody needs.
+        """
+        length = self.starts[-1]
+        num_blocks = -(-(length - self.layout.num_remembered) // self.block)
+        return length - num_blocks * self.block
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -57,7 +71,7 @@ class _KernelSequence:
         for segment in self.segments:
             starts.append(starts[-1] + segment.length)
 
-        num_blocks = -(-self.layout.num_tokens // self.block)
+        num_blocks = -(-starts[-1] // self.block)
         return (*starts, num_blocks * self.block)
 
     def visible(self, pattern: str) -> np.ndarray:
@@ -341,7 +355,8 @@ class VisitedBlocks(NamedTuple):
 
 def _fit(block: int, layout: SceneLayout) -> int:
     """Tokens per block for this sequence: fewer if the whole sequence fills less than a block."""
-    return min(block, -(-layout.num_tokens // _LANES) * _LANES)
+    num_keys = layout.num_remembered + layout.num_tokens
+    return min(block, -(-num_keys // _LANES) * _LANES)
 
 
 def visited_blocks(layout: SceneLayout, pattern: str, block: int) -> VisitedBlocks:
@@ -354,8 +369,8 @@ def visited_blocks(layout: SceneLayout, pattern: str, block: int) -> VisitedBloc
     """
     block = _fit(block, layout)
     sequence = _KernelSequence(layout, block)
-    length = sequence.starts[-1]
-    blocks = SceneMask(sequence, pattern, (0, length)).blocks(block)
+    queries = sequence.first_query, sequence.starts[-1]
+    blocks = SceneMask(sequence, pattern, queries).blocks(block)
     visible = np.mean(np.sum(blocks == WHOLE, axis=1))
     evaluated = np.mean(np.sum(blocks == MIXED, axis=1))
     return VisitedBlocks(block, float(visible), float(evaluated))
@@ -386,22 +401,25 @@ def attend(
     """
     block = _fit(block, layout)
     sequence = _KernelSequence(layout, block)
+    start = sequence.first_query
     length = sequence.starts[-1]
-    padding = ((0, 0), (0, length - layout.num_tokens), (0, 0), (0, 0))
+    filled = layout.num_remembered - start  # queries before those that are asked for
+    end = layout.num_remembered + layout.num_tokens
 
-    def to_kernel(x):
+    def to_kernel(x, before):
         """[B, L, N, D] to [B, N, padded L, D] in the order of kernels."""
         video = x[:, layout.num_text :]
         text = x[:, : layout.num_text]
+        padding = ((0, 0), (before, length - end), (0, 0), (0, 0))
         return jnp.pad(jnp.concatenate([video, text], axis=1), padding).swapaxes(1, 2)
 
-    num_blocks = length // block
-    num_calls = -(-(num_blocks**2) // _MAX_PAIRS)
-    edges = [block * (num_blocks * i // num_calls) for i in range(num_calls + 1)]
+    num_queries = (length - start) // block
+    num_calls = -(-(num_queries * (length // block)) // _MAX_PAIRS)
+    edges = [start + block * (num_queries * i // num_calls) for i in range(num_calls + 1)]
 
-    q = to_kernel(q * q.shape[-1] ** -0.5)
-    k = to_kernel(k)
-    v = to_kernel(v)
+    q = to_kernel(q * q.shape[-1] ** -0.5, filled)
+    k = to_kernel(k, 0)
+    v = to_kernel(v, 0)
     outs = []
     for queries in itertools.pairwise(edges):
         # The mask is a constant: its tables must not become tracers of the layer that asked first.
@@ -412,9 +430,11 @@ def attend(
             else:
                 run = _jax_kernel(mask, q.shape[1], block, interpret)
         run = _with_traced_queries(run, sequence, queries)
-        outs.append(jax.vmap(run)(q[:, :, slice(*queries)], k, v))
+        first, last = queries[0] - start, queries[1] - start
+        outs.append(jax.vmap(run)(q[:, :, first:last], k, v))
 
     out = jnp.concatenate(outs, axis=2).swapaxes(1, 2)  # [B, padded L, N, D]
-    text = out[:, layout.num_video : layout.num_tokens]
+    out = out[:, filled : filled + layout.num_tokens]
+    text = out[:, layout.num_video :]
     video = out[:, : layout.num_video]
     return jnp.concatenate([text, video], axis=1)

@@ -10,10 +10,13 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
+from mask2dit_jax.attention import kv_cache
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.layout import SceneLayout
 
 SPEC = P(mesh_lib.BATCH_AXES, 'context', 'tensor')  # of q, k and v [B, L, N, D] outside
+# Of the keys and values of a cache [B, L, N, D]: as attention has them inside.
+CACHE_SPEC = P(mesh_lib.BATCH_AXES, None, ('tensor', 'context'))
 
 
 def sizes_for_heads(num_heads: int, tensor: int = 1) -> list[int]:
@@ -68,13 +71,33 @@ def _all_to_all(x, split_axis: int, concat_axis: int):
     )
 
 
-def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
+def spread_cache(cache: kv_cache.KVCache, mesh: jax.sharding.Mesh) -> kv_cache.KVCache:
+    """Lays a cache of all layers out as attention takes it, once for all the steps that use it."""
+
+    def spread(x):
+        rows = mesh_lib.row_sharding(mesh, x.shape[1]).spec
+        spec = P(None, *(rows or (None,)), None, ('tensor', 'context'))
+        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(spread, cache)
+
+
+def attend(
+    q,
+    k,
+    v,
+    layout: SceneLayout,
+    pattern: str,
+    backend: Callable,
+    cache: kv_cache.KVCache | None = None,
+):
     """A backend's attention over the mesh that is being traced for, or on one device without one.
 
     Args:
       q, k, v: [B, L, N, D], laid out as SPEC says.
       layout, pattern: as in attention.attend.attend.
       backend: function of (q, k, v, layout, pattern).
+      cache: None, or as in attention.attend.attend, laid out as CACHE_SPEC says.
 
     Returns:
       [B, L, N, D], laid out alike.
@@ -82,20 +105,30 @@ def attend(q, k, v, layout: SceneLayout, pattern: str, backend: Callable):
     Raises:
       ValueError: if B, L or N do not divide.
     """
+
+    def seen(q, k, v, cache):
+        """The backend's attention to what is remembered, too."""
+        if cache is not None:
+            k, v = (kv_cache.insert(*pair, layout.num_text) for pair in zip((k, v), cache))
+        return backend(q, k, v, layout, pattern)
+
     axes = mesh_lib.mesh_axes()
     if not axes:
-        return backend(q, k, v, layout, pattern)
+        return seen(q, k, v, cache)
 
     batch, num_tokens, num_heads, _ = q.shape
     check(axes, batch, num_tokens, num_heads)
 
-    def local(q, k, v):
+    def local(q, k, v, cache):
         if axes['context'] == 1:
-            return backend(q, k, v, layout, pattern)
+            return seen(q, k, v, cache)
 
         # [B, L / context, N, D] to [B, L, N / context, D], and back.
         q, k, v = (_all_to_all(x, split_axis=2, concat_axis=1) for x in (q, k, v))
-        out = backend(q, k, v, layout, pattern)
+        out = seen(q, k, v, cache)
         return _all_to_all(out, split_axis=1, concat_axis=2)
 
-    return jax.shard_map(local, in_specs=SPEC, out_specs=SPEC, check_vma=False)(q, k, v)
+    run = jax.shard_map(
+        local, in_specs=(SPEC, SPEC, SPEC, CACHE_SPEC), out_specs=SPEC, check_vma=False
+    )
+    return run(q, k, v, cache)

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mask2dit_jax import layout as layout_lib
 from mask2dit_jax import ranges
-from mask2dit_jax.attention import attend, masks
+from mask2dit_jax.attention import attend, kv_cache, masks
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.layout import SceneLayout, traced_token_scenes
@@ -202,6 +202,24 @@ def conflicts(cfg: DiTConfig) -> list[str]:
     return found
 
 
+def cache_conflict(cfg: DiTConfig) -> str:
+    """Says why keys and values of scenes depend on later scenes, so that they cannot be kept.
+
+    Empty if they do not.
+    """
+    if cfg.pattern not in kv_cache.PATTERNS:
+        return (
+            f'A cache of keys and values is exact under the patterns {", ".join(kv_cache.PATTERNS)}'
+            f' alone, not under {cfg.pattern!r}, where given scenes see later ones.'
+        )
+    if cfg.position_rule == 'reference' and (cfg.learned_positions or not cfg.rotary):
+        return (
+            "position_rule 'reference' stretches positions over all scenes, so that a new one moves"
+            " those before it and no cache of them is exact: use 'continuous'."
+        )
+    return ''
+
+
 def patchify(x, layout: SceneLayout, patch: int):
     """Cuts latents into tokens.
 
@@ -379,14 +397,18 @@ class _AdaLayerNorm(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Multi-head attention with normed q and k, rotary positions and the scene mask."""
+    """Multi-head attention with normed q and k, rotary positions and the scene mask.
+
+    Returns the result [B, L, E], and what a cache of this layer's video needs.
+    """
 
     cfg: DiTConfig
     layout: SceneLayout
 
     @nn.compact
-    def __call__(self, x, rope):
+    def __call__(self, x, rope, cache):
         cfg = self.cfg
+        layout = self.layout
         dtype = jnp.dtype(cfg.dtype)
         dense = functools.partial(_Dense, cfg.width, dtype=dtype)
 
@@ -397,17 +419,24 @@ class _Attention(nn.Module):
 
         q = _layer_norm(1e-6, True, 'norm_q')(q).astype(dtype)
         k = _layer_norm(1e-6, True, 'norm_k')(k).astype(dtype)
+        video = kv_cache.KVCache(k[:, layout.num_text :], v[:, layout.num_text :])
+        if cache is not None:
+            # Both halves of guidance may share what is remembered.
+            copies = len(x) // len(cache.keys)
+            cache = jax.tree.map(lambda c: jnp.concatenate([c] * copies), cache)
         if rope is not None:
-            q = embeddings.apply_rope(q, *rope)
-            k = embeddings.apply_rope(k, *rope)
+            q = embeddings.apply_rope(q, *rope.tokens)
+            k = embeddings.apply_rope(k, *rope.tokens)
+            if cache is not None:
+                cache = cache._replace(keys=embeddings.apply_rope(cache.keys, *rope.remembered))
 
         # Attention has no parameters, and some kernels run only on their chip, while parameters are
         # also made on other devices.
         if self.is_initializing():
             out = v
         else:
-            out = attend.attend(q, k, v, self.layout, cfg.pattern, cfg.attention_backend)
-        return dense(name='to_out')(out.reshape(x.shape))
+            out = attend.attend(q, k, v, layout, cfg.pattern, cfg.attention_backend, cache)
+        return dense(name='to_out')(out.reshape(x.shape)), video
 
 
 class _Block(nn.Module):
@@ -415,22 +444,24 @@ class _Block(nn.Module):
 
     cfg: DiTConfig
     layout: SceneLayout
+    remembers: bool
 
     @nn.compact
-    def __call__(self, x, emb, rope, token_kind):
+    def __call__(self, x, emb, rope, token_kind, cache):
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
         x = checkpoint_name(partitioning.constrain_tokens(x), 'layer')  # [B, L, E]
 
         h, gate = _AdaLayerNorm(cfg, parts=3, kinds=2, name='norm1')(x, emb, token_kind)
-        x = x + gate * _Attention(cfg, self.layout, name='attn')(h, rope)
+        h, video = _Attention(cfg, self.layout, name='attn')(h, rope, cache)
+        x = x + gate * h
 
         h, gate = _AdaLayerNorm(cfg, parts=3, kinds=2, name='norm2')(x, emb, token_kind)
         h = _Dense(4 * cfg.width, dtype=dtype, name='ff_in')(h)
         h = nn.gelu(h, approximate=True)
         x = x + gate * _Dense(cfg.width, dtype=dtype, name='ff_out')(h)
 
-        return x, None  # carry and output of the scan over layers
+        return x, video if self.remembers else None  # carry and output of the scan over layers
 
 
 def _block_stack(cfg: DiTConfig):
@@ -454,8 +485,15 @@ def _block_stack(cfg: DiTConfig):
         variable_axes={'params': 0},
         split_rngs={'params': True},
         length=cfg.num_layers,
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # a cache has an entry per layer
     )
+
+
+class RotaryTables(NamedTuple):
+    """Cosines and sines [L, D] each, of the tokens of a sequence and of remembered video."""
+
+    tokens: tuple[jax.Array, jax.Array]
+    remembered: tuple[jax.Array, jax.Array]
 
 
 class DiT(nn.Module):
@@ -464,25 +502,42 @@ class DiT(nn.Module):
     cfg: DiTConfig
 
     @nn.compact
-    def __call__(self, latents, text, t, frames: tuple[int, ...]):
+    def __call__(
+        self,
+        latents,
+        text,
+        t,
+        frames: tuple[int, ...],
+        cache: kv_cache.KVCache | None = None,
+        remembers: bool = False,
+    ):
         """Predicts the velocity.
 
         Args:
           latents: [B, T, H, W, C], scenes concatenated along T.
           text: [B, S, M, text_embed_dim] caption embeddings.
           t: [B, S], one timestep per scene (0 for given scenes).
-          frames: static, latent frames per scene; their sum is T.
+          frames: static, latent frames per scene; their sum is T. With a cache those of the
+            remembered scenes come first, and are not among T and S.
+          cache: of the video of scenes before these, [layers, B or a divisor of it, L, N, D] each.
+          remembers: static, whether a cache of these scenes is returned, too.
 
         Returns:
-          The predicted v, float32 [B, T, H, W, out_channels].
+          The predicted v, float32 [B, T, H, W, out_channels]; with `remembers` also a KVCache.
+
+        Raises:
+          ValueError: if there is or shall be a cache and it would not be exact.
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
+        batch, num_scenes = text.shape[:2]
         layout = cfg.layout(frames, *latents.shape[2:4])
-        batch = latents.shape[0]
-        num_scenes = layout.num_scenes
+        layout = dataclasses.replace(layout, remembered=len(frames) - num_scenes)
+        own_scenes = cfg.layout(frames[layout.remembered :], *latents.shape[2:4])
         num_text = layout.num_text
-        chex.assert_shape(latents, (batch, layout.total_frames, None, None, cfg.in_channels))
+        if (cache is not None or remembers) and cache_conflict(cfg):
+            raise ValueError(cache_conflict(cfg))
+        chex.assert_shape(latents, (batch, own_scenes.total_frames, None, None, cfg.in_channels))
         chex.assert_shape(text, (batch, num_scenes, cfg.max_text_seq_length, cfg.text_embed_dim))
         chex.assert_shape(t, (batch, num_scenes))
 
@@ -493,7 +548,7 @@ class DiT(nn.Module):
         emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_out')(emb)  # [B, S, Et]
 
         # The joint sequence: all text tokens, then all video tokens.
-        video = patchify(latents.astype(dtype), layout, cfg.patch_size)
+        video = patchify(latents.astype(dtype), own_scenes, cfg.patch_size)
         patch_bias = cfg.patch_bias or cfg.patch_size_t is not None
         video = _Dense(cfg.width, use_bias=patch_bias, dtype=dtype, name='patch')(video)
         text = _Dense(cfg.width, dtype=dtype, name='text')(text.astype(dtype))
@@ -502,10 +557,12 @@ class DiT(nn.Module):
         x = self._add_positions(x, layout)
 
         # Row of the adaLN tables that a token picks: (scene 0, video), (scene 0, text), ...
-        scene, is_text = traced_token_scenes(layout)
+        scene, is_text = traced_token_scenes(layout.segments)
+        scene = scene - layout.remembered
         token_kind = 2 * scene + is_text  # [L]
         rope = self._rope(layout) if cfg.rotary else None
-        x, _ = _block_stack(cfg)(cfg, layout, name='blocks')(x, emb, rope, token_kind)
+        blocks = _block_stack(cfg)(cfg, layout, remembers, name='blocks')
+        x, remembered = blocks(x, emb, rope, token_kind, cache)
 
         # Only video tokens are predicted.
         x = x[:, num_text:]
@@ -513,25 +570,33 @@ class DiT(nn.Module):
         (x,) = _AdaLayerNorm(cfg, parts=2, kinds=1, name='norm_out')(x, emb, scene[num_text:])
         features = cfg.out_channels * layout.patch_t * cfg.patch_size**2
         x = _Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name='proj_out')(x)
-        return unpatchify(x, layout, cfg.patch_size).astype(jnp.float32)
+        v = unpatchify(x, own_scenes, cfg.patch_size).astype(jnp.float32)
+        return (v, remembered) if remembers else v
 
-    def _rope(self, layout):
-        """Rotary tables, float32 [L, D] each, over the joint sequence; text is not rotated."""
+    def _rope(self, layout) -> RotaryTables:
+        """Rotary tables, float32, over the joint sequence; text is not rotated."""
         cfg = self.cfg
         rule = 'linspace' if cfg.patch_size_t is None else 'slice'
-        cos, sin = embeddings.rope_table(layout, cfg.attention_head_dim, rule, cfg.base_grid[1:])
+        tables = embeddings.rope_table(
+            layout.whole, cfg.attention_head_dim, rule, cfg.base_grid[1:]
+        )
         text_rows = ((layout.num_text, 0), (0, 0))
-        tables = jnp.pad(cos, text_rows, constant_values=1), jnp.pad(sin, text_rows)
-        return tuple(map(partitioning.constrain_token_table, tables))
+        tokens = []
+        for table, of_text in zip(tables, (1, 0)):
+            table = jnp.pad(table[layout.num_remembered :], text_rows, constant_values=of_text)
+            tokens.append(partitioning.constrain_token_table(table))
+        return RotaryTables(
+            tuple(tokens), tuple(table[: layout.num_remembered] for table in tables)
+        )
 
     def _add_positions(self, x, layout):
         """Adds sin-cos (2B) or learned (5B-I2V, tiny) positions, if the model has any."""
         cfg = self.cfg
         if cfg.learned_positions:
-            positions = self._learned_positions(layout)
+            positions = self._learned_positions(layout.whole)
         elif not cfg.rotary:
             positions = embeddings.sincos_positions(
-                layout,
+                layout.whole,
                 cfg.width,
                 cfg.base_grid,
                 cfg.position_rule,
@@ -540,6 +605,12 @@ class DiT(nn.Module):
             )
         else:
             return x
+
+        # Positions are those among all scenes; remembered ones have no tokens here.
+        if layout.remembered:
+            text, video = jnp.split(positions, [layout.whole.num_text])
+            text = text[layout.remembered * layout.text_tokens :]
+            positions = jnp.concatenate([text, video[layout.num_remembered :]])
         return x + positions.astype(x.dtype)
 
     def _learned_positions(self, layout):

@@ -85,7 +85,7 @@ def rope_table(
     """3D rotary positions on one timeline that runs straight through all scenes.
 
     Args:
-      layout: the story's layout.
+      layout: the story's layout, without remembered scenes.
       head_dim: D; a quarter of it turns with time, three eighths each with row and column.
       rule: 'linspace' (CogVideoX 1.0: any resolution is squeezed into the base grid) or 'slice'
         (1.5: rows and columns are counted).

@@ -73,7 +73,7 @@ def attention_kinds(layout: SceneLayout, pattern: str) -> np.ndarray:
     Returns:
       int [L, L], indices into _KINDS; rows are queries, columns are keys.
     """
-    scene, is_text = token_scenes(layout)  # [L], [L]
+    scene, is_text = token_scenes(layout.segments)  # [L], [L]
     same_scene = scene[:, None] == scene[None]
     any_text = is_text[:, None] | is_text[None]
 

@@ -140,6 +140,8 @@ def test_positions_are_the_same_numbers_in_the_program():
     np.testing.assert_array_equal(cos, np.cos(angles).astype(np.float32))
     np.testing.assert_array_equal(sin, np.sin(angles).astype(np.float32))
 
-    for ours, expected in zip(jax.jit(lambda: traced_token_scenes(layout))(), token_scenes(layout)):
+    for ours, expected in zip(
+        jax.jit(lambda: traced_token_scenes(layout.segments))(), token_scenes(layout.segments)
+    ):
         np.testing.assert_array_equal(ours, expected)
         assert ours.dtype == expected.dtype

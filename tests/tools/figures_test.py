@@ -15,7 +15,7 @@ def test_kinds_by_definition(pattern):
     layout = SceneLayout((1, 2, 3), 1, 2, 2)
     kinds = figures.attention_kinds(layout, pattern)
     names = list(figures._KINDS)
-    scene, is_text = token_scenes(layout)
+    scene, is_text = token_scenes(layout.segments)
 
     for query, key in itertools.product(range(layout.num_tokens), repeat=2):
         same_scene = scene[query] == scene[key]
