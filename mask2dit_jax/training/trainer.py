@@ -274,7 +274,7 @@ def _train_and_evaluate(
     else:
         rows = validation.score_stories(config, ema, codec, workdir)
     check_owner()
-    validation.write_scores(rows, workdir, time.monotonic() - started)
+    validation.write_scores(config, rows, workdir, time.monotonic() - started)
     return rows
 
 

@@ -522,10 +522,25 @@ def _fixed_draws(
 # The table at the end of a run.
 
 
-def write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> None:
+# What the end of a run proposes to sample, in captions of its world; others are the user's.
+_PROPOSED = {
+    'one': ('red ring on gray moves left', 'it grows', 'it blinks'),
+    'cast': (
+        'ann red ring at home gray moves left',
+        'bob blue bar at park white grows',
+        'ann at home blinks',
+    ),
+    '': ('...', '...', '...'),
+}
+
+
+def write_scores(
+    config: config_lib.Config, rows: list[dict], workdir: pathlib.Path, seconds: float
+) -> None:
     """Writes scores.json and scores.md on process 0, and prints the table and what to do next.
 
     Args:
+      config: of the run.
       rows: of `score_stories` or `held_out_losses`.
       workdir: the run's folder.
       seconds: the time that the whole run took.
@@ -539,13 +554,14 @@ def write_scores(rows: list[dict], workdir: pathlib.Path, seconds: float) -> Non
     table = tables.format_table([_rounded(row) for row in rows], columns)
     storage.write_text(workdir / 'scores.md', table + '\n')
 
+    captions = _PROPOSED['' if config.data.encoded else config.data.world]
+    prompts = ' '.join(f'--prompt="{caption}"' for caption in captions)
     print(
         f'\n{table}\n\n'
         f'{SCORE_NOTES[columns[-1]]} Total time {logs.format_eta(seconds)}.\n'
         f'Scores: {workdir}/scores.md and scores.json   Pictures: {workdir}/sheets   '
         f'Curves: {workdir}/metrics.jsonl\n'
-        f'Next: python -m mask2dit_jax.sample --workdir={workdir} '
-        '--prompt="red ring on gray moves left" --prompt="it grows" --prompt="it blinks"'
+        f'Next: python -m mask2dit_jax.sample --workdir={workdir} {prompts}'
     )
 
 

@@ -3,6 +3,7 @@ they say what one process says."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
+from mask2dit_jax.stories import cast, world
 from mask2dit_jax.training import validation
 
 CONFIG = config_lib.Config(
@@ -194,3 +196,17 @@ def test_as_many_devices_as_divide_the_rows_share_them(batch_size, shares):
     placed = mesh_lib.global_batch({'x': rows.astype(np.float32)}, mesh, batch_size)['x']
     assert placed.sharding.is_equivalent_to(sharding, 2)
     np.testing.assert_array_equal(mesh_lib.local_batch(placed), rows.astype(np.float32))
+
+
+@pytest.mark.parametrize('of_world', ['one', 'cast'])
+def test_a_run_proposes_captions_of_its_world(of_world, tmp_path, capsys):
+    """What it prints last can be sampled, or says that captions are the user's."""
+    config = config_lib.Config(data=config_lib.DataConfig(world=of_world))
+    validation.write_scores(config, [{'task': 'generate', 'residual': 0.1}], tmp_path, 1.0)
+    captions = re.findall('--prompt="(.*?)"', capsys.readouterr().out)
+    parse = {'one': world.parse_captions, 'cast': cast.parse_cast_captions}[of_world]
+    parse(captions)
+
+    encoded = config_lib.Config(data=config_lib.DataConfig(encoded='clips', codec='vae'))
+    validation.write_scores(encoded, [{'task': 'generate', 'residual': 0.1}], tmp_path, 1.0)
+    assert '--prompt="..."' in capsys.readouterr().out
