@@ -8,11 +8,15 @@ Required flag: --config, the configuration file, with a slice after the colon (o
     --out=runs/aot
   python -m mask2dit_jax.aot --config=configs/sft.py:v5p-128 --scenes=24 \\
     --config.model.remat=offload_layer
+  python -m mask2dit_jax.aot --config=configs/sft.py:v5p-8 --what=extend --scenes=4 \\
+    --config.model.pattern=causal
 
 The TPU's own compiler (libtpu, on any machine) compiles the very functions that main and sample
-run, from shapes alone. The report has memory per chip, FLOPs, collectives and estimated cycles. It
-is printed and, with --out, written as Markdown and JSON. Nothing runs: the seconds in the report
-are lower limits, and their formula stands beside them.
+run, from shapes alone. --what=extend is sampling the last of --scenes with a cache of the others;
+--what=sample with as many scenes computes all of them at every step. The report has memory per
+chip, FLOPs, collectives and estimated cycles. It is printed and, with --out, written as Markdown
+and JSON. Nothing runs: the seconds in the report are lower limits, and their formula stands beside
+them.
 
 The exit code is 0 if everything fits, else 1.
 """
@@ -60,7 +64,7 @@ def main(argv):
     unknown = sorted(set(_WHAT.value) - set(compiler.WHAT))
     if unknown:
         raise app.UsageError(
-            f'--what={",".join(unknown)} is unknown: use {" or ".join(compiler.WHAT)}, or both.'
+            f'--what={",".join(unknown)} is unknown: use {", ".join(compiler.WHAT)}, or several.'
         )
 
     # JAX itself stays on the CPU; only the compiler is the TPU's.
@@ -100,7 +104,7 @@ if __name__ == '__main__':
         "Topology in place of the slice's, e.g. v6e:8x8; the mesh must fill it.",
     )
     _WHAT = flags.DEFINE_list(
-        'what', ['train'], f'What is compiled: {" or ".join(compiler.WHAT)}, or both.'
+        'what', ['train'], f'What is compiled: {", ".join(compiler.WHAT)}, or several.'
     )
     _SCENES = flags.DEFINE_integer(
         'scenes',

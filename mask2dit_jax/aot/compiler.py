@@ -1,9 +1,11 @@
 """Compiles the training step and the sampling loop for a TPU slice from shapes, without a TPU, and
 reports their memory and work.
 
-Both are the very functions that the trainer and the command sample run.
+They are the very functions that the trainer and the command sample run. 'extend' is the sampling
+loop of one more scene, with a cache of the scenes before it.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import time
@@ -18,10 +20,13 @@ from mask2dit_jax.aot import topology as topology_lib
 from mask2dit_jax.data import latent_codec
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models import dit
+from mask2dit_jax.models import flops as flops_lib
 from mask2dit_jax.pretrained import names
 from mask2dit_jax.training import train_step
 
-WHAT = ('train', 'sample')
+WHAT = ('train', 'sample', 'extend')
 GIB = 2**30
 
 # Values of the compiler option optimization_level, which every libtpu that setup.py allows takes.
@@ -74,8 +79,13 @@ def lower_train(config: config_lib.Config, frames: tuple[int, ...], latent, mesh
     return step.lower(state, batch, null_text), _bytes_by_kind(arguments)
 
 
-def lower_sample(config: config_lib.Config, frames: tuple[int, ...], latent, mesh):
-    """Lowers the sampling loop from shapes; arguments and results as for `lower_train`."""
+def lower_sample(
+    config: config_lib.Config, frames: tuple[int, ...], latent, mesh, remembered: int = 0
+):
+    """Lowers the sampling loop from shapes; arguments and results as for `lower_train`.
+
+    `remembered` is that of generation.jit_sample.
+    """
     stories = sampled_stories(mesh)
     scenes = len(frames)
     steps = config.sample.steps
@@ -99,7 +109,7 @@ def lower_sample(config: config_lib.Config, frames: tuple[int, ...], latent, mes
         'table': jax.ShapeDtypeStruct((steps, 5), jnp.float32),
         'guidance': jax.ShapeDtypeStruct((scenes,), jnp.float32),
     }
-    sample = generation.jit_sample(config, frames, mesh)
+    sample = generation.jit_sample(config, frames, mesh, remembered=remembered)
     return sample.lower(params, *inputs.values()), _bytes_by_kind({'parameters': params})
 
 
@@ -132,7 +142,7 @@ def compile_report(
 
     Args:
       config: the configuration; its mesh must fill the topology.
-      what: 'train' or 'sample'.
+      what: one of WHAT.
       topology: generation and shape of a slice, e.g. 'v6e:8x8'.
       slices: number of such slices.
       frames: pixel frames per scene.
@@ -141,10 +151,19 @@ def compile_report(
 
     Returns:
       A JSON-like dict; 'fits' says whether the chips' memory suffices.
+
+    Raises:
+      ValueError: if an extension has no scene to go on from, or the model's cannot be remembered.
     """
     chip = hardware.CHIPS[topology.split(':')[0]]
     latent_frames, latent = latent_codec.latent_shape(config, frames)
+    remembered = len(frames) - 1 if what == 'extend' else 0
+    if what == 'extend' and (not remembered or dit.cache_conflict(config.model)):
+        raise ValueError(
+            f'--what=extend: {dit.cache_conflict(config.model) or "needs at least two scenes."}'
+        )
     layout = config.model.layout(latent_frames, *latent[:2])
+    layout = dataclasses.replace(layout, remembered=remembered)
     mesh = mesh_lib.make_mesh(config.mesh, topology_lib.topology_devices(topology, slices))
     report = {
         'what': what,
@@ -162,8 +181,10 @@ def compile_report(
     }
 
     started = time.monotonic()
-    lower = lower_train if what == 'train' else lower_sample
-    lowered, argument_bytes = lower(config, latent_frames, latent, mesh)
+    if what == 'train':
+        lowered, argument_bytes = lower_train(config, latent_frames, latent, mesh)
+    else:
+        lowered, argument_bytes = lower_sample(config, latent_frames, latent, mesh, remembered)
     report['lower_seconds'] = time.monotonic() - started
 
     # The compiler gives up on a program that is far too large.
@@ -192,6 +213,25 @@ def compile_report(
     report['fits'] = total <= chip.hbm_gib * GIB
 
     stories = config.train.batch_size if what == 'train' else sampled_stories(mesh)
+    passes = _passes(config, what, layout)
     return report | report_lib.program_work(
-        config, layout, what, stories, mesh, chip, compiled.as_text(), topology, schedules
+        config, passes, stories, mesh, chip, compiled.as_text(), topology, schedules
     )
+
+
+def _passes(config: config_lib.Config, what: str, layout: SceneLayout):
+    """Layouts of a story, and the FLOPs that the model needs for all passes over each."""
+    if what == 'train':
+        return [(layout, flops_lib.training_flops(config.model, layout))]
+
+    def forward(layout, times):
+        flops = flops_lib.forward_flops(config.model, layout)
+        return layout, {kind: times * number for kind, number in flops.items()}
+
+    # Two passes per step, the halves of classifier-free guidance.
+    passes = [forward(layout, 2 * config.sample.steps)]
+    if layout.remembered:
+        given = dataclasses.replace(layout, frames=layout.frames[: layout.remembered], remembered=0)
+        halves = 1 if config.sample.captions_of_given else 2
+        passes.insert(0, forward(given, halves))
+    return passes

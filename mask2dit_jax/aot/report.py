@@ -1,15 +1,16 @@
 """The work of a compiled program as numbers, and a report as Markdown."""
 
+import itertools
 import math
 
 from mask2dit_jax import tables
 from mask2dit_jax.aot import hlo, kernel_schedules
 from mask2dit_jax.attention import splash
-from mask2dit_jax.models import flops as flops_lib
+from mask2dit_jax.layout import SceneLayout
 
 
 def kernel_work(
-    kernels, blocks: tuple[int, float, float], bundles: dict | None = None
+    kernels, blocks: dict[int, splash.VisitedBlocks], bundles: dict | None = None
 ) -> tuple[float, float]:
     """FLOPs and cycles of the splash kernels, per device.
 
@@ -18,7 +19,7 @@ def kernel_work(
 
     Args:
       kernels: how often each kernel runs, as in hlo.Program.
-      blocks: result of splash.visited_blocks.
+      blocks: result of splash.visited_blocks, by the number of queries of a call.
       bundles: result of kernel_schedules.kernel_bundles at the same block size, or None.
 
     Returns:
@@ -27,7 +28,6 @@ def kernel_work(
     Raises:
       ValueError: if a kernel is not one of splash's.
     """
-    block, visible, evaluated = blocks
     flops = 0.0
     cycles = 0.0
     for (name, shape), times in kernels.items():
@@ -42,6 +42,7 @@ def kernel_work(
         else:
             raise ValueError(f'Unknown kernel {name}.')
 
+        block, visible, evaluated = blocks[length]
         query_blocks = times * math.prod(heads) * length / block
         flops += query_blocks * (visible + evaluated) * products * 2.0 * block**2 * head_dim
         if bundles:
@@ -51,14 +52,20 @@ def kernel_work(
 
 
 def program_work(
-    config, layout, what: str, stories: int, mesh, chip, text: str, topology: str, schedules: bool
+    config,
+    passes: list[tuple[SceneLayout, dict[str, float]]],
+    stories: int,
+    mesh,
+    chip,
+    text: str,
+    topology: str,
+    schedules: bool,
 ) -> dict:
     """FLOPs, collectives and cycles of a compiled program.
 
     Args:
       config: the configuration.
-      layout: layout of a story.
-      what: 'train' or 'sample'.
+      passes: layouts of a story, and the FLOPs that the model needs for all passes over each.
       stories: stories per run, over all chips.
       mesh: the mesh that the program was compiled for.
       chip: the kind of chip, one of hardware.CHIPS.
@@ -75,24 +82,22 @@ def program_work(
     kernel_flops = 0.0
     backend = config.model.attention_backend
     if backend in ('splash', 'jax_splash'):
-        blocks = splash.visited_blocks(layout, config.model.pattern, chip.splash_block)
+        blocks = {}
+        for layout, _ in passes:
+            visited = splash.visited_blocks(layout, config.model.pattern, chip.splash_block)
+            for start, stop in itertools.pairwise(splash.query_edges(layout, chip.splash_block)):
+                blocks[stop - start] = visited
         bundles = None
         if schedules:
             kernel = 'tokamax' if backend == 'splash' else 'jax'
             bundles = kernel_schedules.kernel_bundles(
-                topology, config.model.attention_head_dim, kernel, blocks[0]
+                topology, config.model.attention_head_dim, kernel, visited.block
             )
         kernel_flops, kernel_cycles = kernel_work(program.kernels, blocks, bundles)
         if schedules:
             program.cycles['attention kernels'] = kernel_cycles
 
-    if what == 'train':
-        story_flops = sum(flops_lib.training_flops(config.model, layout).values())
-    else:
-        # Two passes per step, the halves of classifier-free guidance.
-        forward = flops_lib.forward_flops(config.model, layout)
-        story_flops = sum(2 * config.sample.steps * flops for flops in forward.values())
-
+    story_flops = sum(sum(flops.values()) for _, flops in passes)
     executed = program.flops + kernel_flops
     return {
         'flops_per_chip': {

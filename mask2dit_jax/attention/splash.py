@@ -359,6 +359,16 @@ def _fit(block: int, layout: SceneLayout) -> int:
     return min(block, -(-num_keys // _LANES) * _LANES)
 
 
+def query_edges(layout: SceneLayout, block: int) -> list[int]:
+    """Where the queries of each call begin, in the kernels' order, and where the last one ends."""
+    block = _fit(block, layout)
+    sequence = _KernelSequence(layout, block)
+    start, length = sequence.first_query, sequence.starts[-1]
+    num_queries = (length - start) // block
+    num_calls = -(-(num_queries * (length // block)) // _MAX_PAIRS)
+    return [start + block * (num_queries * i // num_calls) for i in range(num_calls + 1)]
+
+
 def visited_blocks(layout: SceneLayout, pattern: str, block: int) -> VisitedBlocks:
     """Counts the blocks that kernels visit.
 
@@ -401,8 +411,8 @@ def attend(
     """
     block = _fit(block, layout)
     sequence = _KernelSequence(layout, block)
-    start = sequence.first_query
-    length = sequence.starts[-1]
+    edges = query_edges(layout, block)
+    start, length = edges[0], edges[-1]
     filled = layout.num_remembered - start  # queries before those that are asked for
     end = layout.num_remembered + layout.num_tokens
 
@@ -412,10 +422,6 @@ def attend(
         text = x[:, : layout.num_text]
         padding = ((0, 0), (before, length - end), (0, 0), (0, 0))
         return jnp.pad(jnp.concatenate([video, text], axis=1), padding).swapaxes(1, 2)
-
-    num_queries = (length - start) // block
-    num_calls = -(-(num_queries * (length // block)) // _MAX_PAIRS)
-    edges = [start + block * (num_queries * i // num_calls) for i in range(num_calls + 1)]
 
     q = to_kernel(q * q.shape[-1] ** -0.5, filled)
     k = to_kernel(k, 0)

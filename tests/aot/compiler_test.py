@@ -9,6 +9,7 @@ from mask2dit_jax import config as config_lib
 from mask2dit_jax.aot import compiler, kernel_schedules
 from mask2dit_jax.aot import report as report_lib
 from mask2dit_jax.aot import topology as topology_lib
+from mask2dit_jax.attention import splash
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.models import dit
 
@@ -91,7 +92,9 @@ def test_work_of_kernels_by_hand():
         ('splash_mha_dkv', (3, 2, 3072, 64)): 1,
     }
     bundles = {'forward': (100, 200), 'backward': (300, 500)}
-    flops, cycles = report_lib.kernel_work(kernels, (256, 10.0, 1.5), bundles)
+    visited = splash.VisitedBlocks(256, 10.0, 1.5)
+    blocks = {1024: visited, 2048: visited, 3072: visited}
+    flops, cycles = report_lib.kernel_work(kernels, blocks, bundles)
 
     pairs = 12 * 11.5 * 256**2
     assert flops == 2 * pairs * 2 * 64 * (3 * 2 + 5)
@@ -107,6 +110,28 @@ def test_sampling_loop():
     sample = report('sample')
     assert sample['fits']
     assert 'reduce-scatter' not in sample['collectives']
+
+
+def test_extension_with_a_cache():
+    """It computes the tokens of one scene of three, and those of the other two once."""
+    extended, sampled = report('extend', pattern='causal'), report('sample', pattern='causal')
+    assert extended['tokens'] == sampled['tokens'] / 3
+    ours, whole = (each['flops_per_chip'] for each in (extended, sampled))
+    steps = CONFIG.sample.steps
+    dense = [each['executed'] - each['attention kernels'] for each in (ours, whole)]
+    assert dense[0] / dense[1] == pytest.approx((2 + steps) / (3 * steps), rel=0.02)
+
+    # Here the 480 keys fill a block of 512, whatever the queries are; two scenes fill one of 384.
+    expected = whole['attention kernels'] * (1 + 0.75**2 / steps)
+    assert ours['attention kernels'] == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_cannot_be_extended_with_a_cache():
+    with pytest.raises(ValueError, match=r"extend: .* not under 'dual'"):
+        report('extend')
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, pattern='causal'))
+    with pytest.raises(ValueError, match='needs at least two scenes'):
+        compiler.compile_report(config, 'extend', 'v5p:2x2x1', 1, (5,), 'quick')
 
 
 # Bundles of a wholly visible block of 1024, forward and backward: those of a prototype whose
