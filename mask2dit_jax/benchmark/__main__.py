@@ -6,6 +6,7 @@ Required: the name of a task; there are no required flags.
   python -m mask2dit_jax.benchmark train
   python -m mask2dit_jax.benchmark sample
   python -m mask2dit_jax.benchmark scenes
+  python -m mask2dit_jax.benchmark extend
   python -m mask2dit_jax.benchmark compile
   python -m mask2dit_jax.benchmark loader
   python -m mask2dit_jax.benchmark index --clips=10000000
@@ -23,6 +24,11 @@ guided steps of the sampling loop; `scenes` has forward + backward at 1, 3 and 6
 extra `oracle`, diffusers' transformer runs with the same weights and mask, by the reference's two
 calls. Every case is a process of its own. Its memory is the most that a run held beyond what
 importing had taken (Linux only).
+
+`extend`: one more scene after 2, 4, 8 and 16 given ones, by the same model under the causal mask:
+with all scenes in the sampling loop, with the last two alone, and with a cache of the keys and
+values of all. 'ms before' is what comes before the first step (the pass that fills the cache), and
+'s/scene' is for 50 guided steps, extrapolated from 3. Memory is what the compiler plans.
 
 `compile`: schedules of the splash kernels for TPU, which libtpu compiles here and which do not run.
 The table has instruction bundles per head and block of queries and keys, for blocks that are wholly
@@ -54,9 +60,9 @@ from absl import app, flags
 
 from mask2dit_jax import logs, paths
 from mask2dit_jax import tables as tables_lib
-from mask2dit_jax.benchmark import attention, checkpoints, index, kernels, loader, model
+from mask2dit_jax.benchmark import attention, checkpoints, extend, index, kernels, loader, model
 
-NAMES = ('attention', *model.TASKS, 'compile', 'loader', 'index', 'checkpoint')
+NAMES = ('attention', *model.TASKS, 'extend', 'compile', 'loader', 'index', 'checkpoint')
 
 COLUMNS = {
     'attention': (
@@ -80,6 +86,16 @@ COLUMNS = {
         'MB ratio',
         'value',
     ),
+    'extend': (
+        'given scenes',
+        'formulation',
+        'ms/step',
+        'step ratio',
+        'ms before',
+        's/scene',
+        'MB',
+        'cache MB',
+    ),
     'profile': ('scenes', 'what', 'formulation', 'remat', 'attention', 'matmuls', 'rest'),
     'loader': ('scenes/s', 'spread scenes/s', 'MB/s'),
     'index': ('clips', 'scenes', 'open s', 'list s', 'ms/batch', 'MB'),
@@ -96,6 +112,14 @@ def _measure(task: str, runs: int, device: str) -> tuple[dict[str, list[dict]], 
             f'Forward and backward, dual mask, {attention.SCENES} equal scenes, {attention.HEADS} '
             f'heads of {attention.HEAD_DIM}, float32, {device}. Times are medians of {runs} runs; '
             'time ratio is to blockwise at the same length, MB growth to the shortest video.'
+        )
+        return {task: rows}, note
+
+    if task == 'extend':
+        rows = extend.bench_extend(runs)
+        note = (
+            f'Scenes of 480 tokens, guided DDIM, float32, {device}. Times are medians of {runs} '
+            'runs; ratios are to all scenes in the loop.'
         )
         return {task: rows}, note
 

@@ -43,7 +43,7 @@ STEPS = 2
 GUIDANCE = 6.0
 
 
-def model_config(formulation: str, remat: str) -> dit.DiTConfig:
+def model_config(formulation: str, remat: str, pattern: str = 'dual') -> dit.DiTConfig:
     """Returns a model of 8 layers with 8 heads of 64, in float32."""
     return dit.DiTConfig(
         num_layers=8,
@@ -57,6 +57,7 @@ def model_config(formulation: str, remat: str) -> dit.DiTConfig:
         dtype='float32',
         remat=remat or 'none',
         attention_backend='blockwise' if formulation == 'diffusers' else formulation,
+        pattern=pattern,
     )
 
 

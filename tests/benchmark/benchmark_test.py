@@ -12,7 +12,7 @@ import pytest
 
 from mask2dit_jax.aot import kernel_schedules
 from mask2dit_jax.attention import dense
-from mask2dit_jax.benchmark import attention, model
+from mask2dit_jax.benchmark import attention, extend, model, worker
 from mask2dit_jax.layout import SceneLayout
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,6 +49,15 @@ def test_a_worker_answers():
 
         assert {'attention', 'matmuls', 'rest'} <= set(model.ask(worker, 'profile'))
         worker.stdin.close()
+
+
+def test_a_cache_extends_as_the_loop_over_all_scenes_does():
+    results = []
+    for cached in (False, True):
+        compiled, arguments = extend.compile_extension(2, cached, steps=1)
+        results.append(np.asarray(compiled(*arguments))[:, -worker.FRAMES :])
+    assert np.abs(results[0]).max() > 0.1
+    np.testing.assert_allclose(results[1], results[0], atol=1e-5 * np.abs(results[0]).max())
 
 
 def test_the_death_of_a_worker_is_an_error():
