@@ -514,7 +514,7 @@ class Model:
         blocks, telling = plan_telling(
             self.config, planned, len(scenes), joint=joint, window=window, sinks=sinks
         )
-        mesh = self._mesh_for(self._num_tokens(planned, blocks))
+        mesh = self._mesh_for(self._num_tokens(planned, blocks, len(scenes)))
         record = {
             'scenes': _scene_records(stories[0], planned),
             'checkpoint': self.source,
@@ -699,14 +699,21 @@ class Model:
             context_parallel.check(self._mesh.shape, 2, num_tokens, heads)
         return self._mesh
 
-    def _num_tokens(self, frames: tuple[int, ...], blocks: Sequence[generation.Block]) -> int:
-        """The greatest common divisor of the numbers of tokens of a story's blocks."""
+    def _num_tokens(
+        self, frames: tuple[int, ...], blocks: Sequence[generation.Block], num_given: int
+    ) -> int:
+        """The greatest common divisor of the numbers of tokens of all forward passes of a story."""
         latent_frames = self.codec.latent_frames(frames)
         numbers = []
         for block in blocks:
-            seen = tuple(latent_frames[scene] for scene in block.scenes)
-            layout = self.config.model.layout(seen, *self.codec.latent_shape[:2])
-            numbers.append(layout.num_tokens)
+            count = len(block.given) if block.start else num_given
+            is_given = np.arange(len(block.scenes)) < count
+            remembered = generation.num_remembered(self.config, is_given[None])
+            for scenes in (block.scenes[:remembered], block.scenes[remembered:]):
+                if scenes:
+                    seen = tuple(latent_frames[scene] for scene in scenes)
+                    layout = self.config.model.layout(seen, *self.codec.latent_shape[:2])
+                    numbers.append(layout.num_tokens)
         return math.gcd(*numbers)
 
 
