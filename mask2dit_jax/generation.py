@@ -130,7 +130,7 @@ def jit_sample(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             cache = None
             if remembered:
-                halves = [text] if config.sample.captions_of_given else [negative, text]
+                halves = [negative, text][-num_caches(config, mesh, len(text)) :]
                 leading = jnp.concatenate(halves)[:, :remembered]
                 clean = jnp.concatenate([given[:, :first]] * len(halves))
                 cache = remember(params, leading, clean)
@@ -358,6 +358,16 @@ def sample_latents(
             latents = mesh_lib.local_batch(run(*arguments, number))
     is_given = np.repeat(inputs.given_scenes, inputs.latent_frames, axis=1)  # [B, T]
     return np.where(is_given[..., None, None, None], inputs.given, latents[:, whole.kept])
+
+
+def num_caches(config: config_lib.Config, mesh: jax.sharding.Mesh, num_stories: int) -> int:
+    """1 if the halves of guidance share a cache, else 2.
+
+    They do if given scenes have their captions in both, and if so many stories spread over the
+    batch axes, which two halves always must.
+    """
+    fills = num_stories % mesh_lib.batch_devices(mesh) == 0
+    return 1 if config.sample.captions_of_given and fills else 2
 
 
 def num_remembered(config: config_lib.Config, given_scenes: np.ndarray) -> int:

@@ -109,6 +109,12 @@ def test_on_eight_devices(captions_of_given):
     assert_same(generated(2, 2, mesh=mesh, **choice), generated(2, 0, **choice))
 
 
+def test_a_batch_that_one_half_of_guidance_does_not_fill():
+    """Two stories on four devices: only both halves together spread over them."""
+    choice = {'captions_of_given': True}
+    assert_same(generated(2, 2, mesh=mesh_of(2, 2, 1, 1), **choice), generated(2, 0, **choice))
+
+
 POSITIONS = {
     'learned and rotary': {'learned_positions': True},
     'learned': {'learned_positions': True, 'rotary': False},

@@ -213,13 +213,13 @@ def compile_report(
     report['fits'] = total <= chip.hbm_gib * GIB
 
     stories = config.train.batch_size if what == 'train' else sampled_stories(mesh)
-    passes = _passes(config, what, layout)
+    passes = _passes(config, what, layout, mesh)
     return report | report_lib.program_work(
         config, passes, stories, mesh, chip, compiled.as_text(), topology, schedules
     )
 
 
-def _passes(config: config_lib.Config, what: str, layout: SceneLayout):
+def _passes(config: config_lib.Config, what: str, layout: SceneLayout, mesh):
     """Layouts of a story, and the FLOPs that the model needs for all passes over each."""
     if what == 'train':
         return [(layout, flops_lib.training_flops(config.model, layout))]
@@ -232,6 +232,6 @@ def _passes(config: config_lib.Config, what: str, layout: SceneLayout):
     passes = [forward(layout, 2 * config.sample.steps)]
     if layout.remembered:
         given = dataclasses.replace(layout, frames=layout.frames[: layout.remembered], remembered=0)
-        halves = 1 if config.sample.captions_of_given else 2
+        halves = generation.num_caches(config, mesh, sampled_stories(mesh))
         passes.insert(0, forward(given, halves))
     return passes

@@ -129,6 +129,11 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def batch_devices(mesh: jax.sharding.Mesh) -> int:
+    """How many parts the batch axes cut a batch into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def row_sharding(mesh: jax.sharding.Mesh, num_rows: int) -> NamedSharding:
     """Rows spread over the batch axes, or over one of them, or whole on every device: over as many
     devices as divide their number."""
