@@ -37,6 +37,7 @@ OPTIMIZERS = ('adamw', 'muon')
 CODECS = ('stories', 'vae')
 SCENES = ('consecutive', 'unrelated')
 GIVEN = ('leading', 'any')
+OBJECTIVES = ('denoising', 'teacher_forcing')
 WORLDS = ('one', 'cast')
 CAPTION_STYLES = ('first', 'every')
 
@@ -172,6 +173,9 @@ class TrainConfig:
       steps: updates of the whole training.
       batch_size: stories per update, over all devices and accumulated micro-batches.
       grad_accumulation: micro-batches per update.
+      objective: 'denoising' (all scenes of a story at one timestep, some of them given) or
+        'teacher_forcing' (each scene at its own timestep, generated from the clean ones before it,
+        all in one pass over twice the tokens; for the pattern 'causal').
       caption_dropout: share of stories whose captions are emptied, for classifier-free guidance.
       conditional_probability: share of stories in which some scenes, but never all, are given
         (clean, at timestep 0).
@@ -191,6 +195,7 @@ class TrainConfig:
     steps: int = ranges.whole(1000, least=1, most=MAX_STEPS)
     batch_size: int = ranges.whole(8, least=1)
     grad_accumulation: int = ranges.whole(1, least=1)
+    objective: str = ranges.word('denoising', OBJECTIVES)
     caption_dropout: float = ranges.real(0.1, least=0, most=1)
     conditional_probability: float = ranges.real(0.0, least=0, most=1)
     given: str = ranges.word('leading', GIVEN)
@@ -634,6 +639,19 @@ def _conflicts(config) -> list[str]:
                 'config.train.given leading: the first scene of a window shows what its captions '
                 'do not describe.'
             )
+    if train.objective == 'teacher_forcing':
+        if config.model.pattern != 'causal':
+            found.append(
+                'config.train.objective teacher_forcing is for config.model.pattern causal, not '
+                f'{config.model.pattern}.'
+            )
+        for name in ('conditional_probability', 'given_max_timestep'):
+            if getattr(train, name):
+                found.append(
+                    f'config.train.{name} {getattr(train, name)} does not go with the objective '
+                    'teacher_forcing, in which every scene is generated from clean ones: set it '
+                    'to 0.'
+                )
     if train.keep_every_steps % train.checkpoint_every_steps:
         found.append(
             f'config.train.keep_every_steps {train.keep_every_steps} must be a multiple of '

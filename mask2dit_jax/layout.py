@@ -6,6 +6,7 @@ story order (Mask²DiT, section 3.2, symmetric binary attention mask).
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -172,6 +173,21 @@ def frame_scenes(layout: SceneLayout) -> np.ndarray:
     """Scene index of every latent frame, int32 [T]."""
     scenes = np.arange(layout.num_scenes, dtype=np.int32)
     return np.repeat(scenes, layout.frames)
+
+
+def twice(frames: tuple[int, ...]) -> tuple[tuple[int, ...], np.ndarray]:
+    """Every scene two times, one copy after the other.
+
+    Args:
+      frames: latent frames per scene.
+
+    Returns:
+      The frames of the copies, and which frame of the story each of their frames is, int [2T].
+    """
+    starts = np.cumsum((0, *frames))
+    scenes = [np.arange(start, stop) for start, stop in itertools.pairwise(starts)]
+    source = np.concatenate([scene for scene in scenes for _ in range(2)])
+    return tuple(np.repeat(frames, 2).tolist()), source
 
 
 class WholePatches(NamedTuple):

@@ -220,13 +220,16 @@ def compile_report(
 
 
 def _passes(config: config_lib.Config, what: str, layout: SceneLayout, mesh):
-    """Layouts of a story, and the FLOPs that the model needs for all passes over each."""
+    """Layouts of a story, and the pattern and the FLOPs of all passes over each."""
     if what == 'train':
-        return [(layout, flops_lib.training_flops(config.model, layout))]
+        flops = flops_lib.training_flops(config.model, layout, config.train.objective)
+        seen, pattern = flops_lib.training_pass(config.model, layout, config.train.objective)
+        return [(seen, pattern, flops)]
 
     def forward(layout, times):
         flops = flops_lib.forward_flops(config.model, layout)
-        return layout, {kind: times * number for kind, number in flops.items()}
+        flops = {kind: times * number for kind, number in flops.items()}
+        return layout, config.model.pattern, flops
 
     # Two passes per step, the halves of classifier-free guidance.
     passes = [forward(layout, 2 * config.sample.steps)]

@@ -53,7 +53,7 @@ def kernel_work(
 
 def program_work(
     config,
-    passes: list[tuple[SceneLayout, dict[str, float]]],
+    passes: list[tuple[SceneLayout, str, dict[str, float]]],
     stories: int,
     mesh,
     chip,
@@ -65,7 +65,8 @@ def program_work(
 
     Args:
       config: the configuration.
-      passes: layouts of a story, and the FLOPs that the model needs for all passes over each.
+      passes: layouts of a story, and the attention pattern and the FLOPs that the model needs for
+        all passes over each.
       stories: stories per run, over all chips.
       mesh: the mesh that the program was compiled for.
       chip: the kind of chip, one of hardware.CHIPS.
@@ -83,8 +84,8 @@ def program_work(
     backend = config.model.attention_backend
     if backend in ('splash', 'jax_splash'):
         blocks = {}
-        for layout, _ in passes:
-            visited = splash.visited_blocks(layout, config.model.pattern, chip.splash_block)
+        for layout, pattern, _ in passes:
+            visited = splash.visited_blocks(layout, pattern, chip.splash_block)
             for start, stop in itertools.pairwise(splash.query_edges(layout, chip.splash_block)):
                 blocks[stop - start] = visited
         bundles = None
@@ -97,7 +98,7 @@ def program_work(
         if schedules:
             program.cycles['attention kernels'] = kernel_cycles
 
-    story_flops = sum(sum(flops.values()) for _, flops in passes)
+    story_flops = sum(sum(flops.values()) for _, _, flops in passes)
     executed = program.flops + kernel_flops
     return {
         'flops_per_chip': {

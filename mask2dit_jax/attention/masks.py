@@ -7,6 +7,8 @@ import numpy as np
 from mask2dit_jax.layout import SceneLayout, token_scenes
 
 PATTERNS = ('dual', 'full', 'isolated', 'causal')
+# The pattern of training by teacher forcing: see dit.DiT.
+FORCED = 'forced'
 
 
 def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
@@ -17,12 +19,15 @@ def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
       `full`: everything sees everything.
       `isolated`: the two are of the same scene.
       `causal`: as `dual`, but video does not see video of later scenes.
+      `forced`: `causal` for all scenes at once. Of every scene there are two copies, the clean one
+        with the number 2·i and the noisy one with 2·i + 1. A copy sees itself, and its video sees
+        the clean video of earlier scenes.
 
-    Only comparisons and boolean operators are used, so that numpy, jax and the computable masks of
-    kernels can evaluate the predicate.
+    Only comparisons, bits and boolean operators are used, so that numpy, jax and the computable
+    masks of kernels can evaluate the predicate.
 
     Args:
-      pattern: one of PATTERNS.
+      pattern: one of PATTERNS, or FORCED.
       q_scene, k_scene: scene of the query and of the key; integers that broadcast.
       q_is_text, k_is_text: whether they are caption tokens; booleans or 0 and 1 that broadcast.
 
@@ -44,6 +49,9 @@ def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
         return same_scene | both_video
     if pattern == 'causal':
         return same_scene | (both_video & (k_scene <= q_scene))
+    if pattern == FORCED:
+        k_is_clean = (k_scene & 1) < 1
+        return same_scene | (both_video & k_is_clean & (k_scene < q_scene - (q_scene & 1)))
     raise ValueError(f'Unknown attention pattern {pattern!r}: use one of {", ".join(PATTERNS)}.')
 
 

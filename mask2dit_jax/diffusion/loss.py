@@ -3,7 +3,9 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 
+from mask2dit_jax import layout as layout_lib
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.layout import SceneLayout, frame_scenes
 
@@ -58,9 +60,53 @@ def denoising_loss(
     predicted = model.apply({'params': params}, noisy, batch['text'], scene_times, frames=frames)
 
     target = schedule_lib.velocity(schedule, latents, noise, t)
+    return _squared_error(predicted, target, counts)
+
+
+def _squared_error(predicted, target, counts):
+    """Sum of squared errors over the frames that count [B, T, 1, 1, 1], and number of its terms."""
     error = jnp.where(counts, predicted - target, 0.0)  # [B, T, H, W, C]
 
     # A count of frames fits int32 and is exact in float32 below 2^24, unlike one of their values.
-    values_per_frame = float(math.prod(latents.shape[2:]))
+    values_per_frame = float(math.prod(target.shape[2:]))
     num_terms = jnp.sum(counts).astype(jnp.float32) * values_per_frame
     return jnp.sum(error**2), num_terms
+
+
+def forced_loss(model, params, schedule: schedule_lib.Schedule, batch, noise, t, given, frames):
+    """Squared error of v of all scenes that are not given, each generated from those before it.
+
+    All are computed in one pass, over a clean and a noisy copy of every scene (teacher forcing).
+
+    Args:
+      model: DiT with `forced`.
+      params, schedule, batch, noise, frames: as in `denoising_loss`.
+      t: int [B, S], a timestep for each scene of a story.
+      given: bool [B, S]; a given scene adds nothing to the loss.
+
+    Returns:
+      As `denoising_loss`.
+    """
+    latents = batch['latents']
+    layout = model.cfg.layout(frames, *latents.shape[2:4])
+    frame_times = t[:, frame_scenes(layout)]  # [B, T]
+    noisy = schedule_lib.add_noise(schedule, latents, noise, frame_times)
+
+    # Copies side by side: of every scene the clean one and then the noisy one.
+    frames_of_copies, source = layout_lib.twice(frames)
+    copies = model.cfg.layout(frames_of_copies, *latents.shape[2:4])
+    of_noisy = (frame_scenes(copies) % 2 == 1)[:, None, None, None]  # [2T, 1, 1, 1]
+    inputs = jnp.where(of_noisy, noisy[:, source], latents[:, source])
+    scene_times = jnp.stack([jnp.zeros_like(t), t], axis=2).reshape(len(t), -1)  # [B, 2S]
+    predicted = model.apply(
+        {'params': params},
+        inputs,
+        jnp.repeat(batch['text'], 2, axis=1),
+        scene_times,
+        frames=frames_of_copies,
+    )
+    predicted = predicted[:, np.flatnonzero(of_noisy)]  # [B, T, H, W, C]
+
+    target = schedule_lib.velocity(schedule, latents, noise, frame_times)
+    counts = loss_mask(layout, given)[..., None, None, None]
+    return _squared_error(predicted, target, counts)

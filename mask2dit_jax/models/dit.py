@@ -404,6 +404,7 @@ class _Attention(nn.Module):
 
     cfg: DiTConfig
     layout: SceneLayout
+    pattern: str
 
     @nn.compact
     def __call__(self, x, rope, cache):
@@ -435,7 +436,7 @@ class _Attention(nn.Module):
         if self.is_initializing():
             out = v
         else:
-            out = attend.attend(q, k, v, layout, cfg.pattern, cfg.attention_backend, cache)
+            out = attend.attend(q, k, v, layout, self.pattern, cfg.attention_backend, cache)
         return dense(name='to_out')(out.reshape(x.shape)), video
 
 
@@ -444,6 +445,7 @@ class _Block(nn.Module):
 
     cfg: DiTConfig
     layout: SceneLayout
+    pattern: str
     remembers: bool
 
     @nn.compact
@@ -453,7 +455,8 @@ class _Block(nn.Module):
         x = checkpoint_name(partitioning.constrain_tokens(x), 'layer')  # [B, L, E]
 
         h, gate = _AdaLayerNorm(cfg, parts=3, kinds=2, name='norm1')(x, emb, token_kind)
-        h, video = _Attention(cfg, self.layout, name='attn')(h, rope, cache)
+        attention = _Attention(cfg, self.layout, self.pattern, name='attn')
+        h, video = attention(h, rope, cache)
         x = x + gate * h
 
         h, gate = _AdaLayerNorm(cfg, parts=3, kinds=2, name='norm2')(x, emb, token_kind)
@@ -489,6 +492,27 @@ def _block_stack(cfg: DiTConfig):
     )
 
 
+class _Places(NamedTuple):
+    """Where the scenes of a sequence stand.
+
+    Attributes:
+      layout: the layout whose positions they have.
+      scenes: for every scene of the sequence, which scene of that layout it is.
+    """
+
+    layout: SceneLayout
+    scenes: tuple[int, ...]
+
+    def of_sequence(self, table):
+        """The rows [L, ...] of the sequence's tokens, of those [L', ...] of the layout's."""
+        layout = self.layout
+        if self.scenes == tuple(range(layout.num_scenes)):
+            return table
+        ranges = [layout.text_range(scene) for scene in self.scenes]
+        ranges += [layout.video_range(scene) for scene in self.scenes]
+        return jnp.concatenate([table[start:stop] for start, stop in ranges])
+
+
 class RotaryTables(NamedTuple):
     """Cosines and sines [L, D] each, of the tokens of a sequence and of remembered video."""
 
@@ -497,9 +521,18 @@ class RotaryTables(NamedTuple):
 
 
 class DiT(nn.Module):
-    """Multi-scene diffusion transformer; `cfg` says its size."""
+    """Multi-scene diffusion transformer.
+
+    Attributes:
+      cfg: its size.
+      forced: whether the scenes come twice, a clean copy and then a noisy one, under the attention
+        pattern masks.FORCED: every noisy scene sees the clean ones before it, so that one pass
+        learns to generate each scene of a story from those before it. Both copies stand at the
+        positions of the scene.
+    """
 
     cfg: DiTConfig
+    forced: bool = False
 
     @nn.compact
     def __call__(
@@ -518,7 +551,8 @@ class DiT(nn.Module):
           text: [B, S, M, text_embed_dim] caption embeddings.
           t: [B, S], one timestep per scene (0 for given scenes).
           frames: static, latent frames per scene; their sum is T. With a cache those of the
-            remembered scenes come first, and are not among T and S.
+            remembered scenes come first, and are not among T and S. If `forced`, two for each
+            scene of the story, a clean and a noisy copy, as layout.twice makes them.
           cache: of the video of scenes before these, [layers, B or a divisor of it, L, N, D] each.
           remembers: static, whether a cache of these scenes is returned, too.
 
@@ -534,6 +568,11 @@ class DiT(nn.Module):
         layout = cfg.layout(frames, *latents.shape[2:4])
         layout = dataclasses.replace(layout, remembered=len(frames) - num_scenes)
         own_scenes = cfg.layout(frames[layout.remembered :], *latents.shape[2:4])
+        if self.forced:
+            story = cfg.layout(frames[::2], *latents.shape[2:4])
+            places = _Places(story, tuple(scene // 2 for scene in range(num_scenes)))
+        else:
+            places = _Places(layout.whole, tuple(range(layout.remembered, layout.num_scenes)))
         num_text = layout.num_text
         if (cache is not None or remembers) and cache_conflict(cfg):
             raise ValueError(cache_conflict(cfg))
@@ -554,14 +593,15 @@ class DiT(nn.Module):
         text = _Dense(cfg.width, dtype=dtype, name='text')(text.astype(dtype))
         text = text.reshape(batch, num_text, -1)
         x = jnp.concatenate([text, video], axis=1)  # [B, L, E]
-        x = self._add_positions(x, layout)
+        x = self._add_positions(x, places)
 
         # Row of the adaLN tables that a token picks: (scene 0, video), (scene 0, text), ...
         scene, is_text = traced_token_scenes(layout.segments)
         scene = scene - layout.remembered
         token_kind = 2 * scene + is_text  # [L]
-        rope = self._rope(layout) if cfg.rotary else None
-        blocks = _block_stack(cfg)(cfg, layout, remembers, name='blocks')
+        rope = self._rope(places, layout.num_remembered) if cfg.rotary else None
+        pattern = masks.FORCED if self.forced else cfg.pattern
+        blocks = _block_stack(cfg)(cfg, layout, pattern, remembers, name='blocks')
         x, remembered = blocks(x, emb, rope, token_kind, cache)
 
         # Only video tokens are predicted.
@@ -573,30 +613,28 @@ class DiT(nn.Module):
         v = unpatchify(x, own_scenes, cfg.patch_size).astype(jnp.float32)
         return (v, remembered) if remembers else v
 
-    def _rope(self, layout) -> RotaryTables:
-        """Rotary tables, float32, over the joint sequence; text is not rotated."""
+    def _rope(self, places: _Places, num_remembered: int) -> RotaryTables:
+        """Rotary tables, float32; text is not rotated."""
         cfg = self.cfg
         rule = 'linspace' if cfg.patch_size_t is None else 'slice'
         tables = embeddings.rope_table(
-            layout.whole, cfg.attention_head_dim, rule, cfg.base_grid[1:]
+            places.layout, cfg.attention_head_dim, rule, cfg.base_grid[1:]
         )
-        text_rows = ((layout.num_text, 0), (0, 0))
+        text_rows = ((places.layout.num_text, 0), (0, 0))
         tokens = []
         for table, of_text in zip(tables, (1, 0)):
-            table = jnp.pad(table[layout.num_remembered :], text_rows, constant_values=of_text)
-            tokens.append(partitioning.constrain_token_table(table))
-        return RotaryTables(
-            tuple(tokens), tuple(table[: layout.num_remembered] for table in tables)
-        )
+            joint = jnp.pad(table, text_rows, constant_values=of_text)
+            tokens.append(partitioning.constrain_token_table(places.of_sequence(joint)))
+        return RotaryTables(tuple(tokens), tuple(table[:num_remembered] for table in tables))
 
-    def _add_positions(self, x, layout):
+    def _add_positions(self, x, places: _Places):
         """Adds sin-cos (2B) or learned (5B-I2V, tiny) positions, if the model has any."""
         cfg = self.cfg
         if cfg.learned_positions:
-            positions = self._learned_positions(layout.whole)
+            positions = self._learned_positions(places.layout)
         elif not cfg.rotary:
             positions = embeddings.sincos_positions(
-                layout.whole,
+                places.layout,
                 cfg.width,
                 cfg.base_grid,
                 cfg.position_rule,
@@ -605,13 +643,7 @@ class DiT(nn.Module):
             )
         else:
             return x
-
-        # Positions are those among all scenes; remembered ones have no tokens here.
-        if layout.remembered:
-            text, video = jnp.split(positions, [layout.whole.num_text])
-            text = text[layout.remembered * layout.text_tokens :]
-            positions = jnp.concatenate([text, video[layout.num_remembered :]])
-        return x + positions.astype(x.dtype)
+        return x + places.of_sequence(positions).astype(x.dtype)
 
     def _learned_positions(self, layout):
         """The learned table [M + T0·H0·W0, E], resampled to the joint sequence [L, E]."""

@@ -127,11 +127,23 @@ def _accumulated_gradients(
     frames: tuple[int, ...],
 ):
     """Sums over the micro-batches: squared error, the number of its terms, and gradients."""
-    model = dit.DiT(config.model)
+    forced = config.train.objective == 'teacher_forcing'
+    model = dit.DiT(config.model, forced=forced)
 
     def loss_fn(params, micro_batch: denoising.DenoisingBatch):
         if config.lora.rank:
             params = lora.merge(state.frozen_params, params, config.lora)
+        if forced:
+            return loss.forced_loss(
+                model,
+                params,
+                config.schedule,
+                {'latents': micro_batch.latents, 'text': micro_batch.text},
+                micro_batch.noise,
+                micro_batch.timesteps,
+                micro_batch.given,
+                frames,
+            )
         return loss.denoising_loss(
             model,
             params,

@@ -587,7 +587,9 @@ def _peak_share(
     shares = {}
     for layout in config.data.layouts:
         scene_layout = config.model.layout(codec.latent_frames(layout), *codec.latent_shape[:2])
-        flops_of_story = sum(flops.training_flops(config.model, scene_layout).values())
+        flops_of_story = sum(
+            flops.training_flops(config.model, scene_layout, config.train.objective).values()
+        )
         shares[layout] = config.train.batch_size * flops_of_story / peak_of_all_devices
     return shares
 

@@ -1,8 +1,11 @@
-"""The denoising objective: everything random that one training step draws.
+"""Everything random that one training step draws.
 
 Each story gets noise and one timestep. Some stories have given scenes, which stay clean at timestep
 0 (Mask²DiT, section 3.3), and some lose their captions, for classifier-free guidance.
 `diffusion.loss.denoising_loss` computes the loss from these draws.
+
+Under teacher forcing each scene has a timestep of its own, and is generated from the clean scenes
+before it, for all scenes at once (`diffusion.loss.forced_loss`).
 """
 
 from typing import NamedTuple
@@ -19,7 +22,8 @@ class DenoisingBatch(NamedTuple):
     latents: jax.Array  # [B, T, H, W, C]
     text: jax.Array  # [B, S, M, E], the empty caption where captions were dropped
     noise: jax.Array  # [B, T, H, W, C], standard normal, float32
-    timesteps: jax.Array  # int32 [B], for the scenes that are not given
+    # int32 [B], for the scenes that are not given; under teacher forcing [B, S]
+    timesteps: jax.Array
     given: jax.Array  # bool [B, S]
     given_timesteps: jax.Array  # int32 [B], for the given scenes; 0 leaves them clean
 
@@ -42,7 +46,14 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
     train = config.train
 
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-    timesteps = stratified_timesteps(time_key, batch_size, config.schedule.num_train_timesteps)
+    forced = train.objective == 'teacher_forcing'
+    timesteps = stratified_timesteps(
+        time_key,
+        batch_size * (num_scenes if forced else 1),
+        config.schedule.num_train_timesteps,
+    )
+    if forced:
+        timesteps = timesteps.reshape(batch_size, num_scenes)
 
     probability = jnp.where(step >= train.conditional_from_step, train.conditional_probability, 0.0)
     given = sample_given_scenes(
@@ -53,6 +64,10 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
         train.given,
         batch['least_given'],
     )
+
+    if forced:
+        # All that may be generated is: only scenes that captions leave unsaid are given.
+        given = jnp.arange(num_scenes) < batch['least_given'][:, None]
 
     text = drop_captions(drop_key, batch['text'], null_text, train.caption_dropout)
 
