@@ -21,9 +21,9 @@ gives their latents as they were generated.
 --out receives curves.json, curves.md and curves.png: for every combination the share of scenes that
 are right (action, character and place), by the number of the scene. Rows that show more scenes to
 the model than it was trained on say so. Several runs are set beside each other; those that differ
-only by their seed share a row and a line, with a band from the lowest to the highest. Of stories
-with a cast a second table tells how often a character, or a place, is right that was last shown so
-many scenes ago.
+only by their seed share a row and a line, with a band from the lowest to the highest. A later
+command with the same --out adds to what is there. Of stories with a cast a second table tells how
+often a character, or a place, is right that was last shown so many scenes ago.
 """
 
 import dataclasses
@@ -198,18 +198,23 @@ class Result(NamedTuple):
     """What a setting gave.
 
     Attributes:
-      group: name of the first of the runs.
+      runs: workdirs of runs that differ only by their seed.
       trained: scenes of the longest stories that they were trained on.
       setting: the setting.
       curves: by score, one list per run with a value per scene.
       recall: scores.by_gap of each run, of stories with a cast.
     """
 
-    group: str
+    runs: list[str]
     trained: int
     setting: Setting
     curves: dict[str, list[list[float]]]
     recall: list[dict[str, float]]
+
+    @property
+    def group(self) -> str:
+        """The name of the first of the runs."""
+        return pathlib.Path(self.runs[0]).name
 
 
 def _rows(results: list[Result]) -> list[dict]:
@@ -270,15 +275,13 @@ def _draw(path: pathlib.Path, results: list[Result]) -> None:
         picture.savefig(temporary, format='png', dpi=120)
 
 
-def _write(out: pathlib.Path, results: list[Result]) -> str:
+def _write(out: pathlib.Path, told: dict, results: list[Result]) -> str:
     """Writes curves.json, curves.md and curves.png; returns the table."""
-    found = [
-        {'run': result.group, 'trained': result.trained}
-        | dataclasses.asdict(result.setting)
-        | result.curves
-        | {'by_gap': result.recall}
-        for result in results
-    ]
+    found = told | {
+        'results': [
+            result._asdict() | {'setting': dataclasses.asdict(result.setting)} for result in results
+        ]
+    }
     storage.write_text(out / 'curves.json', json.dumps(found, indent=2) + '\n')
     rows = _rows(results)
     table = tables.format_table(rows, list(rows[0]))
@@ -289,6 +292,32 @@ def _write(out: pathlib.Path, results: list[Result]) -> str:
     storage.write_text(out / 'curves.md', table + '\n')
     _draw(out / 'curves.png', results)
     return table
+
+
+def _read(out: pathlib.Path, told: dict) -> list[Result]:
+    """The results that a folder has already.
+
+    Raises:
+      ValueError: if they are of other stories than `told` says.
+    """
+    path = out / 'curves.json'
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding='utf-8'))
+    others = [name for name in told if found.get(name) != told[name]]
+    if others:
+        raise ValueError(
+            f'{path} has curves of other stories: {others[0]} is {found.get(others[0])} there and '
+            f'{told[others[0]]} here; give another folder.'
+        )
+    return [
+        Result(**result | {'setting': Setting(**result['setting'])}) for result in found['results']
+    ]
+
+
+def _without_seed(config: config_lib.Config) -> config_lib.Config:
+    """What the runs of a row share."""
+    return dataclasses.replace(config, seed=0)
 
 
 def _config_of(workdir) -> config_lib.Config:
@@ -315,6 +344,8 @@ def sweep(
 ) -> str:
     """Tries settings on runs, and writes what is found after each.
 
+    What the folder holds already stays, and is not computed again.
+
     Args:
       workdirs: of the runs. Those whose configurations differ only by the seed share a row.
       out: folder for curves.json, curves.md and curves.png.
@@ -328,38 +359,48 @@ def sweep(
       The table of curves.md.
 
     Raises:
-      ValueError: if a run is not one on stories.
+      ValueError: if a run is not one on stories, or the folder has curves of other stories.
     """
     configs = {workdir: _config_of(workdir) for workdir in workdirs}
     storage.try_output(out)
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
-    groups = {}  # name of the first run, by what its runs share
-    results = {}  # by group and setting
+    told = {'scenes': num_scenes, 'stories': num_stories, 'steps': steps, 'seed': seed}
+    results = _read(out, told)
+    shared = [_without_seed(_config_of(result.runs[0])) for result in results]
     for workdir, config in configs.items():
-        group = groups.setdefault(dataclasses.replace(config, seed=0), pathlib.Path(workdir).name)
-        trained = max(map(len, config.data.layouts))
-        sample = {'sampler': 'ddim', 'steps': steps or config.sample.steps}
-        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **sample))
-        stories = sample_stories(config, num_stories, num_scenes)
+        same = [result for result, one in zip(results, shared) if one == _without_seed(config)]
+        missing = list(settings)
+        for result in same:
+            if str(workdir) in result.runs and result.setting in missing:
+                missing.remove(result.setting)
+        if not missing:
+            continue
 
+        sample = {'sampler': 'ddim', 'steps': steps or config.sample.steps}
+        sampled = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **sample))
+        stories = sample_stories(sampled, num_stories, num_scenes)
         abstract = names_lib.abstract_params(config.model)
         target = partitioning.abstract_arrays(abstract, pipeline.default_mesh())
         _, params = runs.newest(workdir, config, target)
         codec = latent_codec.for_run(config, workdir)
-        for setting in settings:
-            curves, recall = tell_and_score(config, params, codec, setting, stories, seed=seed)
-            empty = {name: [] for name in curves}
-            result = results.setdefault(
-                (group, setting), Result(group, trained, setting, empty, [])
-            )
+        for setting in missing:
+            curves, recall = tell_and_score(sampled, params, codec, setting, stories, seed=seed)
+            found = [result for result in same if result.setting == setting]
+            if not found:
+                trained = max(map(len, config.data.layouts))
+                found = [Result([], trained, setting, {name: [] for name in curves}, [])]
+                results += found
+                shared.append(_without_seed(config))
+            (result,) = found
+            result.runs.append(str(workdir))
             for name, curve in curves.items():
                 result.curves[name].append(curve.tolist())
             if recall:
                 result.recall.append(recall)
-            table = _write(out, list(results.values()))
-    return table
+            _write(out, told, results)
+    return _write(out, told, results)
 
 
 def main(argv):

@@ -75,9 +75,15 @@ def settings(**lists):
 def test_every_combination_has_its_curve(run, tmp_path):
     tried = settings(window=[1, 2], sinks=[0, 1])
     long_stories.sweep([run], tmp_path / 'out', tried, num_scenes=5, num_stories=2)
-    curves = json.loads((tmp_path / 'out/curves.json').read_text())
-    assert [(c['window'], c['sinks']) for c in curves] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    assert {np.shape(c[name]) for c in curves for name in long_stories.SHOWN} == {(1, 5)}
+    results = json.loads((tmp_path / 'out/curves.json').read_text())['results']
+    assert [tuple(result['setting'].values())[:2] for result in results] == [
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+    ]
+    shapes = {np.shape(result['curves'][name]) for result in results for name in long_stories.SHOWN}
+    assert shapes == {(1, 5)}
     assert (tmp_path / 'out/curves.png').stat().st_size > 1000
     lines = (tmp_path / 'out/curves.md').read_text().splitlines()
     longer = [line for line in lines if 'longer than trained (4, not 3)' in line]
@@ -93,16 +99,28 @@ def test_runs_that_differ_by_their_seed_share_a_row(run, tmp_path):
     for name, changes in others.items():
         shutil.copytree(run, tmp_path / name)
         config_lib.save(dataclasses.replace(CONFIG, **changes), tmp_path / name / 'config.json')
-    workdirs = [run, tmp_path / 'causal', tmp_path / 'seed_1']
     out = tmp_path / 'out'
-    table = long_stories.sweep(workdirs, out, settings(), num_scenes=4, num_stories=2)
-    curves = json.loads((out / 'curves.json').read_text())
-    assert [(c['run'], np.shape(c['right'])) for c in curves] == [
-        ('run', (2, 4)),
-        ('causal', (1, 4)),
-    ]
+
+    def sweep(*workdirs, num_scenes=4):
+        return long_stories.sweep(workdirs, out, settings(), num_scenes=num_scenes, num_stories=2)
+
+    sweep(run, tmp_path / 'causal')
+    before = json.loads((out / 'curves.json').read_text())['results']
+
+    # A later command adds to the folder; what is there is not computed again.
+    table = sweep(tmp_path / 'seed_1', run)
+    results = json.loads((out / 'curves.json').read_text())['results']
+    shapes = [np.shape(result['curves']['right']) for result in results]
+    assert [len(result['runs']) for result in results] == [2, 1] and shapes == [(2, 4), (1, 4)]
+    assert (
+        results[1] == before[1]
+        and results[0]['curves']['action'][:1] == before[0]['curves']['action']
+    )
     # The folders hold the same parameters.
-    assert curves[0]['action'][0] == curves[0]['action'][1] and ' ± 0.000' in table
+    assert len(np.unique(results[0]['curves']['action'], axis=0)) == 1 and ' ± 0.000' in table
+
+    with pytest.raises(ValueError, match='curves of other stories: scenes is 4 there and 5 here'):
+        sweep(run, num_scenes=5)
 
 
 def test_captions_name_nobody_where_they_are_given_again(run):
@@ -136,8 +154,8 @@ def test_stories_with_a_cast_are_scored_by_gap(cast_run, tmp_path):
     table = long_stories.sweep(
         [cast_run], out, settings(), num_scenes=num_scenes, num_stories=num_stories
     )
-    (found,) = json.loads((out / 'curves.json').read_text())
-    (recall,) = found['by_gap']
+    (result,) = json.loads((out / 'curves.json').read_text())['results']
+    (recall,) = result['recall']
     stories = long_stories.sample_stories(CAST_CONFIG, num_stories, num_scenes)
     for score, turns in (('identity', 'who'), ('background', 'where')):
         gaps = [gap for story in stories for gap in cast.gaps(getattr(story, turns))]
