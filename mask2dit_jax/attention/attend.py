@@ -87,4 +87,9 @@ def attend(
             f'got {remembered}.'
         )
 
-    return context_parallel.attend(q, k, v, layout, pattern, BACKENDS[backend], cache)
+    def attend_to_all(q, k, v, layout, pattern, *cache):
+        if cache:
+            k, v = (kv_cache.insert(*pair, layout.num_text) for pair in zip((k, v), cache))
+        return BACKENDS[backend](q, k, v, layout, pattern)
+
+    return context_parallel.attend(q, k, v, layout, pattern, attend_to_all, cache or ())

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-from mask2dit_jax.attention import kv_cache
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.layout import SceneLayout
 
@@ -71,8 +70,9 @@ def _all_to_all(x, split_axis: int, concat_axis: int):
     )
 
 
-def spread_cache(cache: kv_cache.KVCache, mesh: jax.sharding.Mesh) -> kv_cache.KVCache:
-    """Lays a cache of all layers out as attention takes it, once for all the steps that use it."""
+def spread_cache(cache, mesh: jax.sharding.Mesh):
+    """Lays a cache, arrays [layers, B, L, N, D], out as `attend` takes that of a layer, once for
+    all the steps that use it."""
 
     def spread(x):
         rows = mesh_lib.row_sharding(mesh, x.shape[1]).spec
@@ -89,15 +89,15 @@ def attend(
     layout: SceneLayout,
     pattern: str,
     backend: Callable,
-    cache: kv_cache.KVCache | None = None,
+    cache: tuple = (),
 ):
     """A backend's attention over the mesh that is being traced for, or on one device without one.
 
     Args:
       q, k, v: [B, L, N, D], laid out as SPEC says.
       layout, pattern: as in attention.attend.attend.
-      backend: function of (q, k, v, layout, pattern).
-      cache: None, or as in attention.attend.attend, laid out as CACHE_SPEC says.
+      backend: function of (q, k, v, layout, pattern, *cache).
+      cache: arrays [B, L', N, D], laid out as CACHE_SPEC says.
 
     Returns:
       [B, L, N, D], laid out alike.
@@ -105,30 +105,22 @@ def attend(
     Raises:
       ValueError: if B, L or N do not divide.
     """
-
-    def seen(q, k, v, cache):
-        """The backend's attention to what is remembered, too."""
-        if cache is not None:
-            k, v = (kv_cache.insert(*pair, layout.num_text) for pair in zip((k, v), cache))
-        return backend(q, k, v, layout, pattern)
-
     axes = mesh_lib.mesh_axes()
     if not axes:
-        return seen(q, k, v, cache)
+        return backend(q, k, v, layout, pattern, *cache)
 
     batch, num_tokens, num_heads, _ = q.shape
     check(axes, batch, num_tokens, num_heads)
 
-    def local(q, k, v, cache):
+    def local(q, k, v, *cache):
         if axes['context'] == 1:
-            return seen(q, k, v, cache)
+            return backend(q, k, v, layout, pattern, *cache)
 
         # [B, L / context, N, D] to [B, L, N / context, D], and back.
         q, k, v = (_all_to_all(x, split_axis=2, concat_axis=1) for x in (q, k, v))
-        out = seen(q, k, v, cache)
+        out = backend(q, k, v, layout, pattern, *cache)
         return _all_to_all(out, split_axis=1, concat_axis=2)
 
-    run = jax.shard_map(
-        local, in_specs=(SPEC, SPEC, SPEC, CACHE_SPEC), out_specs=SPEC, check_vma=False
-    )
-    return run(q, k, v, cache)
+    specs = (SPEC, SPEC, SPEC, *[CACHE_SPEC] * len(cache))
+    run = jax.shard_map(local, in_specs=specs, out_specs=SPEC, check_vma=False)
+    return run(q, k, v, *cache)
