@@ -645,6 +645,10 @@ def _conflicts(config) -> list[str]:
                 'config.train.objective teacher_forcing is for config.model.pattern causal, not '
                 f'{config.model.pattern}.'
             )
+        elif dit.cache_conflict(config.model):
+            found.append(
+                f'config.train.objective teacher_forcing: {dit.cache_conflict(config.model)}'
+            )
         for name in ('conditional_probability', 'given_max_timestep'):
             if getattr(train, name):
                 found.append(

@@ -202,6 +202,13 @@ def test_what_does_not_go_with_it_is_named():
     assert 'is for config.model.pattern causal, not dual' in str(error.value)
     assert 'conditional_probability 0.5 does not go with' in str(error.value)
 
+    raw.model.update(pattern='causal', learned_positions=True, position_rule='reference')
+    raw.train.conditional_probability = 0.0
+    with pytest.raises(
+        ValueError, match=r'teacher_forcing: .* stretches positions over all scenes'
+    ):
+        config_lib.parse(raw)
+
 
 def test_flops_are_those_of_both_copies():
     """Twice the tokens, and the pairs that the mask shows; nothing else changes."""
