@@ -47,6 +47,8 @@ _SHORT = ' '.join(
 MINIATURE = {  # regular expressions
     r'configs/tiny.py(?= )': 'configs/tiny.py:smoke',
     r'configs/tiny.py:lora': f'configs/tiny.py:lora {_SHORT}',
+    r'configs/tiny.py:extend': f'configs/tiny.py:extend {_SHORT}',
+    r'--scenes=50 --stories=128 --steps=10': '--scenes=4 --stories=2 --steps=1',
     r'runs/unconditional|runs/dual': 'runs/tiny',
     r'runs/full,runs/isolated': 'runs/lora',
     r'configs/sft.py:5b': 'configs/sft.py:tiny --config.train.steps=2 '

@@ -46,28 +46,25 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
     train = config.train
 
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-    forced = train.objective == 'teacher_forcing'
-    timesteps = stratified_timesteps(
-        time_key,
-        batch_size * (num_scenes if forced else 1),
-        config.schedule.num_train_timesteps,
-    )
-    if forced:
+    num_timesteps = config.schedule.num_train_timesteps
+    if train.objective == 'teacher_forcing':
+        timesteps = stratified_timesteps(time_key, batch_size * num_scenes, num_timesteps)
         timesteps = timesteps.reshape(batch_size, num_scenes)
 
-    probability = jnp.where(step >= train.conditional_from_step, train.conditional_probability, 0.0)
-    given = sample_given_scenes(
-        given_key,
-        batch_size,
-        num_scenes,
-        jnp.where(batch['least_given'] > 0, 1.0, probability),
-        train.given,
-        batch['least_given'],
-    )
-
-    if forced:
         # All that may be generated is: only scenes that captions leave unsaid are given.
         given = jnp.arange(num_scenes) < batch['least_given'][:, None]
+    else:
+        timesteps = stratified_timesteps(time_key, batch_size, num_timesteps)
+        probability = train.conditional_probability
+        probability = jnp.where(step >= train.conditional_from_step, probability, 0.0)
+        given = sample_given_scenes(
+            given_key,
+            batch_size,
+            num_scenes,
+            jnp.where(batch['least_given'] > 0, 1.0, probability),
+            train.given,
+            batch['least_given'],
+        )
 
     text = drop_captions(drop_key, batch['text'], null_text, train.caption_dropout)
 
