@@ -119,6 +119,7 @@ POSITIONS = {
     'learned and rotary': {'learned_positions': True},
     'learned': {'learned_positions': True, 'rotary': False},
     'sin-cos': {'rotary': False},
+    'jumps at cuts': {'scene_offset_frames': 4.0, 'scene_phase': 0.5},
 }
 
 

@@ -208,6 +208,34 @@ def test_rotary_timeline_runs_straight_through_scenes():
     np.testing.assert_array_equal(one[1], three[1])
 
 
+def test_rotary_timeline_jumps_at_cuts():
+    """A frame has the angles of the straight timeline, later by the jumps of the cuts before it."""
+    layout = SceneLayout((1, 3, 2), 2, 3, 4)
+    offset, phase, dim = 2.0, 0.25, 32
+    cos, sin = embeddings.rope_table(layout, dim, 'linspace', (2, 3), offset, phase)
+    long = SceneLayout((6 + 2 * int(offset),), 2, 3, 4)
+    straight = embeddings.rope_table(long, dim, 'linspace', (2, 3))
+
+    def by_frame(table):
+        return np.asarray(table).reshape(-1, 6, dim)
+
+    cosines, sines = map(by_frame, straight)
+    for frame, scene in enumerate((0, 1, 1, 1, 2, 2)):
+        source = frame + int(offset) * scene
+        turned = np.zeros(dim)
+        turned[: dim // 4] = phase * scene  # the share of time
+        expected = cosines[source] * np.cos(turned) - sines[source] * np.sin(turned)
+        np.testing.assert_allclose(by_frame(cos)[frame], expected, atol=1e-6)
+        expected = sines[source] * np.cos(turned) + cosines[source] * np.sin(turned)
+        np.testing.assert_allclose(by_frame(sin)[frame], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['scene_offset_frames', 'scene_phase'])
+def test_jumps_at_cuts_need_rotary_positions(name):
+    with pytest.raises(ValueError, match=rf'model.{name} 0.5 is about rotary positions'):
+        dit.DiTConfig(rotary=False, **{name: 0.5})
+
+
 def test_sincos_rules_agree_on_one_trained_clip_and_only_the_reference_stretches():
     base = (4, 2, 3)
     clip = SceneLayout((4,), 2, 3, 5)

@@ -84,6 +84,9 @@ class DiTConfig:
       position_rule: 'continuous' counts frames straight through scenes of any number and length,
         and starts a learned table anew in every scene; 'reference' stretches one clip's table over
         all scenes as the released code does. Rotary positions are the same under both.
+      scene_offset_frames: frames that rotary positions in time jump at every cut, so that the model
+        sees where scenes meet; 0 is the paper's straight timeline.
+      scene_phase: radians that every cut adds to the angles of rotary positions in time.
       pattern: attention mask: 'dual' (the paper's: a caption touches only its own scene, and all
         video tokens see each other), 'full' (no mask), 'isolated' (a scene sees only itself) or
         'causal' (as dual, but video does not see the video of later scenes).
@@ -122,6 +125,8 @@ class DiTConfig:
     rotary: bool = ranges.switch(True)
     learned_positions: bool = ranges.switch(False)
     position_rule: str = ranges.word('continuous', POSITION_RULES)
+    scene_offset_frames: float = ranges.real(0.0)
+    scene_phase: float = ranges.real(0.0)
     pattern: str = ranges.word('dual', masks.PATTERNS)
     attention_backend: str = ranges.word('blockwise', attend.BACKENDS)
     dtype: str = ranges.word('bfloat16', DTYPES)
@@ -192,6 +197,13 @@ def conflicts(cfg: DiTConfig) -> list[str]:
         found.append(
             f'model.attention_head_dim must be a multiple of 16, got {cfg.attention_head_dim}.'
         )
+
+    for name in ('scene_offset_frames', 'scene_phase'):
+        if getattr(cfg, name) and not cfg.rotary:
+            found.append(
+                f'model.{name} {getattr(cfg, name)} is about rotary positions, which this model '
+                'does not have: set it to 0.'
+            )
 
     half_width = cfg.num_attention_heads * cfg.attention_head_dim // 2
     if cfg.freq_shift >= half_width:
@@ -618,7 +630,12 @@ class DiT(nn.Module):
         cfg = self.cfg
         rule = 'linspace' if cfg.patch_size_t is None else 'slice'
         tables = embeddings.rope_table(
-            places.layout, cfg.attention_head_dim, rule, cfg.base_grid[1:]
+            places.layout,
+            cfg.attention_head_dim,
+            rule,
+            cfg.base_grid[1:],
+            cfg.scene_offset_frames,
+            cfg.scene_phase,
         )
         text_rows = ((places.layout.num_text, 0), (0, 0))
         tokens = []

@@ -80,9 +80,14 @@ def _join_axes(time: np.ndarray, rows: np.ndarray, columns: np.ndarray, order: s
 
 
 def rope_table(
-    layout: SceneLayout, head_dim: int, rule: str, base: tuple[int, int]
+    layout: SceneLayout,
+    head_dim: int,
+    rule: str,
+    base: tuple[int, int],
+    scene_offset: float = 0.0,
+    scene_phase: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """3D rotary positions on one timeline that runs straight through all scenes.
+    """3D rotary positions on one timeline that runs through all scenes.
 
     Args:
       layout: the story's layout, without remembered scenes.
@@ -90,6 +95,8 @@ def rope_table(
       rule: 'linspace' (CogVideoX 1.0: any resolution is squeezed into the base grid) or 'slice'
         (1.5: rows and columns are counted).
       base: rows and columns of the trained token grid.
+      scene_offset: frames that the timeline jumps at every cut (EchoShot, MultiShotMaster).
+      scene_phase: radians that every cut adds to all angles of time (ShotStream).
 
     Returns:
       Cosines and sines, float32 [num_video, D], each value repeated for the two members of its
@@ -120,13 +127,15 @@ def rope_table(
         raise ValueError(f'Unknown rotary rule {rule!r}: use "linspace" or "slice".')
 
     # Each axis of the grid turns its own share of the head.
-    times = np.arange(sum(layout.token_frames), dtype=np.float64)
+    scenes = np.repeat(np.arange(layout.num_scenes, dtype=np.float64), layout.token_frames)
+    times = np.arange(sum(layout.token_frames), dtype=np.float64) + scene_offset * scenes
     shares = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
     angles = []
     for positions, share in zip((times, rows, columns), shares):
         frequencies = 10000.0 ** (-np.arange(0, share, 2) / share)
         pair_angles = positions[:, None] * frequencies  # [n, share/2]
         angles.append(np.repeat(pair_angles, 2, axis=1))
+    angles[0] += scene_phase * scenes[:, None]
 
     cos = _join_axes(*map(np.cos, angles), order='thw')
     sin = _join_axes(*map(np.sin, angles), order='thw')

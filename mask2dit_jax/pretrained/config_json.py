@@ -200,6 +200,11 @@ def transformer_json(cfg: dit.DiTConfig) -> dict:
 
     # Rotary positions are the same under both rules; added ones are not.
     added_positions = cfg.learned_positions or not cfg.rotary
+    if cfg.scene_offset_frames or cfg.scene_phase:
+        raise ValueError(
+            'This model was trained with positions that jump at cuts (scene_offset_frames, '
+            'scene_phase), which the reference would compute differently: it cannot be exported.'
+        )
     if cfg.position_rule != 'reference' and added_positions:
         raise ValueError(
             "This model was trained with position_rule 'continuous' and added positions, which the "

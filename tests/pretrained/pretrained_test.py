@@ -238,6 +238,10 @@ def test_a_fine_tuned_folder_is_sampled_exported_and_loaded_again(folder, tmp_pa
     [
         ({'pattern': 'causal'}, "no 'causal' mask"),
         (
+            {'scene_offset_frames': 4.0},
+            'positions that jump at cuts',
+        ),
+        (
             {'position_rule': 'continuous', 'learned_positions': True},
             "position_rule 'continuous'",
         ),

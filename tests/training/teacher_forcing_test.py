@@ -118,6 +118,7 @@ CASES = {
     'rotary': {},
     'learned and rotary': {'learned_positions': True},
     'sin-cos': {'rotary': False},
+    'jumps at cuts': {'scene_offset_frames': 4.0, 'scene_phase': 0.5},
     'blockwise': {'attention_backend': 'blockwise'},
 }
 
