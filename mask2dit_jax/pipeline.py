@@ -341,6 +341,7 @@ class Request:
       frames: pixel frames per scene.
       given: the given scenes.
       mesh: the devices that the videos are sampled on.
+      global_caption: what stands before the caption of every scene; empty for none.
       negative_caption: what guidance leads away from.
       sampling: seed, sampler, steps and guidance.
       blocks: which scenes are generated together, and which are given then.
@@ -353,6 +354,7 @@ class Request:
     frames: tuple[int, ...]
     given: list[_GivenScene]
     mesh: jax.sharding.Mesh
+    global_caption: str
     negative_caption: str
     sampling: dict
     blocks: list[generation.Block]
@@ -417,7 +419,7 @@ class Model:
           callback: called after every denoising step with its number, from 1, and the number of all
             steps of all the videos. What it raises ends the call, after the present video.
           **settings: those of `request`: frames, given, given_frames, seed, first_index, sampler,
-            steps, guidance, negative_caption, joint, window, sinks.
+            steps, guidance, global_caption, negative_caption, joint, window, sinks.
 
         Returns:
           Video, or a list of them if captions is a list of lists.
@@ -458,6 +460,7 @@ class Model:
         sampler: str | None = None,
         steps: int | None = None,
         guidance=None,
+        global_caption: str = '',
         negative_caption: str = '',
         joint: int | None = None,
         window: int | None = None,
@@ -480,6 +483,8 @@ class Model:
           first_index: see above.
           sampler, steps, guidance: None takes the settings of the model; guidance is one number, or
             one for each scene.
+          global_caption: what is true of all scenes, who and where for instance: it is put before
+            the caption of each.
           negative_caption: what guidance leads away from, in every scene.
           joint: how many scenes at the beginning are generated together; None takes as many as the
             model was trained on. All later ones are generated one after another.
@@ -523,6 +528,7 @@ class Model:
             'given_frames': given_frames,
             'num_videos': len(stories),
             'first_index': first_index,
+            'global_prompt': global_caption,
             'negative_prompt': negative_caption,
             **sampling,
             **telling,
@@ -533,7 +539,17 @@ class Model:
             'device': mesh.devices.flat[0].device_kind,
             'mesh': [mesh.shape['fsdp'], mesh.shape['context']],
         }
-        return Request(stories, planned, scenes, mesh, negative_caption, sampling, blocks, record)
+        return Request(
+            stories,
+            planned,
+            scenes,
+            mesh,
+            global_caption,
+            negative_caption,
+            sampling,
+            blocks,
+            record,
+        )
 
     def start(self, request: Request) -> Request:
         """Encodes the captions and given scenes of a request, then reads the transformer.
@@ -547,9 +563,10 @@ class Model:
             len(request.frames),
             ' + '.join(lengths),
         )
+        before = [request.global_caption] if request.global_caption else []
         inputs = generation.encode_inputs(
             self.codec,
-            request.stories,
+            [[' '.join([*before, caption]) for caption in story] for story in request.stories],
             request.frames,
             negative_caption=request.negative_caption,
             given_latents=_encode_given(self.codec, request.given),

@@ -150,6 +150,11 @@ _GUIDANCE = flags.DEFINE_list(
 _SAMPLER = flags.DEFINE_enum(
     'sampler', None, samplers.SAMPLERS, 'Sampler; default: the configuration of the run.'
 )
+_GLOBAL = flags.DEFINE_string(
+    'global_prompt',
+    None,
+    'What is true of all scenes, who and where for instance: put before the caption of each.',
+)
 _NEGATIVE = flags.DEFINE_string(
     'negative_prompt', None, 'Caption that guidance leads away from, in every scene; default: none.'
 )
@@ -388,6 +393,7 @@ def _request(model: pipeline.Model, record: dict) -> pipeline.Request:
         sampler=_chosen(_SAMPLER, record),
         steps=_chosen(_STEPS, record),
         guidance=guidance,
+        global_caption=_chosen(_GLOBAL, record, ''),
         negative_caption=_chosen(_NEGATIVE, record, ''),
         joint=_chosen(_JOINT, record),
         window=_chosen(_WINDOW, record),

@@ -27,6 +27,7 @@ FIX = 'mount it|copy it|mount or copy'
 # Flags of text that are no paths.
 NOT_PATHS = {
     'prompt',
+    'global_prompt',
     'negative_prompt',
     'guidance',
     'mesh',

@@ -112,6 +112,27 @@ def warnings(caplog):
     return found
 
 
+def test_a_global_prompt_stands_before_every_caption(workdir, tmp_path):
+    """The video is that of the whole captions; the sheet and the record have the parts."""
+    settings = {'workdir': str(workdir), 'steps': 2}
+    whole = run_sample(
+        tmp_path / 'whole', prompt=['red ring on gray grows', 'red ring on gray blinks'], **settings
+    )
+    joined = run_sample(
+        tmp_path / 'joined',
+        prompt=['grows', 'blinks'],
+        global_prompt='red ring on gray',
+        **settings,
+    )
+    assert set(differing(whole, joined)) == {'story.json', 'sheet_0.png'}
+    told = json.loads((joined / 'story.json').read_text())
+    assert told['global_prompt'] == 'red ring on gray'
+    assert [scene['caption'] for scene in told['scenes']] == ['grows', 'blinks']
+
+    again = run_sample(tmp_path / 'again', story=str(joined / 'story.json'))
+    assert differing(joined, again) == []
+
+
 def test_a_story_makes_its_folder_again(workdir, tmp_path, monkeypatch, caplog):
     """Seed, sampler, steps, guidance, negative prompt, given clip, its cut, number of videos, and
     the checkpoint, after newer ones have come."""

@@ -331,6 +331,7 @@ SETTINGS = {
     'given_frames': _or_null(_whole(1)),
     'num_videos': _whole(1),
     'first_index': _whole(0),
+    'global_prompt': _TEXT,
     'negative_prompt': _TEXT,
     'seed': ranges.of(config_lib.Config, 'seed'),
     'sampler': ranges.of(config_lib.SampleConfig, 'sampler'),
