@@ -5,33 +5,15 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of
+from conftest import CAUSAL_MODEL, mesh_of
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import generation
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
 
-# With fewer layers nothing of a given scene could reach a later one by way of another.
-MODEL = dit.DiTConfig(
-    num_layers=3,
-    num_attention_heads=4,
-    attention_head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    text_embed_dim=8,
-    time_embed_dim=16,
-    max_text_seq_length=4,
-    patch_size=1,
-    sample_height=4,
-    sample_width=4,
-    sample_frames=9,
-    pattern='causal',
-    attention_backend='blockwise',
-    dtype='float32',
-)
+MODEL = CAUSAL_MODEL
 FRAMES = (2, 3, 1)
 STORIES = 2
 

@@ -54,6 +54,26 @@ STORY_MODEL = dit.DiTConfig(
 )
 
 
+# With fewer layers nothing of a given scene could reach a later one by way of another.
+CAUSAL_MODEL = dit.DiTConfig(
+    num_layers=3,
+    num_attention_heads=4,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    text_embed_dim=8,
+    time_embed_dim=16,
+    max_text_seq_length=4,
+    patch_size=1,
+    sample_height=4,
+    sample_width=4,
+    sample_frames=9,
+    pattern='causal',
+    attention_backend='blockwise',
+    dtype='float32',
+)
+
+
 def tiny_config(**train):
     """A model of two layers, trained by Muon; `train` replaces fields of TrainConfig."""
     model = dit.DiTConfig(

@@ -133,18 +133,7 @@ def _accumulated_gradients(
     def loss_fn(params, micro_batch: denoising.DenoisingBatch):
         if config.lora.rank:
             params = lora.merge(state.frozen_params, params, config.lora)
-        if forced:
-            return loss.forced_loss(
-                model,
-                params,
-                config.schedule,
-                {'latents': micro_batch.latents, 'text': micro_batch.text},
-                micro_batch.noise,
-                micro_batch.timesteps,
-                micro_batch.given,
-                frames,
-            )
-        return loss.denoising_loss(
+        arguments = (
             model,
             params,
             config.schedule,
@@ -153,8 +142,11 @@ def _accumulated_gradients(
             micro_batch.timesteps,
             micro_batch.given,
             frames,
-            micro_batch.given_timesteps if config.train.given_max_timestep else None,
         )
+        if forced:
+            return loss.forced_loss(*arguments)
+        given_timesteps = micro_batch.given_timesteps if config.train.given_max_timestep else None
+        return loss.denoising_loss(*arguments, given_timesteps)
 
     def accumulate(sums, micro_batch):
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of
+from conftest import CAUSAL_MODEL, mesh_of
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax import layout as layout_lib
@@ -18,23 +18,7 @@ from mask2dit_jax.models import dit, flops
 from mask2dit_jax.pretrained import names
 from mask2dit_jax.training.objectives import denoising
 
-MODEL = dit.DiTConfig(
-    num_layers=3,
-    num_attention_heads=4,
-    attention_head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    text_embed_dim=8,
-    time_embed_dim=16,
-    max_text_seq_length=4,
-    patch_size=1,
-    sample_height=4,
-    sample_width=4,
-    sample_frames=9,
-    pattern='causal',
-    attention_backend='dense',
-    dtype='float32',
-)
+MODEL = dataclasses.replace(CAUSAL_MODEL, attention_backend='dense')
 FRAMES = (2, 3, 1)
 BATCH = 2
 
