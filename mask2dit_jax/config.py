@@ -37,7 +37,8 @@ OPTIMIZERS = ('adamw', 'muon')
 CODECS = ('stories', 'vae')
 SCENES = ('consecutive', 'unrelated')
 GIVEN = ('leading', 'any')
-OBJECTIVES = ('denoising', 'teacher_forcing')
+CONTEXTS = ('anew', 'carried')
+OBJECTIVES = ('denoising', 'teacher_forcing', 'diffusion_forcing')
 WORLDS = ('one', 'cast')
 CAPTION_STYLES = ('first', 'every')
 
@@ -173,9 +174,10 @@ class TrainConfig:
       steps: updates of the whole training.
       batch_size: stories per update, over all devices and accumulated micro-batches.
       grad_accumulation: micro-batches per update.
-      objective: 'denoising' (all scenes of a story at one timestep, some of them given) or
-        'teacher_forcing' (each scene at its own timestep, generated from the clean ones before it,
-        all in one pass over twice the tokens; for the pattern 'causal').
+      objective: 'denoising' (all scenes of a story at one timestep, some of them given),
+        'diffusion_forcing' (each scene at a timestep of its own, for config.sample.lag) or
+        'teacher_forcing' (that, too, and each generated from the clean ones before it, all in one
+        pass over twice the tokens; for the pattern 'causal').
       caption_dropout: share of stories whose captions are emptied, for classifier-free guidance.
       conditional_probability: share of stories in which some scenes, but never all, are given
         (clean, at timestep 0).
@@ -217,6 +219,12 @@ class SampleConfig:
       sampler: 'ddim', 'dpm++2m' or 'euler'.
       steps: steps of the sampler.
       guidance: scale of classifier-free guidance; 1 switches guidance off.
+      lag: steps that each scene begins after the scene before it, of scenes that are generated
+        together. 0 denoises them jointly, as many as `steps` one after another. Between, a model
+        must be trained by diffusion_forcing.
+      context: how a scene that is generated after others sees the given ones under 'causal'. 'anew'
+        computes them once more for every new scene. 'carried' keeps what was computed when each was
+        made, which still tells of scenes that have left the window.
       given_timestep: timestep of given scenes, with its noise; 0 for clean ones, as in the paper.
         A little noise hides what generated scenes have wrong, from a model that was trained with
         train.given_max_timestep.
@@ -228,6 +236,8 @@ class SampleConfig:
     sampler: str = ranges.word('ddim', samplers.SAMPLERS)
     steps: int = ranges.whole(50, least=1)
     guidance: float = ranges.real(6.0)
+    lag: int = ranges.whole(0, least=0)
+    context: str = ranges.word('anew', CONTEXTS)
     given_timestep: int = ranges.whole(0, least=0)
     captions_of_given: bool = ranges.switch(False)
     sheet_stories: int = ranges.whole(4, least=1)
@@ -699,7 +709,29 @@ def _conflicts(config) -> list[str]:
             f'config.schedule.beta_start {schedule.beta_start} must not be above beta_end '
             f'{schedule.beta_end}.'
         )
+    found += context_conflicts(config, 'config.sample.')
     return found + step_conflicts(config.sample.steps, schedule, 'config.sample.')
+
+
+def context_conflicts(config: Config, where: str = '') -> list[str]:
+    """Says why config.sample.context is not for the model; `where` stands before 'context'."""
+    sample = config.sample
+    if sample.context != 'carried':
+        return []
+    found = []
+    if dit.cache_conflict(config.model):
+        found.append(f'{where}context carried: {dit.cache_conflict(config.model)}')
+    if not config.model.rotary and not config.model.learned_positions:
+        found.append(
+            f'{where}context carried is not for sin-cos positions, which are a part of what is '
+            "carried and cannot move with the window: use 'anew'."
+        )
+    if sample.given_timestep:
+        found.append(
+            f'{where}context carried keeps clean scenes: set given_timestep to 0, not to '
+            f'{sample.given_timestep}.'
+        )
+    return found
 
 
 def step_conflicts(steps: int, schedule, where: str = '') -> list[str]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mask2dit_jax import config as config_lib
+from mask2dit_jax.attention import kv_cache
 from mask2dit_jax.data import latent_codec
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.diffusion import schedule as schedule_lib
@@ -38,8 +39,7 @@ _step_listeners: dict[int, Callable[[], None]] = {}
 _listener_numbers = itertools.count()
 
 
-def _report_step(timestep, number) -> None:
-    del timestep  # listeners count
+def _report_step(number) -> None:
     _step_listeners[int(number)]()
 
 
@@ -78,6 +78,7 @@ def jit_sample(
     mesh: jax.sharding.Mesh,
     reports_steps: bool = False,
     remembered: int = 0,
+    carried: bool = False,
 ):
     """The jitted sampling loop for these latent frames per scene; it compiles once for each batch
     size and number of steps.
@@ -85,7 +86,8 @@ def jit_sample(
     With `remembered`, so many leading scenes are given in every story. They go through the
     transformer once, which leaves the keys and values of their video in a cache, and the loop has
     the tokens of the other scenes alone. The result is that of the loop over all tokens, to
-    rounding, if the pattern lets no scene see later ones.
+    rounding, if the pattern lets no scene see later ones. With `carried` that cache is an input,
+    after the guidance.
 
     Stories lie on the mesh as mesh.row_sharding says. The two halves of classifier-free guidance
     are rows of one batch, spread over the batch axes; tokens are spread over context. With
@@ -99,14 +101,6 @@ def jit_sample(
     def by_rows(x):
         return jax.lax.with_sharding_constraint(x, mesh_lib.row_sharding(mesh, len(x)))
 
-    def remember(params, text, given):
-        """A cache of the leading scenes [R, ...], spread as attention has it."""
-        times = jnp.full(text.shape[:2], given_timestep)
-        _, cache = model.apply(
-            {'params': params}, given, text, times, frames=frames[:remembered], remembers=True
-        )
-        return context_parallel.spread_cache(cache, mesh)
-
     def run(
         params,
         noise,
@@ -117,8 +111,10 @@ def jit_sample(
         timesteps,
         table,
         guidance,
-        listener=None,
+        *more,
     ):
+        more = list(more)
+        cache = more.pop(0) if carried else None
         noise, text, given, given_scenes = map(by_rows, (noise, text, given, given_scenes))
 
         # The captions of both halves of guidance.
@@ -128,12 +124,16 @@ def jit_sample(
         both = jnp.concatenate([negative, text])
 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            cache = None
-            if remembered:
-                halves = [negative, text][-num_caches(config, mesh, len(text)) :]
-                leading = jnp.concatenate(halves)[:, :remembered]
-                clean = jnp.concatenate([given[:, :first]] * len(halves))
-                cache = remember(params, leading, clean)
+            if remembered and not carried:
+                cache = _remember(
+                    config,
+                    params,
+                    text[:, :remembered],
+                    negative[:, :remembered],
+                    given[:, :first],
+                    frames[:remembered],
+                    mesh,
+                )
 
             # Between forward passes width and channels are one axis: alone, 16 channels would fill
             # an eighth of the TPU's lanes, and every copy of the latents eight times their size.
@@ -155,14 +155,14 @@ def jit_sample(
                 velocity,
                 merged[:, first:],
                 config.model.layout(frames[remembered:], *noise.shape[2:4]),
-                timesteps,
-                table,
+                timesteps[:, remembered:],
+                table[:, remembered:],
                 guidance[remembered:],
                 of_given[:, first:],
                 given_scenes[:, remembered:],
                 given_timestep=given_timestep,
                 callback=_report_step if reports_steps else None,
-                callback_data=listener,
+                callback_data=more[0] if reports_steps else None,
             )
         out = out.reshape(len(out), *shape)
         return by_rows(jnp.concatenate([given[:, :first], out], axis=1))
@@ -170,8 +170,42 @@ def jit_sample(
     # Stories come in and go out as they lie: how they are spread depends on their number.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = partitioning.shardings(names.abstract_params(config.model), mesh)
-    inputs = (None, None, whole, None, None, *[whole] * (3 + reports_steps))
+    cache = (None,) * carried
+    inputs = (None, None, whole, None, None, *[whole] * 3, *cache, *[whole] * reports_steps)
     return jax.jit(run, in_shardings=(params, *inputs))
+
+
+def _remember(config, params, text, negative, given, frames, mesh, cache=None) -> kv_cache.KVCache:
+    """Keys and values of given scenes, spread as attention has them.
+
+    They are of both halves of guidance, or of the positive one if it serves both.
+    """
+    halves = [negative, text][-num_caches(config, mesh, len(text)) :]
+    latents = jnp.concatenate([given] * len(halves))
+    _, cache = dit.DiT(config.model).apply(
+        {'params': params},
+        latents,
+        jnp.concatenate(halves),
+        jnp.full(latents.shape[:2], config.sample.given_timestep),
+        frames=frames,
+        cache=cache,
+        remembers=True,
+    )
+    return context_parallel.spread_cache(cache, mesh)
+
+
+@functools.cache
+def _jit_carry(config: config_lib.Config, frames: tuple[int, ...], mesh: jax.sharding.Mesh):
+    """The jitted pass that remembers the last scenes of `frames`; the others are in its cache."""
+
+    def run(params, text, null_text, given, cache):
+        negative = text
+        if not config.sample.captions_of_given:
+            negative = jnp.broadcast_to(null_text, text.shape)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _remember(config, params, text, negative, given, frames, mesh, cache)
+
+    return jax.jit(run)
 
 
 def story_noise(seed: int, index: int, shape: tuple[int, ...]):
@@ -287,6 +321,7 @@ def sample_latents(
     batch_size: int | None = None,
     listener: Callable[[], None] | None = None,
     scene: int | None = None,
+    cache: kv_cache.KVCache | None = None,
 ) -> np.ndarray:
     """Denoises stories, on the mesh that `params` lie on.
 
@@ -296,6 +331,7 @@ def sample_latents(
       listener: called after every denoising step.
       scene: where the last scene of the inputs is the only new one, its number in the story: it
         then has the noise of `scene_noise`, not a part of that of the whole story.
+      cache: of the given scenes; None where it is made of them.
 
     Returns:
       Latents float32 [B, T, h, w, C] of these stories; given scenes come back as they are.
@@ -332,6 +368,8 @@ def sample_latents(
     timesteps, table = samplers.sampler_table(
         sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
     )
+    turns = _turns(inputs.given_scenes, num_scenes)
+    scene_steps = samplers.staircase(timesteps, table, config.sample.lag * turns)
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
     run = jit_sample(
         config,
@@ -339,6 +377,7 @@ def sample_latents(
         mesh,
         reports_steps=listener is not None,
         remembered=num_remembered(config, inputs.given_scenes),
+        carried=cache is not None,
     )
     arguments = (
         params,
@@ -347,9 +386,9 @@ def sample_latents(
         inputs.null_text,
         stories['given'],
         stories['given_scenes'],
-        timesteps,
-        table,
+        *scene_steps,
         scale,
+        *((cache,) if cache else ()),
     )
     if listener is None:
         latents = mesh_lib.local_batch(run(*arguments))
@@ -358,6 +397,17 @@ def sample_latents(
             latents = mesh_lib.local_batch(run(*arguments, number))
     is_given = np.repeat(inputs.given_scenes, inputs.latent_frames, axis=1)  # [B, T]
     return np.where(is_given[..., None, None, None], inputs.given, latents[:, whole.kept])
+
+
+def num_steps(steps: int, lag: int, num_new: int) -> int:
+    """Steps of the loop that generates so many scenes together, each `lag` after the one before."""
+    return steps + lag * max(0, num_new - 1)
+
+
+def _turns(given_scenes: np.ndarray, num_scenes: int) -> np.ndarray:
+    """The turn of every scene, int [S], among those after the scenes that every story has given."""
+    leading = np.cumprod(given_scenes.all(0)).sum()
+    return np.maximum(np.arange(num_scenes) - leading, 0)
 
 
 def num_caches(config: config_lib.Config, mesh: jax.sharding.Mesh, num_stories: int) -> int:
@@ -535,12 +585,80 @@ def plan_blocks(
     return blocks
 
 
+class Carried(NamedTuple):
+    """What is carried from scene to scene: keys and values, as they were when each was made.
+
+    Attributes:
+      scenes: numbers of the scenes.
+      caches: of each.
+    """
+
+    scenes: tuple[int, ...] = ()
+    caches: tuple[kv_cache.KVCache, ...] = ()
+
+    def of(self, scenes: Sequence[int]) -> kv_cache.KVCache | None:
+        """The cache of some of the scenes, one after another; None for that of none."""
+        if not scenes:
+            return None
+        caches = [self.caches[self.scenes.index(scene)] for scene in scenes]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *caches)
+
+
+NOTHING = Carried()
+
+
+def carry(
+    config: config_lib.Config,
+    params,
+    inputs: Inputs,
+    block: Block,
+    scenes: Sequence[np.ndarray],
+    carried: Carried,
+) -> Carried:
+    """Adds the scenes of a block that is told, as they see the scenes given to it.
+
+    These see those that were given to them, and so on: what is carried knows of scenes that are
+    not in the window any more. Of what was there before, the scenes given to the block stay.
+
+    Args:
+      config, params, inputs, block: as in `tell`; unless config.sample.context is 'carried',
+        nothing is.
+      scenes: latents [B, T, h, w, C] of each scene of the block.
+      carried: of the blocks before.
+    """
+    if config.sample.context != 'carried':
+        return carried
+    mesh = mesh_lib.mesh_of(params)
+    given, own = list(block.given), list(range(block.start, block.stop))
+    frames = [
+        config.model.whole_patches(tuple(inputs.latent_frames[scene] for scene in part))
+        for part in (given, own)
+    ]
+    stories = {
+        'text': inputs.text[:, own],
+        'given': np.concatenate(scenes, axis=1)[:, frames[1].source],
+    }
+    stories = mesh_lib.global_batch(stories, mesh, len(inputs.text))
+    cache = _jit_carry(config, frames[0].frames + frames[1].frames, mesh)(
+        params, stories['text'], inputs.null_text, stories['given'], carried.of(given)
+    )
+    layout = config.model.layout(frames[1].frames, *inputs.given.shape[2:4])
+    ends = np.cumsum([segment.length for segment in layout.segments if not segment.is_text])
+    parts = [
+        kv_cache.KVCache(*(x[:, :, start:stop] for x in cache))
+        for start, stop in itertools.pairwise([0, *ends.tolist()])
+    ]
+    kept = [carried.caches[carried.scenes.index(scene)] for scene in given]
+    return Carried((*given, *own), (*kept, *parts))
+
+
 def tell(
     config: config_lib.Config,
     params,
     inputs: Inputs,
     block: Block,
     told: Sequence[np.ndarray],
+    carried: Carried = NOTHING,
     **settings,
 ) -> list[np.ndarray]:
     """Generates the scenes of one block for a batch of stories.
@@ -550,6 +668,7 @@ def tell(
       inputs: of `encode_inputs`, for the whole stories, of which some leading scenes may be given.
       block: of `plan_blocks`.
       told: latents [B, T, h, w, C] of each scene before the block.
+      carried: of `carry`, of the blocks before.
       **settings: the other arguments of `sample_latents`; guidance is one number, or one per scene
         of the story.
 
@@ -582,6 +701,7 @@ def tell(
         ),
         guidance=np.asarray(guidance)[seen] if np.size(guidance) > 1 else guidance,
         scene=block.start if block.start else None,
+        cache=carried.of(block.given) if carried.scenes else None,
         **settings,
     )
     scenes = np.split(out, np.cumsum([frames[scene] for scene in seen])[:-1], axis=1)

@@ -169,10 +169,9 @@ def traced_token_scenes(segments: tuple[Segment, ...]) -> tuple[jax.Array, jax.A
     return scene_of_token, jnp.any(inside & is_text, axis=1)
 
 
-def frame_scenes(layout: SceneLayout) -> np.ndarray:
-    """Scene index of every latent frame, int32 [T]."""
-    scenes = np.arange(layout.num_scenes, dtype=np.int32)
-    return np.repeat(scenes, layout.frames)
+def frame_scenes(frames: tuple[int, ...]) -> np.ndarray:
+    """Scene index of every latent frame, int32 [T], of the latent frames per scene."""
+    return np.repeat(np.arange(len(frames), dtype=np.int32), frames)
 
 
 def twice(frames: tuple[int, ...]) -> tuple[tuple[int, ...], np.ndarray]:

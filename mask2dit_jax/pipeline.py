@@ -276,6 +276,15 @@ def plan_telling(
     return blocks, {'joint': joint, 'window': window, 'sinks': sinks}
 
 
+# Settings of config.SampleConfig that a request may change.
+HOW = ('lag', 'context', 'given_timestep', 'captions_of_given')
+
+
+def with_sample(config: config_lib.Config, **settings) -> config_lib.Config:
+    """The configuration with other settings of `sample`."""
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **settings))
+
+
 Video = samples.Video
 save = samples.save
 
@@ -306,6 +315,7 @@ def check_sampling(
     sampler: str,
     steps: int,
     guidance,
+    **how,
 ) -> None:
     """Refuses what cannot be sampled, before anything is loaded.
 
@@ -313,13 +323,16 @@ def check_sampling(
       config: the model's configuration, whose fields have the ranges.
       num_scenes: scenes of a story.
       frames: numbers of frames that are asked for; None for those that are not.
-      seed, sampler, steps, guidance: as in `generate`.
+      seed, sampler, steps, guidance, **how: as in `Model.request`.
 
     Raises:
       ValueError: naming all that is wrong, and what is allowed.
     """
     found = ranges.problems(config_lib.Config, {'seed': seed}, '')
-    found += ranges.problems(config_lib.SampleConfig, {'sampler': sampler, 'steps': steps}, '')
+    unknown = [name for name in how if name not in HOW]
+    found += [f'There is no setting {name!r}{ranges.nearest(name, HOW)}.' for name in unknown]
+    settings = {'sampler': sampler, 'steps': steps, **how}
+    found += ranges.problems(config_lib.SampleConfig, settings, '')
     for scale in np.ravel(guidance).tolist():
         found += ranges.problems(config_lib.SampleConfig, {'guidance': scale}, '')
     for number in frames:
@@ -330,6 +343,14 @@ def check_sampling(
             f'Guidance must be one number or one per scene ({num_scenes}), got {guidance}.'
         )
     ranges.refuse(found or config_lib.step_conflicts(steps, config.schedule))
+    ranges.refuse(config_lib.context_conflicts(with_sample(config, **how)))
+    if how.get('lag') and config.train.objective != 'diffusion_forcing':
+        logging.warning(
+            'Scenes begin %d steps after each other, and the model was trained by %s, not by '
+            'diffusion_forcing: expect less of it, or give --lag=0.',
+            how['lag'],
+            config.train.objective,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +364,7 @@ class Request:
       mesh: the devices that the videos are sampled on.
       global_caption: what stands before the caption of every scene; empty for none.
       negative_caption: what guidance leads away from.
+      config: the model's, with what is asked for in `sample`.
       sampling: seed, sampler, steps and guidance.
       blocks: which scenes are generated together, and which are given then.
       record: what story.json holds. Its `weights`, a checksum, and its `checkpoint` are certain
@@ -356,6 +378,7 @@ class Request:
     mesh: jax.sharding.Mesh
     global_caption: str
     negative_caption: str
+    config: config_lib.Config
     sampling: dict
     blocks: list[generation.Block]
     record: dict
@@ -419,7 +442,8 @@ class Model:
           callback: called after every denoising step with its number, from 1, and the number of all
             steps of all the videos. What it raises ends the call, after the present video.
           **settings: those of `request`: frames, given, given_frames, seed, first_index, sampler,
-            steps, guidance, global_caption, negative_caption, joint, window, sinks.
+            steps, guidance, global_caption, negative_caption, joint, window, sinks, lag, context,
+            given_timestep, captions_of_given.
 
         Returns:
           Video, or a list of them if captions is a list of lists.
@@ -465,6 +489,7 @@ class Model:
         joint: int | None = None,
         window: int | None = None,
         sinks: int | None = None,
+        **how,
     ) -> Request:
         """Checks what `generate` is asked for, and reads the given files; no network is loaded.
 
@@ -492,6 +517,8 @@ class Model:
             the model was trained on, the new scene and `sinks` not counted.
           sinks: how many scenes at the beginning of the story are given to every later one on top;
             None takes one, or none if the model was trained on fewer than three scenes.
+          **how: lag, context, given_timestep, captions_of_given: see config.SampleConfig; None
+            takes the setting of the model.
 
         Raises:
           FileNotFoundError, ValueError: naming what is missing or does not fit.
@@ -509,7 +536,11 @@ class Model:
             'steps': self.config.sample.steps if steps is None else steps,
             'guidance': np.asarray(guidance, float).tolist(),
         }
-        check_sampling(self.config, len(stories[0]), [*asked, given_frames], **sampling)
+        how = {name: getattr(self.config.sample, name) for name in HOW} | {
+            name: value for name, value in how.items() if value is not None
+        }
+        check_sampling(self.config, len(stories[0]), [*asked, given_frames], **sampling, **how)
+        config = with_sample(self.config, **how)
 
         scenes = []
         for item in given:
@@ -531,6 +562,7 @@ class Model:
             'global_prompt': global_caption,
             'negative_prompt': negative_caption,
             **sampling,
+            **how,
             **telling,
             'fps': self.config.data.fps,
             'model': dataclasses.asdict(self.config.model),
@@ -546,6 +578,7 @@ class Model:
             mesh,
             global_caption,
             negative_caption,
+            config,
             sampling,
             blocks,
             record,
@@ -597,8 +630,7 @@ class Model:
         """
         listener = None
         if callback is not None:
-            blocks = len(_unmade(request, 0)) * len(indices)
-            listener = _step_counter(callback, blocks * request.sampling['steps'])
+            listener = _step_counter(callback, _num_steps(request) * len(indices))
 
         for index in tqdm.tqdm(indices, desc='sampling', unit='video'):
             is_last = index == indices[-1]
@@ -631,23 +663,31 @@ class Model:
         sampling = request.sampling | {'first_index': request.record['first_index'] + index}
         blocks = request.blocks
         new = _unmade(request, len(told))
+        # What is carried is not on disk: scenes that are there already leave it once more.
+        carrying = request.config.sample.context == 'carried' and new
+        carriers = blocks[: blocks.index(new[-1])] if carrying else []
+        config = request.config
         done = []  # latents [1, T, h, w, C] of each scene
+        carried = generation.NOTHING
         captions = request.stories[index]
         is_long = len(new) > 1
         with tqdm.tqdm(total=len(new), desc='telling', unit='block', disable=not is_long) as bar:
             for block in blocks:
-                if block in new:
+                params = None
+                if block in new or block in carriers:
                     _, params = self.params(request.mesh)
-                    latents = generation.tell(
-                        self.config, params, inputs, block, done, listener=listener, **sampling
-                    )
-                    del params
-                    self._put_away(is_last=block == blocks[-1] and not keeps_params)
-                    bar.update()
-                elif block.stop <= len(told):
+                if block.stop <= len(told):
                     latents = [scene[None] for scene in told[block.start : block.stop]]
                 else:
-                    latents = generation.tell(self.config, None, inputs, block, done, **sampling)
+                    latents = generation.tell(
+                        config, params, inputs, block, done, carried, listener=listener, **sampling
+                    )
+                if block in carriers:
+                    carried = generation.carry(config, params, inputs, block, latents, carried)
+                if params is not None:
+                    del params
+                    self._put_away(is_last=block == blocks[-1] and not keeps_params)
+                bar.update(block in new)
                 done += latents
 
                 frames = request.inputs.latent_frames[block.start : block.stop]
@@ -747,6 +787,15 @@ def _unmade(request: Request, num_told: int) -> list[generation.Block]:
     """The blocks that are to be generated where so many leading scenes are generated already."""
     there = max(num_told, len(request.given))
     return [block for block in request.blocks if block.stop > there]
+
+
+def _num_steps(request: Request) -> int:
+    """Denoising steps of one video."""
+    steps, lag = request.sampling['steps'], request.config.sample.lag
+    new = [
+        block.stop - max(block.start, len(request.given)) for block in _unmade(request, num_told=0)
+    ]
+    return sum(generation.num_steps(steps, lag, count) for count in new)
 
 
 def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[[], None]:

@@ -150,6 +150,35 @@ _GUIDANCE = flags.DEFINE_list(
 _SAMPLER = flags.DEFINE_enum(
     'sampler', None, samplers.SAMPLERS, 'Sampler; default: the configuration of the run.'
 )
+_LAG = flags.DEFINE_integer(
+    'lag',
+    None,
+    'Steps that each scene begins after the scene before it, of scenes that are generated '
+    'together; for models that were trained by diffusion forcing. Default: the configuration of '
+    'the run, or 0.',
+    lower_bound=0,
+)
+_CONTEXT = flags.DEFINE_enum(
+    'context',
+    None,
+    config_lib.CONTEXTS,
+    'How a later scene sees the given ones, of a model with the pattern causal: computed anew, or '
+    'carried on as they were computed when each was made, which still tells of scenes that have '
+    'left the window. Default: the configuration of the run, or anew.',
+)
+_GIVEN_TIMESTEP = flags.DEFINE_integer(
+    'given_timestep',
+    None,
+    'Timestep of given scenes, with its noise, for models that were trained with '
+    'given_max_timestep. Default: the configuration of the run, or 0, which leaves them clean.',
+    lower_bound=0,
+)
+_CAPTIONS_OF_GIVEN = flags.DEFINE_bool(
+    'captions_of_given',
+    None,
+    'Keep the captions of given scenes in the negative half of guidance, too. Default: the '
+    'configuration of the run, or not.',
+)
 _GLOBAL = flags.DEFINE_string(
     'global_prompt',
     None,
@@ -223,6 +252,7 @@ _WITH_EXTEND = ('extend', 'prompt', 'story', 'frames', 'workdir', 'checkpoint', 
 ranges.check_flag('seed', config_lib.Config, 'seed')
 ranges.check_flag('steps', config_lib.SampleConfig, 'steps')
 ranges.check_flag('guidance', config_lib.SampleConfig, 'guidance')
+ranges.check_flag('lag', config_lib.SampleConfig, 'lag')
 ranges.check_flag('mesh', mesh_lib.MeshConfig, 'fsdp')
 
 
@@ -393,6 +423,10 @@ def _request(model: pipeline.Model, record: dict) -> pipeline.Request:
         sampler=_chosen(_SAMPLER, record),
         steps=_chosen(_STEPS, record),
         guidance=guidance,
+        lag=_chosen(_LAG, record),
+        context=_chosen(_CONTEXT, record),
+        given_timestep=_chosen(_GIVEN_TIMESTEP, record),
+        captions_of_given=_chosen(_CAPTIONS_OF_GIVEN, record),
         global_caption=_chosen(_GLOBAL, record, ''),
         negative_caption=_chosen(_NEGATIVE, record, ''),
         joint=_chosen(_JOINT, record),

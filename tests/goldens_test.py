@@ -28,7 +28,7 @@ from mask2dit_jax.diffusion import guidance as guidance_lib
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.diffusion import schedule as schedule_lib
-from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.layout import SceneLayout, frame_scenes
 from mask2dit_jax.models import embeddings, t5, vae
 from mask2dit_jax.pretrained import config_json, export, names
 from mask2dit_jax.pretrained import load as load_lib
@@ -355,11 +355,11 @@ def is_given(case, num_scenes):
     return np.arange(num_scenes) != case['clip_idx']
 
 
-def scene_times(case, batch, num_scenes):
-    """Timestep of every scene, [B, S]."""
-    t = np.broadcast_to(case['timestep'].reshape(-1, 1), (batch, num_scenes))
+def frame_times(case, batch, frames):
+    """Timestep of every latent frame, [B, T]."""
+    t = np.broadcast_to(case['timestep'].reshape(-1, 1), (batch, sum(frames)))
     t_given = np.ravel(case.get('timestep_conditioning', 0)).reshape(-1, 1)  # for all, or [B, 1]
-    return np.where(is_given(case, num_scenes), t_given, t)
+    return np.where(is_given(case, len(frames))[frame_scenes(frames)], t_given, t)
 
 
 @each_case('forward')
@@ -370,12 +370,13 @@ def test_transformer_forward(path):
     batch, total_frames = case['hidden_states'].shape[:2]
     text = case['encoder_hidden_states'].reshape(batch, num_scenes, -1, model.cfg.text_embed_dim)
 
+    frames = (total_frames // num_scenes,) * num_scenes
     out = jax.jit(model.apply, static_argnames='frames')(
         {'params': params},
         channels_last(case['hidden_states']),
         text,
-        scene_times(case, batch, num_scenes),
-        frames=(total_frames // num_scenes,) * num_scenes,
+        frame_times(case, batch, frames),
+        frames=frames,
     )
     assert_close(out, channels_last(case['output']), 5e-6)
 
@@ -389,7 +390,9 @@ def test_loss_and_gradients(path):
     frames = (total_frames // num_scenes,) * num_scenes
     text_shape = (batch_size, num_scenes, -1, model.cfg.text_embed_dim)
 
-    given = np.broadcast_to(is_given(case, num_scenes), (batch_size, num_scenes))
+    of_frames = is_given(case, num_scenes)[frame_scenes(frames)]
+    given = np.broadcast_to(of_frames, (batch_size, total_frames))
+    t = np.where(given, 0, case['timesteps'][:, None])  # [B, T]
     batch = {
         'latents': channels_last(case['latents']),
         'text': case['encoder_hidden_states'].reshape(text_shape),
@@ -402,7 +405,7 @@ def test_loss_and_gradients(path):
             schedule_lib.Schedule(),
             batch,
             channels_last(case['noise']),
-            case['timesteps'],
+            t,
             given,
             frames,
         )

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from mask2dit_jax.attention import masks
-from mask2dit_jax.diffusion import loss
 from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes, whole_patches
 from mask2dit_jax.models import dit, embeddings
 
@@ -140,7 +139,7 @@ def tiny_model(pattern, layers):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 4, 2, 2, 3))  # [B, T, H, W, C]
     text = rng.standard_normal((1, 3, 3, 5))  # [B, S, M, E]
-    t = np.full((1, 3), 400)  # [B, S]
+    t = np.full((1, 4), 400)  # [B, T]
 
     model = dit.DiT(config)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, text, t, frames))['params']
@@ -155,7 +154,7 @@ def influence(pattern, layers):
     It is the size of the gradient of a random projection of scene i with respect to caption j.
     """
     model, params, x, text, t, frames = tiny_model(pattern, layers)
-    scene_of_frame = frame_scenes(model.cfg.layout(frames, 2, 2))  # [T]
+    scene_of_frame = frame_scenes(frames)  # [T]
     in_scene = scene_of_frame == np.arange(3)[:, None]  # [S, T]
     projection = np.random.default_rng(1).normal(size=x.shape)
     weights = in_scene[:, None, :, None, None, None] * projection  # [S, B, T, H, W, C]
@@ -189,16 +188,35 @@ def test_other_patterns_influence():
     assert (causal[np.tril_indices(3)] > 0).all()
 
 
-def test_each_scene_follows_its_own_timestep():
-    """Under `isolated`, changing one scene's timestep changes that scene and no other."""
+def test_each_frame_follows_its_own_timestep():
+    """Under `isolated`, changing one frame's timestep changes its scene and no other."""
     model, params, x, text, t, frames = tiny_model('isolated', 1)
     run = jax.jit(lambda t: model.apply({'params': params}, x, text, t, frames))
-    scene_of_frame = frame_scenes(model.cfg.layout(frames, 2, 2))
+    scene_of_frame = frame_scenes(frames)
 
-    for scene in range(3):
-        other_t = np.where(np.arange(3) == scene, 0, t)
-        change = np.abs(run(t) - run(other_t)).max(axis=(0, 2, 3, 4))  # [T]
-        np.testing.assert_array_equal(change > 0, scene_of_frame == scene)
+    def change(other_t):
+        return np.abs(run(t) - run(other_t)).max(axis=(0, 2, 3, 4))  # [T]
+
+    for frame, scene in enumerate(scene_of_frame):
+        other_t = np.where(np.arange(4) == frame, 0, t)
+        np.testing.assert_array_equal(change(other_t) > 0, scene_of_frame == scene)
+
+    # Which frame of a scene has which timestep matters, too: captions have the same in both.
+    assert (np.abs(run(np.array([[400, 0, 400, 400]])) - run(np.array([[400, 400, 0, 400]]))) > 0)[
+        :, 1:3
+    ].all()
+
+
+def test_a_caption_has_the_timestep_of_the_frames_that_are_denoised():
+    """Where all of a scene are given, that of given ones; frames are counted by tokens of two."""
+    layout = SceneLayout((2, 4, 4), 1, 1, 1, patch_t=2)
+    t = np.array([[0, 0, 0, 0, 7, 7, 3, 3, 3, 3]])
+    of_frames, of_captions = dit._token_times(t, layout)
+    np.testing.assert_array_equal(of_frames, [[0, 0, 7, 3, 3]])
+    np.testing.assert_array_equal(of_captions, [[0, 7, 3]])
+    of_frames, of_captions = dit._token_times(t[:, :5], SceneLayout((1, 3, 1), 1, 1, 1, patch_t=2))
+    np.testing.assert_array_equal(of_frames, [[0, 0, 0, 7]])
+    np.testing.assert_array_equal(of_captions, [[0, 0, 7]])
 
 
 def test_rotary_timeline_runs_straight_through_scenes():
@@ -261,12 +279,6 @@ def test_learned_positions_start_anew_in_every_scene():
     np.testing.assert_array_equal(text, np.tile(np.eye(5), (3, 1)))
     np.testing.assert_array_equal(time[:4], np.tile(np.eye(2), (2, 1)))
     np.testing.assert_allclose(time.sum(1), 1)
-
-
-def test_loss_mask_counts_scenes_that_are_not_given():
-    is_given = np.array([[True, False], [False, False]])  # [B, S]
-    mask = loss.loss_mask(SceneLayout((1, 2), 1, 1, 1), is_given)
-    np.testing.assert_array_equal(mask, [[False, True, True], [True, True, True]])
 
 
 @pytest.mark.parametrize('frames', [(), (2, 0)])

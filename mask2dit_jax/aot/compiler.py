@@ -105,8 +105,8 @@ def lower_sample(
         'null_text': jax.ShapeDtypeStruct(caption, jnp.float32),
         'given': latents,
         'given_scenes': by_rows((scenes,), bool),
-        'timesteps': jax.ShapeDtypeStruct((steps,), jnp.int32),
-        'table': jax.ShapeDtypeStruct((steps, 5), jnp.float32),
+        'timesteps': jax.ShapeDtypeStruct((steps, scenes), jnp.int32),
+        'table': jax.ShapeDtypeStruct((steps, scenes, 5), jnp.float32),
         'guidance': jax.ShapeDtypeStruct((scenes,), jnp.float32),
     }
     sample = generation.jit_sample(config, frames, mesh, remembered=remembered)

@@ -22,7 +22,7 @@ STEPS = (1, 3)
 USUAL_STEPS = 50
 
 
-def compile_extension(given: int, cached: bool, steps: int):
+def compile_extension(given: int, cached: bool, num_steps: int):
     """Compiles the sampling loop of one scene after `given` others, and makes its arguments.
 
     Returns:
@@ -33,7 +33,8 @@ def compile_extension(given: int, cached: bool, steps: int):
     config = config_lib.Config(model=model)
     params, latents, text, null_text = worker.random_inputs(model, num_scenes)
     params = jax.tree.map(jnp.asarray, params)
-    timesteps, table = samplers.sampler_table('ddim', config.schedule, steps)
+    table = samplers.sampler_table('ddim', config.schedule, num_steps)
+    steps = samplers.staircase(*table, [0] * num_scenes)
     arguments = (
         params,
         latents,  # the noise
@@ -41,8 +42,8 @@ def compile_extension(given: int, cached: bool, steps: int):
         null_text,
         latents,  # what is given
         np.arange(num_scenes)[None] < given,
-        np.int32(timesteps),
-        np.float32(table),
+        np.int32(steps.timesteps),
+        np.float32(steps.table),
         np.full(num_scenes, worker.GUIDANCE, np.float32),
     )
     run = generation.jit_sample(

@@ -100,7 +100,8 @@ def ours(case: dict):
 
     if what == 'sampling':
         config = config_lib.Config(model=model_settings)
-        timesteps, table = samplers.sampler_table('ddim', config.schedule, STEPS)
+        table = samplers.sampler_table('ddim', config.schedule, STEPS)
+        steps = samplers.staircase(*table, [0] * num_scenes)
         args = (
             params,
             latents,  # the noise
@@ -108,14 +109,14 @@ def ours(case: dict):
             null_text,
             latents,  # given scenes, of which there are none
             np.zeros((1, num_scenes), bool),
-            np.int32(timesteps),
-            np.float32(table),
+            np.int32(steps.timesteps),
+            np.float32(steps.table),
             np.full(num_scenes, GUIDANCE, np.float32),
         )
         run = generation.jit_sample(config, frames, mesh_lib.mesh_of(params))
     else:
         model = dit.DiT(model_settings)
-        t = jnp.full((1, num_scenes), 500)
+        t = jnp.full((1, sum(frames)), 500)
 
         def loss(params, latents, text):
             out = model.apply({'params': params}, latents, text, t, frames)

@@ -127,11 +127,52 @@ def sampler_table(
     return timesteps, np.stack(Coefficients(cx, cv, cp, alpha, sigma), axis=1)
 
 
+class SceneSteps(NamedTuple):
+    """Where the denoising of every scene stands at every step of the loop.
+
+    Attributes:
+      timesteps: int [K, S].
+      table: float64 [K, S, 5], rows of `sampler_table`.
+    """
+
+    timesteps: np.ndarray
+    table: np.ndarray
+
+
+def staircase(timesteps, table, delays) -> SceneSteps:
+    """Lets scenes begin later than others (Chen et al. 2025, SkyReels-V2, arXiv 2504.13074).
+
+    At step k a scene stands at entry clip(k - delay, 0, N) of the list of timesteps: until its
+    turn it is noise, and when it is done it stays clean, at timestep 0.
+
+    Args:
+      timesteps, table: from `sampler_table`, [N] and [N, 5].
+      delays: whole numbers [S]. All 0 is joint denoising; N more than the scene before is scene by
+        scene.
+
+    Returns:
+      SceneSteps, of K = N + max(delays) steps.
+    """
+    num_steps = len(timesteps)
+    loop = np.arange(num_steps + max(delays))[:, None]
+    entry = loop - np.asarray(delays)  # [K, S]
+    waits = entry < 0
+    is_done = entry >= num_steps
+    entry = np.clip(entry, 0, num_steps - 1)
+
+    # Neither moves: x' = x.
+    still = Coefficients(cx=1.0, cv=0.0, cp=0.0, alpha=1.0, sigma=0.0)
+    return SceneSteps(
+        np.where(is_done, 0, timesteps[entry]),
+        np.where((waits | is_done)[..., None], still, table[entry]),
+    )
+
+
 def step(row, x, v, x0_prev):
     """One sampler step.
 
     Args:
-      row: [5], one row of `sampler_table`.
+      row: one row of `sampler_table`, [5], or a row for every frame, [5, T, 1, 1, 1].
       x, v, x0_prev: latents, predicted velocity, and the previous step's estimate of x0 (anything
         finite at the first step).
 
@@ -161,28 +202,28 @@ def sample(
     """Denoises stories from noise, and keeps given scenes clean (Mask²DiT, section 3.3).
 
     Args:
-      velocity_fn: function of (x [2B, T, H, W, C], t [2B, S]) to v. The first B rows are the
+      velocity_fn: function of (x [2B, T, H, W, C], t [2B, T]) to v. The first B rows are the
         negative half of classifier-free guidance, the last B rows the positive half. Without
         guidance there are B rows.
       noise: [B, T, H, W, C] standard normal, float32. The axes after T may be merged, here and in
         every array that has them.
       layout: the story's layout.
-      timesteps, table: from `sampler_table`.
+      timesteps, table: from `sampler_table`, for all scenes, or from `staircase`.
       guidance: None, a scalar, [S] (one scale per scene) or [N, S] (also per step).
       given: clean latents [B, T, H, W, C], of which only given scenes are read.
       given_scenes: bool [S] or [B, S].
       given_timestep: the timestep that the model is told of given scenes. It is 0 for clean ones;
         for another one `given` has its noise.
       trace: also return the latents after every step.
-      callback: function of a timestep, called on the host when the step from it is done.
-      callback_data: None, or an array that the callback gets behind the timestep.
+      callback: function that is called on the host when a step is done.
+      callback_data: None, or an array that the callback gets.
 
     Returns:
       Latents [B, T, H, W, C]; with `trace` also [N, B, T, H, W, C].
     """
     batch = noise.shape[0]
     num_scenes = layout.num_scenes
-    frame_scene = frame_scenes(layout)  # [T]
+    frame_scene = frame_scenes(layout.frames)  # [T]
     ones = (1,) * (noise.ndim - 2)  # the axes after T
 
     # A given scene is kept clean in three places, marked (1) to (3) below.
@@ -197,8 +238,13 @@ def sample(
         guidance = jnp.asarray(guidance, jnp.float32)
         guidance = jnp.broadcast_to(guidance, (len(timesteps), num_scenes))
 
+    timesteps = jnp.asarray(timesteps, jnp.int32).reshape(len(timesteps), -1)
+    timesteps = jnp.broadcast_to(timesteps, (len(timesteps), num_scenes))
+    table = jnp.asarray(table, jnp.float32).reshape(len(timesteps), -1, 5)
+    table = jnp.broadcast_to(table, (len(timesteps), num_scenes, 5))
+
     def guided_velocity(x, t, scale):
-        """v [B, T, H, W, C] at timesteps t [B, S] and guidance scales [S]."""
+        """v [B, T, H, W, C] at timesteps t [B, T] and guidance scales [S]."""
         if guidance is None:
             return velocity_fn(x, t)
 
@@ -210,11 +256,12 @@ def sample(
 
     def body(carry, inputs):
         x, x0_prev = carry
-        t, row, scale = inputs
+        t, rows, scale = inputs  # [S], [S, 5], [S]
 
         # (1) The model is told that given scenes are clean: their timestep is 0 at every step.
-        scene_times = jnp.where(is_given, given_timestep, t)  # [B, S]
-        v = guided_velocity(x, scene_times, scale)
+        frame_times = jnp.where(is_given, given_timestep, t)[:, frame_scene]  # [B, T]
+        v = guided_velocity(x, frame_times, scale)
+        row = rows[frame_scene].T.reshape(5, -1, *ones)  # [5, T, 1, 1, 1]
         x_next, x0 = step(row, x, v, x0_prev)
 
         # (2) The step moved all scenes; given ones are put back.
@@ -224,11 +271,10 @@ def sample(
             # A value of the step's result comes along, so that the call cannot come before it.
             result = x_next[(0,) * x_next.ndim]
             data = () if callback_data is None else (callback_data,)
-            jax.debug.callback(lambda _, *told: callback(*told), result, t, *data)
+            jax.debug.callback(lambda _, *told: callback(*told), result, *data)
         return (x_next, x0), (x_next if trace else None)
 
     # (3) The loop starts from noise only in the scenes that are to be generated.
     x = jnp.where(keep, given, noise)
-    inputs = (jnp.asarray(timesteps, jnp.int32), jnp.asarray(table, jnp.float32), guidance)
-    (x, _), steps = jax.lax.scan(body, (x, jnp.zeros_like(x)), inputs)
+    (x, _), steps = jax.lax.scan(body, (x, jnp.zeros_like(x)), (timesteps, table, guidance))
     return (x, steps) if trace else x

@@ -1,9 +1,9 @@
 """The CogVideoX transformer with the two masks of Mask²DiT, at any size.
 
-One forward pass serves everything: `t` holds one timestep per scene, and every token is modulated
-by the timestep of its own scene (Mask²DiT, section 3.3: given scenes are clean, at timestep 0).
-Pretraining, conditional training and auto-regressive extension differ only in `t` and in the loss
-mask.
+One forward pass serves everything: `t` holds one timestep per latent frame, and every token is
+modulated by the timestep of its own frame (Mask²DiT, section 3.3: given scenes are clean, at
+timestep 0). Pretraining, conditional training, diffusion forcing and auto-regressive extension
+differ only in `t` and in the loss mask.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from mask2dit_jax import ranges
 from mask2dit_jax.attention import attend, kv_cache, masks
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.layout import SceneLayout, traced_token_scenes
+from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import embeddings
 
 
@@ -362,44 +362,58 @@ class _Affine(nn.Module):
         return scale, bias
 
 
+class _Times(NamedTuple):
+    """Embeddings of the timesteps of a sequence, and which of them every token has.
+
+    Attributes:
+      emb: [B, F + S, Et], of the frames of tokens and then of the captions, if there are any.
+      rows: int32 [L], which of them every token has.
+    """
+
+    emb: jax.Array
+    rows: jax.Array
+
+
 class _AdaLayerNorm(nn.Module):
-    """adaLN: every token is shifted and scaled by the vectors of its own scene.
+    """adaLN: every token is shifted and scaled by the vectors of its own timestep.
 
     Returns the modulated tokens [B, L, E] and, if `parts` is 3, the gate [B, L, E].
     """
 
     cfg: DiTConfig
-    parts: int  # vectors per scene and kind: shift and scale; 3: also a gate
-    kinds: int  # 2: video and text have vectors of their own, in this order; 1: video only
+    num_frames: int  # F
+    parts: int  # vectors per timestep: shift and scale; 3: also a gate
 
     @nn.compact
-    def __call__(self, x, emb, token_kind):
+    def __call__(self, x, times: _Times):
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
-        batch, num_scenes = emb.shape[:2]
         width = cfg.width
-        rows = num_scenes * self.kinds
+        batch, num_times = times.emb.shape[:2]
+        kinds = 1 + (num_times > self.num_frames)
 
-        # One table of vectors per scene and kind of token.
+        # A table of the vectors of every timestep; video and text have weights of their own.
         linear = _Dense(
-            self.kinds * self.parts * width,
+            kinds * self.parts * width,
             dtype=dtype,
             kernel_init=nn.initializers.zeros,
             name='linear',
         )
-        table = linear(nn.silu(emb)).reshape(batch, rows, self.parts, width)
-        shift, scale, *gate = jnp.moveaxis(table, 2, 0)  # [B, S·kinds, E] each
+        table = linear(nn.silu(times.emb)).reshape(batch, num_times, kinds, self.parts, width)
+        of_frames, of_captions = jnp.split(table, [self.num_frames], axis=1)
+        table = jnp.concatenate([of_frames[:, :, 0], of_captions[:, :, -1]], axis=1)
+        shift, scale, *gate = jnp.moveaxis(table, 2, 0)  # [B, F + S, E] each
         scale = 1 + scale
 
-        # The norm's own scale and bias are merged into the few vectors of the scenes, which is
-        # cheaper than to apply them to all tokens.
+        # The norm's own scale and bias are merged into these few vectors, which is cheaper than to
+        # apply them to all tokens.
         if cfg.norm_elementwise_affine:
             norm_scale, norm_bias = _Affine(width, name='norm')()
             shift = shift + scale * norm_bias
             scale = scale * norm_scale
 
-        # Every token picks the vectors of its scene and kind.
-        one_hot = jax.nn.one_hot(token_kind, rows, dtype=dtype)  # [L, S·kinds]
+        # Every token picks the vectors of its timestep.
+        one_hot = jax.nn.one_hot(times.rows, num_times, dtype=dtype)  # [L, F + S]
         shift, scale, *gate = (
             _pick_rows(one_hot, vectors.astype(dtype)) for vectors in (shift, scale, *gate)
         )  # [B, L, E] each
@@ -461,17 +475,19 @@ class _Block(nn.Module):
     remembers: bool
 
     @nn.compact
-    def __call__(self, x, emb, rope, token_kind, cache):
+    def __call__(self, x, times, rope, cache):
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
         x = checkpoint_name(partitioning.constrain_tokens(x), 'layer')  # [B, L, E]
 
-        h, gate = _AdaLayerNorm(cfg, parts=3, kinds=2, name='norm1')(x, emb, token_kind)
+        frames = sum(self.layout.token_frames[self.layout.remembered :])
+
+        h, gate = _AdaLayerNorm(cfg, frames, parts=3, name='norm1')(x, times)
         attention = _Attention(cfg, self.layout, self.pattern, name='attn')
         h, video = attention(h, rope, cache)
         x = x + gate * h
 
-        h, gate = _AdaLayerNorm(cfg, parts=3, kinds=2, name='norm2')(x, emb, token_kind)
+        h, gate = _AdaLayerNorm(cfg, frames, parts=3, name='norm2')(x, times)
         h = _Dense(4 * cfg.width, dtype=dtype, name='ff_in')(h)
         h = nn.gelu(h, approximate=True)
         x = x + gate * _Dense(cfg.width, dtype=dtype, name='ff_out')(h)
@@ -500,8 +516,24 @@ def _block_stack(cfg: DiTConfig):
         variable_axes={'params': 0},
         split_rngs={'params': True},
         length=cfg.num_layers,
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # a cache has an entry per layer
+        in_axes=(nn.broadcast, nn.broadcast, 0),  # a cache has an entry per layer
     )
+
+
+def _token_times(t, layout: SceneLayout):
+    """Timesteps of the frames of tokens [B, F] and of captions [B, S], of those of frames [B, T].
+
+    Of several frames the greatest counts: given ones, which are clean, have less than others.
+    """
+    starts = np.cumsum((0, *layout.frames))[:-1]
+    of_frames = []
+    of_captions = []
+    for start, length in zip(starts, layout.frames):
+        # The last frame once more fills up patches, and the scenes that are shorter than others.
+        patch = np.arange(-(-length // layout.patch_t) * layout.patch_t).reshape(-1, layout.patch_t)
+        of_frames += list(start + np.minimum(patch, length - 1))
+        of_captions.append(start + np.minimum(np.arange(max(layout.frames)), length - 1))
+    return t[:, np.stack(of_frames)].max(2), t[:, np.stack(of_captions)].max(2)
 
 
 class _Places(NamedTuple):
@@ -561,7 +593,8 @@ class DiT(nn.Module):
         Args:
           latents: [B, T, H, W, C], scenes concatenated along T.
           text: [B, S, M, text_embed_dim] caption embeddings.
-          t: [B, S], one timestep per scene (0 for given scenes).
+          t: [B, T], one timestep per latent frame (0 for given scenes). A caption has that of the
+            frames of its scene that are to be denoised, which is their greatest.
           frames: static, latent frames per scene; their sum is T. With a cache those of the
             remembered scenes come first, and are not among T and S. If `forced`, two for each
             scene of the story, a clean and a noisy copy, as layout.twice makes them.
@@ -590,13 +623,19 @@ class DiT(nn.Module):
             raise ValueError(cache_conflict(cfg))
         chex.assert_shape(latents, (batch, own_scenes.total_frames, None, None, cfg.in_channels))
         chex.assert_shape(text, (batch, num_scenes, cfg.max_text_seq_length, cfg.text_embed_dim))
-        chex.assert_shape(t, (batch, num_scenes))
+        chex.assert_shape(t, (batch, own_scenes.total_frames))
 
-        # One embedding per scene, of its timestep.
-        emb = embeddings.timestep_embedding(t, cfg.width, cfg.flip_sin_to_cos, cfg.freq_shift)
+        # One embedding per timestep.
+        frame_times, caption_times = _token_times(t, own_scenes)
+        emb = jnp.concatenate([frame_times, caption_times], axis=1)  # [B, F + S]
+        emb = embeddings.timestep_embedding(emb, cfg.width, cfg.flip_sin_to_cos, cfg.freq_shift)
         emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_in')(emb.astype(dtype))
         emb = nn.silu(emb)
-        emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_out')(emb)  # [B, S, Et]
+        emb = _Dense(cfg.time_embed_dim, dtype=dtype, name='time_out')(emb)  # [B, F + S, Et]
+        num_frames = frame_times.shape[1]
+        frame = jnp.arange(layout.num_video) // (layout.height * layout.width)
+        caption = jnp.arange(num_text) // layout.text_tokens
+        times = _Times(emb, jnp.concatenate([num_frames + caption, frame]))
 
         # The joint sequence: all text tokens, then all video tokens.
         video = patchify(latents.astype(dtype), own_scenes, cfg.patch_size)
@@ -607,19 +646,16 @@ class DiT(nn.Module):
         x = jnp.concatenate([text, video], axis=1)  # [B, L, E]
         x = self._add_positions(x, places)
 
-        # Row of the adaLN tables that a token picks: (scene 0, video), (scene 0, text), ...
-        scene, is_text = traced_token_scenes(layout.segments)
-        scene = scene - layout.remembered
-        token_kind = 2 * scene + is_text  # [L]
         rope = self._rope(places, layout.num_remembered) if cfg.rotary else None
         pattern = masks.FORCED if self.forced else cfg.pattern
         blocks = _block_stack(cfg)(cfg, layout, pattern, remembers, name='blocks')
-        x, remembered = blocks(x, emb, rope, token_kind, cache)
+        x, remembered = blocks(x, times, rope, cache)
 
         # Only video tokens are predicted.
         x = x[:, num_text:]
         x = _layer_norm(cfg.norm_eps, cfg.norm_elementwise_affine, 'norm_final')(x).astype(dtype)
-        (x,) = _AdaLayerNorm(cfg, parts=2, kinds=1, name='norm_out')(x, emb, scene[num_text:])
+        times = _Times(emb[:, :num_frames], frame)
+        (x,) = _AdaLayerNorm(cfg, num_frames, parts=2, name='norm_out')(x, times)
         features = cfg.out_channels * layout.patch_t * cfg.patch_size**2
         x = _Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name='proj_out')(x)
         v = unpatchify(x, own_scenes, cfg.patch_size).astype(jnp.float32)

@@ -72,7 +72,7 @@ def _dit_inputs(cfg: dit.DiTConfig):
     latents = jnp.zeros((1, 1, height, width, cfg.in_channels), jnp.float32)  # [B, T, H, W, C]
     text_shape = (1, 1, cfg.max_text_seq_length, cfg.text_embed_dim)
     text = jnp.zeros(text_shape, jnp.float32)  # [B, S, M, E]
-    timesteps = jnp.zeros((1, 1), jnp.float32)  # [B, S]
+    timesteps = jnp.zeros((1, 1), jnp.float32)  # [B, T]
     frames = (1,)
     return latents, text, timesteps, frames
 

@@ -20,7 +20,6 @@ from matplotlib import colors, figure, patches
 
 from mask2dit_jax import paths
 from mask2dit_jax.attention import masks
-from mask2dit_jax.diffusion import loss
 from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes
 
 LAYOUT = SceneLayout(frames=(3, 5, 4), height=1, width=2, text_tokens=4)
@@ -121,11 +120,10 @@ def _draw_segments(axes) -> None:
     for row, step in enumerate(STEPS):
         layout = SceneLayout(_STEP_FRAMES[: len(step.scenes)], height=1, width=1, text_tokens=1)
         given = np.array([scene == 'given' for scene in step.scenes])  # [S]
-        counted = loss.loss_mask(layout, given)  # [T]
-        scene_of_frame = frame_scenes(layout)  # [T]
+        scene_of_frame = frame_scenes(layout.frames)  # [T]
 
         for frame in range(layout.total_frames):
-            color, timestep = (_MADE, 't') if counted[frame] else (_GIVEN, '0')
+            color, timestep = (_GIVEN, '0') if given[scene_of_frame[frame]] else (_MADE, 't')
             left = frame + 0.7 * scene_of_frame[frame]  # a gap between scenes
             axes.add_patch(patches.Rectangle((left, row), 0.94, 0.66, color=color))
             axes.text(

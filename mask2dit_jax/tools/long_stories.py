@@ -16,7 +16,8 @@ then come from the given pixels alone. --captions=named keeps the captions as th
 with a cast (a run of configs/tiny.py:memory) a scene that shows somebody new always says who it is.
 
 --carry=pixels takes given scenes through pixels and the codec each time, where --carry=latents
-gives their latents as they were generated.
+gives their latents as they were generated. --carry=keys, of a causal model, keeps their keys and
+values as they were computed when each was made (`sample --context=carried`).
 
 --out receives curves.json, curves.md and curves.png: for every combination the share of scenes that
 are right (action, character and place), by the number of the scene. Rows that show more scenes to
@@ -65,7 +66,7 @@ class Setting:
       sinks: first scenes of the story that are given on top.
       given_timestep: timestep of given scenes, with its noise.
       captions: 'named' or 'unnamed'.
-      carry: 'latents' or 'pixels'.
+      carry: 'latents', 'pixels' or 'keys'.
     """
 
     window: int
@@ -125,8 +126,8 @@ def tell(
     Returns:
       Pixels float32 in [0, 1], [B, F, H, W, 3].
     """
-    sample = dataclasses.replace(config.sample, given_timestep=setting.given_timestep)
-    config = dataclasses.replace(config, sample=sample)
+    context = 'carried' if setting.carry == 'keys' else 'anew'
+    config = pipeline.with_sample(config, given_timestep=setting.given_timestep, context=context)
     frames = stories[0].frames
     blocks = generation.plan_blocks(
         len(frames),
@@ -136,11 +137,16 @@ def tell(
         sinks=setting.sinks,
     )
     told, pixels = [], []
+    carried = generation.NOTHING
     for block in tqdm.tqdm(blocks, desc=_name(setting), unit='block'):
         inputs = encode_block(codec, stories, block, setting.captions)
         new = generation.tell(
-            config, params, inputs, block, told, seed=seed, first_index=first_index
+            config, params, inputs, block, told, carried, seed=seed, first_index=first_index
         )
+        # Its scenes are given from now on, with the captions of given scenes.
+        done = generation.Block(block.scenes, block.stop, block.stop)
+        inputs = encode_block(codec, stories, done, setting.captions)
+        carried = generation.carry(config, params, inputs, block, new, carried)
         for scene, latents in zip(range(block.start, block.stop), new):
             pixels.append(codec.decode_video(latents, inputs.latent_frames[scene : scene + 1]))
             if setting.carry == 'pixels':
@@ -451,7 +457,7 @@ if __name__ == '__main__':
         'captions', ['unnamed'], ['named', 'unnamed'], 'What captions of given scenes say.'
     )
     flags.DEFINE_multi_enum(
-        'carry', ['latents'], ['latents', 'pixels'], 'How given scenes are carried on.'
+        'carry', ['latents'], ['latents', 'pixels', 'keys'], 'How given scenes are carried on.'
     )
     ranges.check_flag('seed', config_lib.Config, 'seed')
     paths.check_flags_local('run', 'out')

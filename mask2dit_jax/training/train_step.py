@@ -14,6 +14,7 @@ import optax
 
 from mask2dit_jax import config as config_lib
 from mask2dit_jax.diffusion import loss
+from mask2dit_jax.layout import frame_scenes
 from mask2dit_jax.models import dit, lora
 from mask2dit_jax.training import ema as ema_lib
 from mask2dit_jax.training import optimizer as optimizer_lib
@@ -49,7 +50,7 @@ def init_state(config: config_lib.Config, inputs) -> TrainState:
     latents, text, frames = inputs
     key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
 
-    timesteps = jnp.zeros((1, len(frames)), jnp.int32)
+    timesteps = jnp.zeros((1, len(latents)), jnp.int32)
     model = dit.DiT(config.model)
     params = model.init(key, latents[None], text[None], timesteps, frames)['params']
 
@@ -129,6 +130,7 @@ def _accumulated_gradients(
     """Sums over the micro-batches: squared error, the number of its terms, and gradients."""
     forced = config.train.objective == 'teacher_forcing'
     model = dit.DiT(config.model, forced=forced)
+    scenes = frame_scenes(frames)  # [T]
 
     def loss_fn(params, micro_batch: denoising.DenoisingBatch):
         if config.lora.rank:
@@ -139,14 +141,11 @@ def _accumulated_gradients(
             config.schedule,
             {'latents': micro_batch.latents, 'text': micro_batch.text},
             micro_batch.noise,
-            micro_batch.timesteps,
-            micro_batch.given,
+            micro_batch.timesteps[:, scenes],
+            micro_batch.given[:, scenes],
             frames,
         )
-        if forced:
-            return loss.forced_loss(*arguments)
-        given_timesteps = micro_batch.given_timesteps if config.train.given_max_timestep else None
-        return loss.denoising_loss(*arguments, given_timesteps)
+        return loss.forced_loss(*arguments) if forced else loss.denoising_loss(*arguments)
 
     def accumulate(sums, micro_batch):
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -21,6 +22,7 @@ from mask2dit_jax.data import encoded_clips, latent_codec, sheets, story_file, v
 from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import multihost, watchdog
+from mask2dit_jax.layout import frame_scenes
 from mask2dit_jax.models import dit
 from mask2dit_jax.stories import builder, world
 from mask2dit_jax.stories import scores as scores_lib
@@ -455,6 +457,8 @@ def held_out_losses(
 def _jit_loss(config: config_lib.Config, latent_frames: tuple[int, ...], mesh: jax.sharding.Mesh):
     """The sum of squared errors of a batch of one layout and the number of its terms, compiled."""
 
+    scenes = frame_scenes(latent_frames)  # [T]
+
     def loss(params, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return loss_lib.denoising_loss(
@@ -463,8 +467,8 @@ def _jit_loss(config: config_lib.Config, latent_frames: tuple[int, ...], mesh: j
                 config.schedule,
                 {'latents': batch['latents'], 'text': batch['text']},
                 batch['noise'],
-                batch['timesteps'],
-                batch['given'],
+                jnp.where(batch['given'], 0, batch['timesteps'][:, None])[:, scenes],
+                batch['given'][:, scenes],
                 latent_frames,
             )
 

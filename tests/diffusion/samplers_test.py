@@ -19,7 +19,7 @@ STD = 2.0
 def gaussian_velocity(x, t):
     """Exact v for data ~ N(MEAN, STD²): the posterior mean of alpha·noise - sigma·x0 given x."""
     alphas_bar = jnp.asarray(SCHEDULE.alphas_bar(), jnp.float32)
-    bar = alphas_bar[t][:, frame_scenes(LAYOUT)][..., None, None, None]  # [B, T, 1, 1, 1]
+    bar = alphas_bar[t][..., None, None, None]  # [B, T, 1, 1, 1]
     alpha = jnp.sqrt(bar)
     sigma = jnp.sqrt(1 - bar)
     x0 = MEAN + alpha * STD**2 / (bar * STD**2 + 1 - bar) * (x - alpha * MEAN)
@@ -147,7 +147,7 @@ def test_given_scenes_stay_and_run_at_timestep_zero(sampler):
     )
     np.testing.assert_array_equal(out[:, :1], given[:, :1])
     np.testing.assert_allclose(out[:, 1:], run(sampler, 6)[:, 1:], atol=1e-5)
-    assert shapes_of_t == [(8, 2)]
+    assert shapes_of_t == [(8, 3)]
 
 
 def test_the_model_may_be_told_of_another_timestep_of_given_scenes():
@@ -220,15 +220,50 @@ def test_errors_name_the_choice():
         schedule_lib.Schedule(timestep_spacing='random').timesteps(5)
 
 
-def test_the_callback_hears_of_every_timestep_in_order():
+def test_the_callback_hears_of_every_step():
     times, table = samplers.sampler_table('ddim', SCHEDULE, 5)
     heard = []
     out = samplers.sample(
-        gaussian_velocity, noise(), LAYOUT, times, table, None, callback=heard.append
+        gaussian_velocity,
+        noise(),
+        LAYOUT,
+        times,
+        table,
+        None,
+        callback=heard.append,
+        callback_data=np.int32(7),
     )
     jax.block_until_ready(out)
     jax.effects_barrier()
-    assert [int(t) for t in heard] == times.tolist()
+    assert [int(number) for number in heard] == [7] * 5
+
+
+@pytest.mark.parametrize('sampler', samplers.SAMPLERS)
+@pytest.mark.parametrize('lag', [0, 1, 4, 9])
+def test_a_staircase_leads_every_scene_through_the_same_steps(sampler, lag):
+    """The Gaussian's frames know nothing of each other, so that each ends where it always does, and
+    moves at its own steps alone."""
+    steps = samplers.staircase(*samplers.sampler_table(sampler, SCHEDULE, 6), [0, lag])
+    assert len(steps.timesteps) == 6 + lag
+    times = []
+
+    def velocity(x, t):
+        jax.debug.callback(lambda t: times.append(t[0]), t)
+        return gaussian_velocity(x, jnp.maximum(t, 1))
+
+    out, trace = samplers.sample(velocity, noise(), LAYOUT, *steps, None, trace=True)
+    jax.effects_barrier()
+    np.testing.assert_allclose(out, run(sampler, 6), atol=1e-5)
+
+    own, _ = samplers.sampler_table(sampler, SCHEDULE, 6)
+    first = [*own, *[0] * lag]
+    second = [*[own[0]] * lag, *own]
+    np.testing.assert_array_equal(times, np.stack([first, second, second], axis=1))  # [K, T]
+    np.testing.assert_array_equal(
+        trace[5:, :, :1], np.broadcast_to(out[:, :1], trace[5:, :, :1].shape)
+    )
+    waiting = trace[:lag, :, 1:]
+    np.testing.assert_array_equal(waiting, np.broadcast_to(noise()[:, 1:], waiting.shape))
 
 
 def test_guidance_may_change_from_step_to_step_and_the_trace_shows_each():
@@ -245,7 +280,7 @@ def test_guidance_may_change_from_step_to_step_and_the_trace_shows_each():
     turns = table[:, 1]
     for number in range(3):
         moved = (turns[: number + 1, None] * scales[: number + 1]).sum(0)  # [S]
-        expected = noise() + moved[frame_scenes(LAYOUT)].reshape(1, -1, 1, 1, 1)
+        expected = noise() + moved[frame_scenes(LAYOUT.frames)].reshape(1, -1, 1, 1, 1)
         np.testing.assert_allclose(steps[number], expected, atol=1e-5)
     np.testing.assert_array_equal(out, steps[-1])
 

@@ -144,8 +144,8 @@ def test_only_lora_is_trained_and_the_loss_falls(base):
     null = codec.encode_text([''])[0]
     frames = codec.latent_frames(layout)
     noise = np.random.default_rng(0).standard_normal(batch['latents'].shape, np.float32)
-    timesteps = np.arange(0, 1000, 125)
-    given = np.zeros((8, 2), bool)
+    timesteps = np.repeat(np.arange(0, 1000, 125)[:, None], sum(frames), axis=1)  # [B, T]
+    given = np.zeros(timesteps.shape, bool)
 
     @jax.jit
     def loss(params):

@@ -13,7 +13,7 @@ from mask2dit_jax import layout as layout_lib
 from mask2dit_jax.attention import attend, masks, splash
 from mask2dit_jax.diffusion import loss
 from mask2dit_jax.distributed import partitioning
-from mask2dit_jax.layout import SceneLayout, token_scenes
+from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes
 from mask2dit_jax.models import dit, flops
 from mask2dit_jax.pretrained import names
 from mask2dit_jax.training.objectives import denoising
@@ -74,8 +74,8 @@ def one_by_one(model, params, batch, noise, t, given):
             config.schedule,
             story,
             noise[:, : ends[scene]],
-            t[:, scene],
-            is_given,
+            np.where(is_given, 0, t[:, scene : scene + 1])[:, frame_scenes(FRAMES[:shown])],
+            is_given[:, frame_scenes(FRAMES[:shown])],
             FRAMES[:shown],
         )
         total, count = total + part, count + number
@@ -84,8 +84,16 @@ def one_by_one(model, params, batch, noise, t, given):
 
 def forced(model, params, batch, noise, t, given):
     config = config_lib.Config(model=model)
+    scenes = frame_scenes(FRAMES)
     return loss.forced_loss(
-        dit.DiT(model, forced=True), params, config.schedule, batch, noise, t, given, FRAMES
+        dit.DiT(model, forced=True),
+        params,
+        config.schedule,
+        batch,
+        noise,
+        t[:, scenes],
+        given[:, scenes],
+        FRAMES,
     )
 
 
@@ -173,8 +181,7 @@ def test_every_scene_has_a_timestep_and_only_unsaid_ones_are_given():
     _, batch, _, _ = draws()
     batch['least_given'] = jnp.array([0, 2])
     drawn = denoising.draw(jax.random.key(0), batch, batch['text'][0, 0], 0, config)
-    assert drawn.timesteps.shape == (BATCH, 3)
-    assert len(np.unique(drawn.timesteps)) == 6
+    assert len(np.unique(drawn.timesteps[~drawn.given])) == 4
     np.testing.assert_array_equal(drawn.given, [[False] * 3, [True, True, False]])
 
 

@@ -18,6 +18,7 @@ from mask2dit_jax.diffusion import loss as loss_lib
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.layout import frame_scenes
 from mask2dit_jax.models import dit
 from mask2dit_jax.training import optimizer as optimizer_lib
 from mask2dit_jax.training import train_step
@@ -188,7 +189,7 @@ def test_what_a_step_draws_is_independent():
         (drawn.text == NULL).all((1, 2, 3)),
         drawn.given.any(1),
         drawn.given.sum(1),
-        drawn.timesteps,
+        drawn.timesteps.max(1),  # of the scenes that are not given
         drawn.noise[:, 0, 0, 0, 0],
         drawn.noise[:, 1, 0, 0, 0],
     ]
@@ -231,7 +232,8 @@ def test_the_count_of_loss_terms_passes_two_to_the_31(num_stories, num_scenes):
             'text': jnp.zeros((num_stories, num_scenes, 3, 5)),
         }
         given = jnp.broadcast_to(jnp.arange(num_scenes) == 0, (num_stories, num_scenes))
-        t = jnp.zeros(num_stories, jnp.int32)
+        given = given[:, frame_scenes(frames)]
+        t = jnp.zeros(given.shape, jnp.int32)
         schedule = schedule_lib.Schedule()
         return loss_lib.denoising_loss(
             Zero(), {}, schedule, batch, batch['latents'], t, given, frames
@@ -267,8 +269,8 @@ def test_given_scenes_are_clean_and_count_nothing():
     """Loss and gradient depend on the given scene's latents but neither on its noise nor on its
     error."""
     params = random_state(step_config()).params
-    t = jnp.array([500, 20])
-    given = jnp.array([[True, False], [False, False]])
+    t = jnp.array([[0, 500, 500], [20, 20, 20]])
+    given = t == 0
     latents = BATCH['latents'][:2]
     noise = BATCH['latents'][2:4]
 
@@ -298,12 +300,13 @@ def test_given_scenes_are_clean_and_count_nothing():
 def test_given_scenes_may_have_a_little_noise():
     """At the timestep that is drawn for them, of which the model is told; at 0 they are clean."""
     drawn, _ = many_draws(conditional_probability=1.0, given_max_timestep=9)
-    values, counts = np.unique(drawn.given_timesteps, return_counts=True)
+    values, counts = np.unique(drawn.timesteps[:, 0], return_counts=True)
     assert values.tolist() == list(range(10))
     np.testing.assert_allclose(counts / 4000, 0.1, atol=0.03)
     clean, _ = many_draws(conditional_probability=1.0)
-    assert not clean.given_timesteps.any()
-    for name in ('noise', 'timesteps', 'given', 'text'):
+    assert not clean.timesteps[clean.given].any()
+    np.testing.assert_array_equal(drawn.timesteps[~drawn.given], clean.timesteps[~clean.given])
+    for name in ('noise', 'given', 'text'):
         np.testing.assert_array_equal(getattr(drawn, name), getattr(clean, name))
 
     seen = []
@@ -314,20 +317,17 @@ def test_given_scenes_may_have_a_little_noise():
             return super().apply(variables, latents, text, t, frames)
 
     latents, noise = BATCH['latents'][:3], BATCH['latents'][3:6]
-    given = np.array([[True, False], [True, False], [False, False]])
-    t = np.array([500, 20, 30])
-    given_t = np.array([0, 9, 9])
+    given = np.array([[True, False, False], [True, False, False], [False, False, False]])
+    t = np.array([[0, 500, 500], [9, 20, 20], [30, 30, 30]])
     batch = {'latents': latents, 'text': BATCH['text'][:3]}
     schedule = schedule_lib.Schedule()
-    loss_lib.denoising_loss(Seeing(), {}, schedule, batch, noise, t, given, FRAMES, given_t)
+    loss_lib.denoising_loss(Seeing(), {}, schedule, batch, noise, t, given, FRAMES)
     ((noisy, told),) = seen
-    np.testing.assert_array_equal(told, [[0, 500], [9, 20], [30, 30]])
+    np.testing.assert_array_equal(told, t)
     np.testing.assert_array_equal(noisy[0, 0], latents[0, 0])
-    little = schedule_lib.add_noise(schedule, latents, noise, given_t)
-    much = schedule_lib.add_noise(schedule, latents, noise, t)
-    np.testing.assert_array_equal(noisy[1, 0], little[1, 0])
-    np.testing.assert_array_equal(noisy[:2, 1:], much[:2, 1:])
-    np.testing.assert_array_equal(noisy[2], much[2])
+    expected = schedule_lib.add_noise(schedule, latents, noise, t)
+    np.testing.assert_array_equal(noisy[0, 1:], expected[0, 1:])
+    np.testing.assert_array_equal(noisy[1:], expected[1:])
 
 
 def test_a_step_gives_noisy_scenes_where_the_configuration_says_so():
@@ -340,29 +340,23 @@ def test_a_step_gives_noisy_scenes_where_the_configuration_says_so():
 
 
 def test_given_scenes_run_at_timestep_zero():
-    """The given scene's timestep is 0 and the others' is not; only the model can tell."""
-    state = random_state(step_config())
-    given = np.array([[True, False]])
-    seen = []
+    """The others have that of the story."""
+    drawn, _ = many_draws(conditional_probability=1.0)
+    last = drawn.timesteps[:, -1:]  # never given
+    expected = np.where(drawn.given, 0, np.broadcast_to(last, drawn.given.shape))
+    np.testing.assert_array_equal(drawn.timesteps, expected)
+    assert len(np.unique(last)) > 900
 
-    class Recorder:
-        cfg = MODEL
 
-        def apply(self, variables, latents, text, t, frames):
-            seen.append(np.asarray(t))
-            return latents
-
-    loss_lib.denoising_loss(
-        Recorder(),
-        state.params,
-        schedule_lib.Schedule(),
-        {name: array[:1] for name, array in BATCH.items()},
-        BATCH['latents'][1:2],
-        np.array([700]),
-        given,
-        FRAMES,
-    )
-    np.testing.assert_array_equal(seen, [[[0, 700]]])
+def test_under_diffusion_forcing_every_scene_has_a_timestep_of_its_own():
+    """Given scenes are as they are without it."""
+    drawn, _ = many_draws(objective='diffusion_forcing', conditional_probability=0.5)
+    assert not drawn.timesteps[drawn.given].any()
+    whole = np.asarray(drawn.timesteps)[~drawn.given.any(1)].astype(float)  # [B, S]
+    np.testing.assert_allclose(np.corrcoef(whole.T), np.eye(3), atol=0.07)
+    np.testing.assert_allclose(np.quantile(whole, [0.1, 0.5, 0.9]), [100, 500, 900], atol=20)
+    denoising, _ = many_draws(conditional_probability=0.5)
+    np.testing.assert_array_equal(drawn.given, denoising.given)
 
 
 def test_caption_dropout_replaces_the_whole_story():
@@ -420,8 +414,8 @@ def test_grad_norm_is_that_of_the_mean_loss():
             cfg.schedule,
             {'latents': drawn.latents, 'text': drawn.text},
             drawn.noise,
-            drawn.timesteps,
-            drawn.given,
+            drawn.timesteps[:, frame_scenes(FRAMES)],
+            drawn.given[:, frame_scenes(FRAMES)],
             FRAMES,
         )
         return total / count
@@ -598,7 +592,7 @@ def products_and_gradients(remat):
     model_config = dataclasses.replace(MODEL, num_layers=2, attention_backend='blockwise')
     params = random_state(dataclasses.replace(step_config(), model=model_config)).params
     model = dit.DiT(dataclasses.replace(model_config, remat=remat))
-    timesteps = np.full((8, 2), 300)
+    timesteps = np.full((8, sum(FRAMES)), 300)
 
     def loss(params):
         out = model.apply({'params': params}, BATCH['latents'], BATCH['text'], timesteps, FRAMES)

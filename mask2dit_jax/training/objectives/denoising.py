@@ -4,8 +4,9 @@ Each story gets noise and one timestep. Some stories have given scenes, which st
 0 (Mask²DiT, section 3.3), and some lose their captions, for classifier-free guidance.
 `diffusion.loss.denoising_loss` computes the loss from these draws.
 
-Under teacher forcing each scene has a timestep of its own, and is generated from the clean scenes
-before it, for all scenes at once (`diffusion.loss.forced_loss`).
+Under diffusion forcing (Chen et al. 2024, arXiv 2407.01392) each scene has a timestep of its own.
+So it has under teacher forcing, where it is generated from the clean scenes before it, for all
+scenes at once (`diffusion.loss.forced_loss`).
 """
 
 from typing import NamedTuple
@@ -22,10 +23,8 @@ class DenoisingBatch(NamedTuple):
     latents: jax.Array  # [B, T, H, W, C]
     text: jax.Array  # [B, S, M, E], the empty caption where captions were dropped
     noise: jax.Array  # [B, T, H, W, C], standard normal, float32
-    # int32 [B], for the scenes that are not given; under teacher forcing [B, S]
-    timesteps: jax.Array
+    timesteps: jax.Array  # int32 [B, S]; a given scene at timestep 0 is clean
     given: jax.Array  # bool [B, S]
-    given_timesteps: jax.Array  # int32 [B], for the given scenes; 0 leaves them clean
 
 
 def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBatch:
@@ -47,14 +46,15 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
 
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
     num_timesteps = config.schedule.num_train_timesteps
-    if train.objective == 'teacher_forcing':
-        timesteps = stratified_timesteps(time_key, batch_size * num_scenes, num_timesteps)
-        timesteps = timesteps.reshape(batch_size, num_scenes)
+    # One timestep for all scenes of a story, or for each.
+    columns = 1 if train.objective == 'denoising' else num_scenes
+    timesteps = stratified_timesteps(time_key, batch_size * columns, num_timesteps)
+    timesteps = timesteps.reshape(batch_size, columns)
 
+    if train.objective == 'teacher_forcing':
         # All that may be generated is: only scenes that captions leave unsaid are given.
         given = jnp.arange(num_scenes) < batch['least_given'][:, None]
     else:
-        timesteps = stratified_timesteps(time_key, batch_size, num_timesteps)
         probability = train.conditional_probability
         probability = jnp.where(step >= train.conditional_from_step, probability, 0.0)
         given = sample_given_scenes(
@@ -69,10 +69,11 @@ def draw(key, batch, null_text, step, config: config_lib.Config) -> DenoisingBat
     text = drop_captions(drop_key, batch['text'], null_text, train.caption_dropout)
 
     given_timesteps = jax.random.randint(
-        given_time_key, (batch_size,), 0, train.given_max_timestep + 1
+        given_time_key, (batch_size, 1), 0, train.given_max_timestep + 1
     )
+    timesteps = jnp.where(given, given_timesteps, timesteps)  # [B, S]
 
-    return DenoisingBatch(latents, text, noise, timesteps, given, given_timesteps)
+    return DenoisingBatch(latents, text, noise, timesteps, given)
 
 
 def stratified_timesteps(key, batch_size: int, num_timesteps: int):
