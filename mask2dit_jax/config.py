@@ -220,8 +220,8 @@ class SampleConfig:
       steps: steps of the sampler.
       guidance: scale of classifier-free guidance; 1 switches guidance off.
       lag: steps that each scene begins after the scene before it, of scenes that are generated
-        together. 0 denoises them jointly, as many as `steps` one after another. Between, a model
-        must be trained by diffusion_forcing.
+        together: 0 denoises them jointly, `steps` one after another, and between is for models that
+        were trained by diffusion_forcing. None is 0, or `steps` after teacher_forcing.
       context: how a scene that is generated after others sees the given ones under 'causal'. 'anew'
         computes them once more for every new scene. 'carried' keeps what was computed when each was
         made, which still tells of scenes that have left the window.
@@ -236,7 +236,7 @@ class SampleConfig:
     sampler: str = ranges.word('ddim', samplers.SAMPLERS)
     steps: int = ranges.whole(50, least=1)
     guidance: float = ranges.real(6.0)
-    lag: int = ranges.whole(0, least=0)
+    lag: int | None = ranges.whole(None, least=0, or_none=True)
     context: str = ranges.word('anew', CONTEXTS)
     given_timestep: int = ranges.whole(0, least=0)
     captions_of_given: bool = ranges.switch(False)

@@ -369,7 +369,7 @@ def sample_latents(
         sampler or config.sample.sampler, config.schedule, steps or config.sample.steps
     )
     turns = _turns(inputs.given_scenes, num_scenes)
-    scene_steps = samplers.staircase(timesteps, table, config.sample.lag * turns)
+    scene_steps = samplers.staircase(timesteps, table, lag(config, len(timesteps)) * turns)
     scale = np.broadcast_to(np.asarray(guidance, np.float32), num_scenes)
     run = jit_sample(
         config,
@@ -399,9 +399,12 @@ def sample_latents(
     return np.where(is_given[..., None, None, None], inputs.given, latents[:, whole.kept])
 
 
-def num_steps(steps: int, lag: int, num_new: int) -> int:
-    """Steps of the loop that generates so many scenes together, each `lag` after the one before."""
-    return steps + lag * max(0, num_new - 1)
+def lag(config: config_lib.Config, steps: int) -> int:
+    """How many of so many steps a scene begins after the one before it: see config.SampleConfig."""
+    if config.sample.lag is not None:
+        return config.sample.lag
+    # Such a model has never seen a noisy scene before the one that it denoises.
+    return steps if config.train.objective == 'teacher_forcing' else 0
 
 
 def _turns(given_scenes: np.ndarray, num_scenes: int) -> np.ndarray:

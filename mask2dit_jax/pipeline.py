@@ -220,6 +220,14 @@ def plan_frames(
     return tuple(planned)
 
 
+def default_joint(config: config_lib.Config) -> int:
+    """Scenes that are generated together unless something else is asked for: as many as the model
+    was trained on, or one, where it was trained to generate each from finished ones."""
+    if config.train.objective == 'teacher_forcing':
+        return 1
+    return max(map(len, config.data.layouts))
+
+
 def plan_telling(
     config: config_lib.Config,
     frames: tuple[int, ...],
@@ -250,7 +258,7 @@ def plan_telling(
     ranges.refuse(found)
 
     trained = max(map(len, config.data.layouts))
-    joint = trained if joint is None else joint
+    joint = default_joint(config) if joint is None else joint
     # On the stories the first scene is what keeps characters and places the same.
     sinks = min(1, max(0, trained - 2)) if sinks is None else sinks
     window = max(1, trained - 1 - sinks) if window is None else window
@@ -512,7 +520,8 @@ class Model:
             the caption of each.
           negative_caption: what guidance leads away from, in every scene.
           joint: how many scenes at the beginning are generated together; None takes as many as the
-            model was trained on. All later ones are generated one after another.
+            model was trained on, or one after teacher forcing. All later ones are generated one
+            after another.
           window: how many scenes right before a later one are given to it; None takes as many as
             the model was trained on, the new scene and `sinks` not counted.
           sinks: how many scenes at the beginning of the story are given to every later one on top;
@@ -791,11 +800,12 @@ def _unmade(request: Request, num_told: int) -> list[generation.Block]:
 
 def _num_steps(request: Request) -> int:
     """Denoising steps of one video."""
-    steps, lag = request.sampling['steps'], request.config.sample.lag
+    steps = request.sampling['steps']
+    lag = generation.lag(request.config, steps)
     new = [
         block.stop - max(block.start, len(request.given)) for block in _unmade(request, num_told=0)
     ]
-    return sum(generation.num_steps(steps, lag, count) for count in new)
+    return sum(steps + lag * (count - 1) for count in new)
 
 
 def _step_counter(callback: Callable[[int, int], None], total: int) -> Callable[[], None]:

@@ -108,7 +108,8 @@ _JOINT = flags.DEFINE_integer(
     'joint',
     None,
     'Scenes at the beginning of a story that are generated together; later ones are generated one '
-    'after another. Default: as many as the model was trained on, 3 for model folders.',
+    'after another. Default: as many as the model was trained on, 3 for model folders, 1 after '
+    'teacher forcing.',
     lower_bound=1,
 )
 _WINDOW = flags.DEFINE_integer(
@@ -155,7 +156,7 @@ _LAG = flags.DEFINE_integer(
     None,
     'Steps that each scene begins after the scene before it, of scenes that are generated '
     'together; for models that were trained by diffusion forcing. Default: the configuration of '
-    'the run, or 0.',
+    'the run, or 0, or as many as --steps after teacher forcing.',
     lower_bound=0,
 )
 _CONTEXT = flags.DEFINE_enum(

@@ -132,7 +132,7 @@ def tell(
     blocks = generation.plan_blocks(
         len(frames),
         0,
-        joint=len(config.data.layouts[0]),
+        joint=pipeline.default_joint(config),
         window=setting.window,
         sinks=setting.sinks,
     )
