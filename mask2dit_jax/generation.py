@@ -22,8 +22,8 @@ from mask2dit_jax.attention import kv_cache
 from mask2dit_jax.data import latent_codec
 from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.diffusion import schedule as schedule_lib
-from mask2dit_jax.distributed import context_parallel, partitioning
 from mask2dit_jax.distributed import mesh as mesh_lib
+from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
 
@@ -176,13 +176,13 @@ def jit_sample(
 
 
 def _remember(config, params, text, negative, given, frames, mesh, cache=None) -> kv_cache.KVCache:
-    """Keys and values of given scenes, spread as attention has them.
+    """Keys and values of given scenes.
 
     They are of both halves of guidance, or of the positive one if it serves both.
     """
     halves = [negative, text][-num_caches(config, mesh, len(text)) :]
     latents = jnp.concatenate([given] * len(halves))
-    _, cache = dit.DiT(config.model).apply(
+    _, remembered = dit.DiT(config.model).apply(
         {'params': params},
         latents,
         jnp.concatenate(halves),
@@ -191,7 +191,7 @@ def _remember(config, params, text, negative, given, frames, mesh, cache=None) -
         cache=cache,
         remembers=True,
     )
-    return context_parallel.spread_cache(cache, mesh)
+    return remembered
 
 
 @functools.cache

@@ -189,7 +189,7 @@ WRONG = {
     float: (math.nan, math.inf, -math.inf, True, '0.5', None, (0.5,)),
     str: ('gs://(', 3, None, True, ('a',)),
     tuple: (3, None, 'abc', (3,), ((),), ((0,),), ((1.0,),), ((True,),), (('a',),)),
-    type(None): (-1, 0, 0.5, True, '1', math.nan, (1,)),
+    type(None): (-1, 0.5, True, '1', math.nan, (1,)),
 }
 
 

@@ -72,6 +72,58 @@ def test_how_a_story_of_five_scenes_is_told(trained, asked, planned):
     assert again == blocks
 
 
+def test_after_teacher_forcing_scenes_are_generated_one_by_one(caplog):
+    """Each after the steps of the one before, where several are generated together all the same."""
+    forced = dataclasses.replace(CONFIG.train, objective='teacher_forcing')
+    layouts = dataclasses.replace(CONFIG.data, layouts=((4, 4, 4),))
+    config = dataclasses.replace(CONFIG, train=forced, data=layouts)
+    settings = {'joint': None, 'window': None, 'sinks': None}
+    blocks, _ = pipeline.plan_telling(config, (4,) * 4, 0, **settings)
+    assert blocks == [((), 0, 1), ((0,), 1, 2), ((0, 1), 2, 3), ((0, 2), 3, 4)]
+    assert generation.lag(config, 20) == 20
+    assert generation.lag(pipeline.with_sample(config, lag=3), 20) == 3
+    assert generation.lag(CONFIG, 20) == 0
+
+    forcing = dataclasses.replace(CONFIG.train, objective='diffusion_forcing')
+    for train, warns in ((CONFIG.train, True), (forced, True), (forcing, False)):
+        caplog.clear()
+        config = dataclasses.replace(CONFIG, train=train)
+        sampling = {'seed': 0, 'sampler': 'ddim', 'steps': 3, 'guidance': 1.0}
+        pipeline.check_sampling(config, 2, [], **sampling, lag=2)
+        assert ('begin 2 steps after each other' in caplog.text) == warns
+
+
+def test_what_is_carried_is_made_again_after_a_kill(tmp_path):
+    """And the steps that a callback hears of are counted by blocks."""
+    data = dataclasses.replace(CONFIG.data, layouts=((4, 4),))
+    network = dataclasses.replace(STORY_MODEL, pattern='causal', num_layers=2)
+    config = dataclasses.replace(CONFIG, model=network, data=data)
+    rng = np.random.default_rng(0)
+    abstract = names.abstract_params(network)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
+
+    def read(mesh):
+        return 'nowhere', jax.device_put(params, partitioning.shardings(params, mesh))
+
+    codec = latent_codec.StoriesCodec(config, tmp_path)
+    model = pipeline.Model(config, codec, read, {}, 'nowhere', keep_params=True)
+
+    def told(context, there=(), **how):
+        request = model.request([*STORIES[0], *STORIES[0]], context=context, **how)
+        return [scene.latents for scene in model.scenes(model.start(request), 0, there)]
+
+    whole = told('carried')
+    np.testing.assert_array_equal(told('carried', whole[:3])[3], whole[3])
+    anew = told('anew')
+    np.testing.assert_array_equal(anew[1], whole[1])
+    assert min(np.abs(anew[scene] - whole[scene]).max() for scene in (2, 3)) > 1e-3
+
+    heard = []
+    captions = [*STORIES[0], *STORIES[0]]
+    model.generate(captions, lag=2, callback=lambda *step: heard.append(step))
+    assert heard == [(i + 1, 11) for i in range(11)]  # 3 + 2, 3, 3
+
+
 @pytest.mark.parametrize(
     'num_given, joint, planned',
     [
@@ -374,6 +426,8 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_on_loading(folder):
         ('mesh', ['0', '1'], 'a whole number of at least 1'),
         ('mesh', ['-1', '-1'], 'a whole number of at least 1'),
         ('mesh', ['1.5', '1'], 'a whole number of at least 1'),
+        ('lag', -1, 'a non-negative integer'),
+        ('given_timestep', -1, 'a non-negative integer'),
         ('num_videos', 0, 'a positive integer'),
         ('frames', 0, 'a positive integer'),
         ('given_frames', 0, 'a positive integer'),
@@ -400,6 +454,10 @@ def test_flags_out_of_range_are_refused(name, value, allowed):
         ({'frames': 0}, 'frames is 0: use'),
         ({'frames': [8, -1]}, 'frames is -1: use'),
         ({'given_frames': 0}, 'frames is 0: use'),
+        ({'lag': -1}, 'lag is -1: use'),
+        ({'context': 'kept'}, "context is 'kept': use one of anew, carried"),
+        ({'context': 'carried'}, "not under 'dual'"),
+        ({'contxt': 'anew'}, "no setting 'contxt' .did you mean context"),
     ],
 )
 def test_what_cannot_be_sampled_is_told_before_anything_is_loaded(wrong, message):

@@ -19,9 +19,11 @@ class KVCache(NamedTuple):
     """Keys and values of the video of some scenes, in story order.
 
     Keys are as they are before rotary positions: what is remembered may come to stand elsewhere.
+    Heads and their features are one axis: alone, 64 features would fill half of a TPU's lanes, and
+    every cache twice its size.
 
     Attributes:
-      keys, values: [layers, B, L, N, D]; inside a layer [B, L, N, D].
+      keys, values: [layers, B, L, N·D]; inside a layer [B, L, N·D], in its attention [B, L, N, D].
     """
 
     keys: jax.Array

@@ -14,7 +14,7 @@ from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.layout import SceneLayout
 
 SPEC = P(mesh_lib.BATCH_AXES, 'context', 'tensor')  # of q, k and v [B, L, N, D] outside
-# Of the keys and values of a cache [B, L, N, D]: as attention has them inside.
+# Of the keys and values of a cache [B, L, N, D] or [B, L, N·D]: as attention has them inside.
 CACHE_SPEC = P(mesh_lib.BATCH_AXES, None, ('tensor', 'context'))
 
 
@@ -70,16 +70,12 @@ def _all_to_all(x, split_axis: int, concat_axis: int):
     )
 
 
-def spread_cache(cache, mesh: jax.sharding.Mesh):
-    """Lays a cache, arrays [layers, B, L, N, D], out as `attend` takes that of a layer, once for
-    all the steps that use it."""
-
-    def spread(x):
-        rows = mesh_lib.row_sharding(mesh, x.shape[1]).spec
-        spec = P(None, *(rows or (None,)), None, ('tensor', 'context'))
-        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
-
-    return jax.tree.map(spread, cache)
+def spread_cache(cache):
+    """Lays a layer's cache, arrays [B, L, N·D], out as `attend` takes it, once for all the steps
+    that use it; does nothing on one device."""
+    if not mesh_lib.mesh_axes():
+        return cache
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, CACHE_SPEC), cache)
 
 
 def attend(

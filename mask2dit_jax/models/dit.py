@@ -21,8 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from mask2dit_jax import layout as layout_lib
 from mask2dit_jax import ranges
 from mask2dit_jax.attention import attend, kv_cache, masks
+from mask2dit_jax.distributed import context_parallel, partitioning
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.distributed import partitioning
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import embeddings
 
@@ -446,11 +446,15 @@ class _Attention(nn.Module):
 
         q = _layer_norm(1e-6, True, 'norm_q')(q).astype(dtype)
         k = _layer_norm(1e-6, True, 'norm_k')(k).astype(dtype)
-        video = kv_cache.KVCache(k[:, layout.num_text :], v[:, layout.num_text :])
+        video = kv_cache.KVCache(
+            *(c.reshape(x.shape)[:, layout.num_text :] for c in (k, v))  # [B, L, N·D]
+        )
         if cache is not None:
             # Both halves of guidance may share what is remembered.
             copies = len(x) // len(cache.keys)
-            cache = jax.tree.map(lambda c: jnp.concatenate([c] * copies), cache)
+            cache = jax.tree.map(
+                lambda c: jnp.concatenate([c.reshape(*c.shape[:2], *heads[2:])] * copies), cache
+            )
         if rope is not None:
             q = embeddings.apply_rope(q, *rope.tokens)
             k = embeddings.apply_rope(k, *rope.tokens)
@@ -492,7 +496,8 @@ class _Block(nn.Module):
         h = nn.gelu(h, approximate=True)
         x = x + gate * _Dense(cfg.width, dtype=dtype, name='ff_out')(h)
 
-        return x, video if self.remembers else None  # carry and output of the scan over layers
+        # Carry and output of the scan over layers.
+        return x, context_parallel.spread_cache(video) if self.remembers else None
 
 
 def _block_stack(cfg: DiTConfig):
@@ -598,7 +603,7 @@ class DiT(nn.Module):
           frames: static, latent frames per scene; their sum is T. With a cache those of the
             remembered scenes come first, and are not among T and S. If `forced`, two for each
             scene of the story, a clean and a noisy copy, as layout.twice makes them.
-          cache: of the video of scenes before these, [layers, B or a divisor of it, L, N, D] each.
+          cache: of the video of scenes before these, [layers, B or a divisor of it, L, N·D] each.
           remembers: static, whether a cache of these scenes is returned, too.
 
         Returns:
