@@ -106,6 +106,11 @@ def test_a_batch_that_one_half_of_guidance_does_not_fill():
     assert_same(generated(2, 2, mesh=mesh_of(2, 2, 1, 1), **choice), generated(2, 0, **choice))
 
 
+def test_blockwise():
+    model = dataclasses.replace(MODEL, attention_backend='blockwise')
+    assert_same(generated(2, 2, model=model), generated(2, 0, model=model))
+
+
 POSITIONS = {
     'learned and rotary': {'learned_positions': True},
     'learned': {'learned_positions': True, 'rotary': False},
@@ -115,9 +120,8 @@ POSITIONS = {
 
 
 @pytest.mark.parametrize('positions', POSITIONS)
-@pytest.mark.parametrize('backend', ['dense', 'blockwise'])
-def test_positions_count_the_remembered_scenes(backend, positions):
-    model = dataclasses.replace(MODEL, attention_backend=backend, **POSITIONS[positions])
+def test_positions_count_the_remembered_scenes(positions):
+    model = dataclasses.replace(MODEL, **POSITIONS[positions])
     assert_same(generated(2, 2, model=model), generated(2, 0, model=model))
 
 
@@ -144,12 +148,12 @@ def test_scenes_that_all_stories_are_given_first_are_remembered():
 STORY = (2, 1, 2, 1)
 
 
-def told(model, context):
+def told(model, context, mesh=None):
     """Latents of the last of four scenes, each given the one before it, and carried what is."""
     config = config_lib.Config(
         model=model, sample=config_lib.SampleConfig(steps=3, guidance=3.0, context=context)
     )
-    mesh = mesh_of(1, 1, 1, 1)
+    mesh = mesh or mesh_of(1, 1, 1, 1)
     params = params_of(model)
     params = jax.device_put(params, partitioning.shardings(params, mesh))
     rng = np.random.default_rng(2)
@@ -233,6 +237,11 @@ def test_what_is_carried_tells_of_scenes_that_have_left_the_window():
         model = dataclasses.replace(MODEL, num_layers=layers)
         difference = np.abs(told(model, 'carried')[-1] - told(model, 'anew')[-1]).max()
         assert difference < 1e-5 if layers == 1 else difference > 1e-3
+
+
+def test_what_is_carried_on_eight_devices():
+    alone, spread = (told(MODEL, 'carried', mesh)[-1] for mesh in (None, mesh_of(1, 2, 2, 2)))
+    np.testing.assert_allclose(spread, alone, rtol=0, atol=3e-6 * np.abs(alone).max())
 
 
 def test_what_cannot_be_carried_is_named():

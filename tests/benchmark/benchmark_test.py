@@ -54,7 +54,7 @@ def test_a_worker_answers():
 def test_a_cache_extends_as_the_loop_over_all_scenes_does():
     results = []
     for cached in (False, True):
-        compiled, arguments = extend.compile_extension(2, cached, num_steps=1)
+        compiled, arguments = extend.compile_extension(1, cached, num_steps=1)
         results.append(np.asarray(compiled(*arguments))[:, -worker.FRAMES :])
     assert np.abs(results[0]).max() > 0.1
     np.testing.assert_allclose(results[1], results[0], atol=1e-5 * np.abs(results[0]).max())
