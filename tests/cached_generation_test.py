@@ -148,8 +148,8 @@ def test_scenes_that_all_stories_are_given_first_are_remembered():
 STORY = (2, 1, 2, 1)
 
 
-def told(model, context, mesh=None):
-    """Latents of the last of four scenes, each given the one before it, and carried what is."""
+def told(model, context, mesh=None, window=1):
+    """Latents of the last of four scenes, each given those right before it, and carried what is."""
     config = config_lib.Config(
         model=model, sample=config_lib.SampleConfig(steps=3, guidance=3.0, context=context)
     )
@@ -166,22 +166,22 @@ def told(model, context, mesh=None):
     )
     scenes = np.split(story.given, np.cumsum(STORY)[:-1], axis=1)
     carried = generation.NOTHING
-    blocks = generation.plan_blocks(4, 0, joint=1, window=1, sinks=0)
+    blocks = generation.plan_blocks(4, 0, joint=1, window=window, sinks=0)
     for block, scene in zip(blocks[:-1], scenes):
         carried = generation.carry(config, params, story, block, [scene], carried)
     (last,) = generation.tell(config, params, story, blocks[-1], scenes, carried, seed=0)
     return config, params, story, last
 
 
-def slowly(monkeypatch, config, params, story):
-    """The loop over all scenes, in which each sees itself and the one before it alone.
+def slowly(monkeypatch, config, params, story, window):
+    """The loop over all scenes, in which each sees itself and those right before it alone.
 
     Text is not rotated, so that it shows video where it stands in the window: in the loop over all
     scenes it stands at the window's beginning.
     """
 
-    def sees_the_last_one(pattern, q_scene, q_is_text, k_scene, k_is_text):
-        near = (q_scene - k_scene <= 1) & (k_scene <= q_scene)
+    def sees_the_window(pattern, q_scene, q_is_text, k_scene, k_is_text):
+        near = (q_scene - k_scene <= window) & (k_scene <= q_scene)
         return (q_scene == k_scene) | (near & (q_is_text < 1) & (k_is_text < 1))
 
     def rope_from_the_window(self, places, num_remembered):
@@ -191,13 +191,13 @@ def slowly(monkeypatch, config, params, story):
             layout, self.cfg.attention_head_dim, 'linspace', self.cfg.base_grid[1:]
         )
         frame = layout.height * layout.width
-        starts = [0, 0, STORY[0], STORY[0] + STORY[1]]  # of the scene before each
+        starts = [sum(STORY[: max(0, scene - window)]) for scene in range(4)]  # of each window
         of_text = [frame * start for start in starts for _ in range(layout.text_tokens)]
         joint = tuple(jnp.concatenate([table[np.array(of_text)], table]) for table in tables)
         return dit.RotaryTables(joint, joint)
 
     with monkeypatch.context() as patch:
-        patch.setattr(masks, 'may_attend', sees_the_last_one)
+        patch.setattr(masks, 'may_attend', sees_the_window)
         patch.setattr(dit.DiT, '_rope', rope_from_the_window)
         noise = np.zeros_like(story.given)
         for row in range(STORIES):
@@ -223,11 +223,11 @@ CARRIED = {
 }
 
 
-@pytest.mark.parametrize('positions', CARRIED)
-def test_what_is_carried_equals_its_slow_loop(monkeypatch, positions):
+@pytest.mark.parametrize('positions, window', [('rotary', 1), ('rotary', 2), ('learned', 2)])
+def test_what_is_carried_equals_its_slow_loop(monkeypatch, positions, window):
     model = dataclasses.replace(MODEL, num_layers=3, **CARRIED[positions])
-    config, params, story, ours = told(model, 'carried')
-    expected = slowly(monkeypatch, config, params, story)
+    config, params, story, ours = told(model, 'carried', window=window)
+    expected = slowly(monkeypatch, config, params, story, window)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
