@@ -646,11 +646,10 @@ def carry(
         params, stories['text'], inputs.null_text, stories['given'], carried.of(given)
     )
     layout = config.model.layout(frames[1].frames, *inputs.given.shape[2:4])
-    ends = np.cumsum([segment.length for segment in layout.segments if not segment.is_text])
-    parts = [
-        kv_cache.KVCache(*(x[:, :, start:stop] for x in cache))
-        for start, stop in itertools.pairwise([0, *ends.tolist()])
-    ]
+    parts = []
+    for scene in range(len(own)):
+        start, stop = (edge - layout.num_text for edge in layout.video_range(scene))
+        parts.append(kv_cache.KVCache(*(x[:, :, start:stop] for x in cache)))
     kept = [carried.caches[carried.scenes.index(scene)] for scene in given]
     return Carried((*given, *own), (*kept, *parts))
 

@@ -13,21 +13,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Kinds of segments. TAIL is the part of a video that other scenes do not see.
+TAIL, VIDEO, TEXT = -1, 0, 1
+
 
 class Segment(NamedTuple):
     """Neighbouring tokens that the masks treat alike: the caption or the video of one scene.
 
     Attributes:
       scene: index of the scene in the story.
-      is_text: whether the tokens are the scene's caption; otherwise they are its video.
+      kind: TEXT for the scene's caption, VIDEO for its video, or for the beginning of it where the
+        rest is a TAIL.
       start: first token in the joint sequence.
       stop: one past the last token.
     """
 
     scene: int
-    is_text: bool
+    kind: int
     start: int
     stop: int
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind == TEXT
 
     @property
     def length(self) -> int:
@@ -47,6 +55,8 @@ class SceneLayout:
         `whole_patches` makes them, is padded at its end.
       remembered: leading scenes that have no tokens in the sequence. Attention has the keys and
         values of their video from a cache (attention/kv_cache.py), and positions count them.
+      lead: frames, as token_frames counts them, at the beginning of every scene that other scenes
+        see; None for all.
     """
 
     frames: tuple[int, ...]
@@ -55,6 +65,7 @@ class SceneLayout:
     text_tokens: int
     patch_t: int = 1
     remembered: int = 0
+    lead: int | None = None
 
     def __post_init__(self):
         if not self.frames or min(self.frames) < 1:
@@ -122,15 +133,20 @@ class SceneLayout:
         return self._segments(first_video=0)
 
     def _segments(self, first_video: int) -> tuple[Segment, ...]:
-        segments = []
-        start = 0
-        for is_text, first in ((True, self.remembered), (False, first_video)):
-            for scene in range(first, self.num_scenes):
-                video_length = self.token_frames[scene] * self.height * self.width
-                length = self.text_tokens if is_text else video_length
-                segments.append(Segment(scene, is_text, start, start + length))
-                start += length
-        return tuple(segments)
+        parts = [
+            (scene, TEXT, self.text_tokens) for scene in range(self.remembered, self.num_scenes)
+        ]
+        for scene in range(first_video, self.num_scenes):
+            length = self.token_frames[scene]
+            seen = length if self.lead is None else min(self.lead, length)
+            for kind, frames in ((VIDEO, seen), (TAIL, length - seen)):
+                if frames:
+                    parts.append((scene, kind, frames * self.height * self.width))
+        ends = np.cumsum([length for _, _, length in parts]).tolist()
+        return tuple(
+            Segment(scene, kind, end - length, end)
+            for (scene, kind, length), end in zip(parts, ends)
+        )
 
     def text_range(self, scene: int) -> tuple[int, int]:
         """First and one-past-last token of a scene's caption in the joint sequence."""
@@ -141,16 +157,16 @@ class SceneLayout:
         return self._range(scene, is_text=False)
 
     def _range(self, scene: int, is_text: bool) -> tuple[int, int]:
-        (segment,) = (s for s in self.segments if (s.scene, s.is_text) == (scene, is_text))
-        return segment.start, segment.stop
+        parts = [s for s in self.segments if (s.scene, s.is_text) == (scene, is_text)]
+        return parts[0].start, parts[-1].stop
 
 
 def token_scenes(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Scene index (int32 [L]) and is-text flag (bool [L]) of every token of these segments."""
+    """Scene index and kind (int32 [L] each) of every token of these segments."""
     lengths = [segment.length for segment in segments]
     scenes = np.array([segment.scene for segment in segments], np.int32)
-    is_text = np.array([segment.is_text for segment in segments])
-    return np.repeat(scenes, lengths), np.repeat(is_text, lengths)
+    kinds = np.array([segment.kind for segment in segments], np.int32)
+    return np.repeat(scenes, lengths), np.repeat(kinds, lengths)
 
 
 def traced_token_scenes(segments: tuple[Segment, ...]) -> tuple[jax.Array, jax.Array]:
@@ -159,14 +175,15 @@ def traced_token_scenes(segments: tuple[Segment, ...]) -> tuple[jax.Array, jax.A
     A numpy array would be a constant of the program, which grows with the number of tokens.
     """
     scenes = np.array([segment.scene for segment in segments], np.int32)
-    is_text = np.array([segment.is_text for segment in segments])
+    kinds = np.array([segment.kind for segment in segments], np.int32)
     starts = np.array([segment.start for segment in segments], np.int32)
     stops = np.array([segment.stop for segment in segments], np.int32)
 
     token = jnp.arange(stops[-1], dtype=jnp.int32)[:, None]  # [L, 1]
     inside = (token >= starts) & (token < stops)  # [L, segments]
-    scene_of_token = jnp.sum(jnp.where(inside, scenes, 0), axis=1, dtype=jnp.int32)
-    return scene_of_token, jnp.any(inside & is_text, axis=1)
+    return tuple(
+        jnp.sum(jnp.where(inside, values, 0), axis=1, dtype=jnp.int32) for values in (scenes, kinds)
+    )
 
 
 def frame_scenes(frames: tuple[int, ...]) -> np.ndarray:

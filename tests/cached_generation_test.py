@@ -116,6 +116,7 @@ POSITIONS = {
     'learned': {'learned_positions': True, 'rotary': False},
     'sin-cos': {'rotary': False},
     'jumps at cuts': {'scene_offset_frames': 4.0, 'scene_phase': 0.5},
+    'lead frames': {'lead_frames': 1},
 }
 
 

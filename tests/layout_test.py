@@ -11,6 +11,8 @@ from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes, whole_p
 from mask2dit_jax.models import dit, embeddings
 
 LAYOUTS = [SceneLayout(frames, 2, 3, 4) for frames in ((2,), (1, 3), (2, 1, 3), (1, 2, 1, 3, 2))]
+LAYOUTS += [SceneLayout(frames, 2, 3, 4, lead=1) for frames in ((3,), (2, 1, 3))]
+LAYOUTS += [SceneLayout((1, 4, 3), 2, 3, 4, lead=2)]
 
 
 def tokens_of(layout):
@@ -19,7 +21,9 @@ def tokens_of(layout):
     for scene in range(layout.num_scenes):
         tokens += [('text', scene)] * layout.text_tokens
     for scene, frames in enumerate(layout.frames):
-        tokens += [('video', scene)] * (frames * layout.height * layout.width)
+        for frame in range(frames):
+            is_seen = layout.lead is None or frame < layout.lead
+            tokens += [('video' if is_seen else 'tail', scene)] * (layout.height * layout.width)
     return tokens
 
 
@@ -31,7 +35,7 @@ def brute_force(layout, pattern):
         k_kind, k_scene = key
         if pattern == 'full' or q_scene == k_scene:
             return True
-        if pattern == 'isolated' or 'text' in (q_kind, k_kind):
+        if pattern == 'isolated' or 'text' in (q_kind, k_kind) or k_kind == 'tail':
             return False
         return pattern == 'dual' or k_scene < q_scene
 
@@ -39,23 +43,26 @@ def brute_force(layout, pattern):
     return np.array([[sees(query, key) for key in tokens] for query in tokens])
 
 
-@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: str(x.frames))
+@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: f'{x.frames} {x.lead}')
 def test_segments_are_the_sequence(layout):
     """They follow each other without a gap, and every token lies in the segment of its kind."""
     tokens = []
     for segment in layout.segments:
         assert segment.start == len(tokens)
-        kind = 'text' if segment.is_text else 'video'
+        kind = {-1: 'tail', 0: 'video', 1: 'text'}[segment.kind]
         tokens += [(kind, segment.scene)] * segment.length
         assert segment.stop == len(tokens)
 
-        of_scene = layout.text_range if segment.is_text else layout.video_range
-        assert of_scene(segment.scene) == (segment.start, segment.stop)
     assert tokens == tokens_of(layout)
+    for scene in range(layout.num_scenes):
+        of_text = {token for token, kind in enumerate(tokens) if kind == ('text', scene)}
+        of_all = {token for token, (_, other) in enumerate(tokens) if other == scene}
+        assert set(range(*layout.text_range(scene))) == of_text
+        assert set(range(*layout.video_range(scene))) == of_all - of_text
 
-    scenes, is_text = token_scenes(layout.segments)
+    scenes, kinds = token_scenes(layout.segments)
     assert scenes.tolist() == [scene for _, scene in tokens]
-    assert is_text.tolist() == [kind == 'text' for kind, _ in tokens]
+    assert kinds.tolist() == [{'text': 1, 'video': 0, 'tail': -1}[kind] for kind, _ in tokens]
 
 
 def test_segments_count_padded_frames():
@@ -84,19 +91,19 @@ def test_scenes_are_filled_up_in_front_each_by_its_own_first_frame():
         assert whole.source.tolist() == whole.kept.tolist() == list(range(sum(frames)))
 
 
-@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: str(x.frames))
+@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda x: f'{x.frames} {x.lead}')
 @pytest.mark.parametrize('pattern', masks.PATTERNS)
 def test_masks_are_the_definition(layout, pattern):
     mask = masks.dense_mask(layout, pattern)
     np.testing.assert_array_equal(mask, brute_force(layout, pattern))
     assert mask.sum() == masks.segment_pairs(layout, pattern)
     assert mask.diagonal().all()
-    if pattern != 'causal':
+    if pattern != 'causal' and (layout.lead is None or pattern != 'dual'):
         np.testing.assert_array_equal(mask, mask.T)
 
     from_ranges = np.zeros_like(mask)
     for queries in layout.segments:
-        ranges = masks.key_ranges(layout, pattern, queries.scene, queries.is_text)
+        ranges = masks.key_ranges(layout, pattern, queries)
         for start, stop in ranges:
             from_ranges[queries.start : queries.stop, start:stop] = True
         # Neighbouring ranges are joined.
@@ -117,7 +124,7 @@ def test_published_setting_counts():
     assert masks.segment_pairs(layout, 'dual') == text_pairs + video_pairs
 
 
-def tiny_model(pattern, layers):
+def tiny_model(pattern, layers, lead_frames=None):
     """A model of three scenes with random parameters, and its inputs."""
     config = dit.DiTConfig(
         num_layers=layers,
@@ -134,6 +141,7 @@ def tiny_model(pattern, layers):
         sample_frames=5,
         dtype='float32',
         pattern=pattern,
+        lead_frames=lead_frames,
     )
     frames = 1, 2, 1
     rng = np.random.default_rng(0)
@@ -186,6 +194,41 @@ def test_other_patterns_influence():
     causal = influence('causal', 2)
     assert (causal[np.triu_indices(3, 1)] == 0).all()
     assert (causal[np.tril_indices(3)] > 0).all()
+
+
+@pytest.mark.parametrize('pattern', ['dual', 'causal'])
+def test_other_scenes_see_lead_frames_alone(pattern):
+    """Of the scene of two frames, whose second one is seen by nobody else; by its gradient."""
+    model, params, x, text, t, frames = tiny_model(pattern, 1, lead_frames=1)
+
+    def run(x):
+        return model.apply({'params': params}, x, text, t, frames)
+
+    @jax.jit
+    def gradient(projection):
+        return jax.vjp(run, x)[1](projection)[0]
+
+    seen = np.zeros((4, 4), bool)  # whether frame i depends on frame j
+    projection = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    for frame in range(4):
+        of_frame = np.zeros_like(projection)
+        of_frame[:, frame] = projection[:, frame]
+        seen[frame] = np.abs(gradient(of_frame)).max((0, 2, 3, 4)) > 0
+    later = 1 if pattern == 'dual' else 0
+    assert seen.astype(int).tolist() == [
+        [1, later, 0, later],
+        [1, 1, 1, later],
+        [1, 1, 1, later],
+        [1, 1, 0, 1],
+    ]
+
+
+def test_lead_frames_are_for_patterns_that_see_other_scenes():
+    for pattern in ('full', 'isolated'):
+        with pytest.raises(ValueError, match=f'which the pattern {pattern!r} says already'):
+            tiny_model(pattern, 1, lead_frames=1)
+    layout = dit.DiTConfig(pattern='causal', lead_frames=3, patch_size_t=2).layout((4, 2), 60, 90)
+    assert layout.lead == 2
 
 
 def test_each_frame_follows_its_own_timestep():

@@ -57,7 +57,7 @@ def _forward_head(q, k, v, layout, pattern):
     outs = []
     log_sums = []
     for segment in layout.segments:
-        ranges = masks.key_ranges(layout, pattern, segment.scene, segment.is_text)
+        ranges = masks.key_ranges(layout, pattern, segment)
         keys = _join(k, ranges)
         values = _join(v, ranges)
 
@@ -86,7 +86,7 @@ def _backward_head(q, k, v, out, log_sum, d_out, layout, pattern):
     dk = jnp.zeros(k.shape, jnp.float32)
     dv = jnp.zeros(v.shape, jnp.float32)
     for segment in layout.segments:
-        ranges = masks.key_ranges(layout, pattern, segment.scene, segment.is_text)
+        ranges = masks.key_ranges(layout, pattern, segment)
         keys = _join(k, ranges)
         values = _join(v, ranges)
 

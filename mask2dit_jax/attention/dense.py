@@ -20,9 +20,9 @@ def dense(q, k, v, layout: SceneLayout, pattern: str):
       [B, L, N, D] in q's dtype.
     """
     # Computed in the program, of which a numpy mask would be a constant of L x L bytes.
-    q_scene, q_is_text = (x[:, None] for x in traced_token_scenes(layout.segments))  # [Q, 1] each
-    k_scene, k_is_text = traced_token_scenes(layout.key_segments)  # [K] each
-    mask = masks.may_attend(pattern, q_scene, q_is_text, k_scene[None], k_is_text[None])
+    q_scene, q_kind = (x[:, None] for x in traced_token_scenes(layout.segments))  # [Q, 1] each
+    k_scene, k_kind = traced_token_scenes(layout.key_segments)  # [K] each
+    mask = masks.may_attend(pattern, q_scene, q_kind, k_scene[None], k_kind[None])
 
     scores = jnp.einsum('bqnd,bknd->bnqk', q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5  # [B, N, L, L]

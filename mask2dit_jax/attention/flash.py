@@ -22,7 +22,7 @@ def flash(q, k, v, layout: SceneLayout, pattern: str, implementation: str = 'cud
     """
     outputs = []
     for queries in layout.segments:
-        ranges = masks.key_ranges(layout, pattern, queries.scene, queries.is_text)
+        ranges = masks.key_ranges(layout, pattern, queries)
         keys = jnp.concatenate([k[:, start:stop] for start, stop in ranges], axis=1)
         values = jnp.concatenate([v[:, start:stop] for start, stop in ranges], axis=1)
         out = jax.nn.dot_product_attention(

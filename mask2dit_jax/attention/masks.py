@@ -4,14 +4,14 @@ import itertools
 
 import numpy as np
 
-from mask2dit_jax.layout import SceneLayout, token_scenes
+from mask2dit_jax.layout import TEXT, VIDEO, SceneLayout, Segment, token_scenes
 
 PATTERNS = ('dual', 'full', 'isolated', 'causal')
 # The pattern of training by teacher forcing: see dit.DiT.
 FORCED = 'forced'
 
 
-def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
+def may_attend(pattern: str, q_scene, q_kind, k_scene, k_kind):
     """The attention predicate: may this query see this key?
 
     The patterns are
@@ -23,13 +23,15 @@ def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
         with the number 2·i and the noisy one with 2·i + 1. A copy sees itself, and its video sees
         the clean video of earlier scenes.
 
+    Of video of kind TAIL other scenes see nothing, but under `full`.
+
     Only comparisons, bits and boolean operators are used, so that numpy, jax and the computable
     masks of kernels can evaluate the predicate.
 
     Args:
       pattern: one of PATTERNS, or FORCED.
       q_scene, k_scene: scene of the query and of the key; integers that broadcast.
-      q_is_text, k_is_text: whether they are caption tokens; booleans or 0 and 1 that broadcast.
+      q_kind, k_kind: kinds of their segments, layout.TEXT, VIDEO or TAIL; integers that broadcast.
 
     Returns:
       Boolean, broadcast.
@@ -43,8 +45,7 @@ def may_attend(pattern: str, q_scene, q_is_text, k_scene, k_is_text):
     if pattern == 'full':
         return same_scene | (q_scene != k_scene)  # always true, in the shape that is asked for
 
-    # Kernels hold the flags as integers, on which `~` would not be a boolean `not`.
-    both_video = (q_is_text < 1) & (k_is_text < 1)
+    both_video = (q_kind < TEXT) & (k_kind == VIDEO)
     if pattern == 'dual':
         return same_scene | both_video
     if pattern == 'causal':
@@ -60,27 +61,25 @@ def dense_mask(layout: SceneLayout, pattern: str) -> np.ndarray:
 
     It is quadratic: for tests, pictures and tiny models.
     """
-    q_scene, q_is_text = token_scenes(layout.segments)  # [queries] each
-    k_scene, k_is_text = token_scenes(layout.key_segments)  # [keys] each
-    return may_attend(pattern, q_scene[:, None], q_is_text[:, None], k_scene[None], k_is_text[None])
+    q_scene, q_kind = token_scenes(layout.segments)  # [queries] each
+    k_scene, k_kind = token_scenes(layout.key_segments)  # [keys] each
+    return may_attend(pattern, q_scene[:, None], q_kind[:, None], k_scene[None], k_kind[None])
 
 
-def key_ranges(
-    layout: SceneLayout, pattern: str, scene: int, is_text: bool
-) -> list[tuple[int, int]]:
+def key_ranges(layout: SceneLayout, pattern: str, queries: Segment) -> list[tuple[int, int]]:
     """Contiguous ranges of keys that the queries of one segment may see, read off the predicate.
 
     Args:
       layout: the sequence.
       pattern: one of PATTERNS.
-      scene, is_text: name the segment of the queries. The predicate depends on nothing finer.
+      queries: the segment of the queries. The predicate depends on nothing finer.
 
     Returns:
       At most a few disjoint (start, stop) ranges in ascending order.
     """
     ranges: list[tuple[int, int]] = []
     for keys in layout.key_segments:
-        if not may_attend(pattern, scene, is_text, keys.scene, keys.is_text):
+        if not may_attend(pattern, queries.scene, queries.kind, keys.scene, keys.kind):
             continue
 
         if ranges and ranges[-1][1] == keys.start:
@@ -95,6 +94,6 @@ def segment_pairs(layout: SceneLayout, pattern: str) -> int:
     """Number of (query, key) pairs that the pattern lets see each other."""
     pairs = 0
     for queries, keys in itertools.product(layout.segments, layout.key_segments):
-        if may_attend(pattern, queries.scene, queries.is_text, keys.scene, keys.is_text):
+        if may_attend(pattern, queries.scene, queries.kind, keys.scene, keys.kind):
             pairs += queries.length * keys.length
     return pairs

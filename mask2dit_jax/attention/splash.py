@@ -22,7 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from mask2dit_jax import hardware
 from mask2dit_jax.attention import masks
-from mask2dit_jax.layout import SceneLayout, Segment
+from mask2dit_jax.layout import TAIL, TEXT, VIDEO, SceneLayout, Segment
 
 KERNELS = ('tokamax', 'jax')
 _LANES = 128
@@ -37,7 +37,9 @@ class _KernelSequence:
     """The sequence as kernels see it: every scene's video, then every caption, then padding.
 
     Segments are counted in this order: the video of scene i is segment i, its caption is segment
-    S + i, and the padding is segment 2S. _visible_pairs relies on these numbers.
+    S + i, and the padding is segment 2S. Where videos have tails, every number stands for two
+    segments, the second one a video's tail, or nothing behind a caption. _visible_pairs relies on
+    these numbers.
     """
 
     layout: SceneLayout
@@ -47,12 +49,26 @@ class _KernelSequence:
     def segments(self) -> tuple[Segment, ...]:
         """The layout's keys in the order of kernels; start and stop remain the layout's.
 
-        The captions of remembered scenes are among them, without tokens.
+        The captions of remembered scenes are among them, without tokens, and tails that scenes are
+        too short for.
         """
-        videos = [segment for segment in self.layout.key_segments if not segment.is_text]
-        captions = [segment for segment in self.layout.key_segments if segment.is_text]
-        missing = [Segment(scene, True, 0, 0) for scene in range(self.layout.remembered)]
-        return (*videos, *missing, *captions)
+        there = {(segment.scene, segment.kind): segment for segment in self.layout.key_segments}
+
+        def found(scene, kind):
+            return there.get((scene, kind), Segment(scene, kind, 0, 0))
+
+        scenes = range(self.layout.num_scenes)
+        if self.per_part == 1:
+            return tuple(found(scene, kind) for kind in (VIDEO, TEXT) for scene in scenes)
+        videos = [found(scene, kind) for scene in scenes for kind in (VIDEO, TAIL)]
+        nothing = [Segment(scene, TEXT, 0, 0) for scene in scenes]
+        captions = [(found(scene, TEXT), nothing[scene]) for scene in scenes]
+        return (*videos, *itertools.chain(*captions))
+
+    @property
+    def per_part(self) -> int:
+        """Segments of a video, and of a caption."""
+        return 1 if self.layout.lead is None else 2
 
     @property
     def first_query(self) -> int:
@@ -75,18 +91,18 @@ class _KernelSequence:
         return (*starts, num_blocks * self.block)
 
     def visible(self, pattern: str) -> np.ndarray:
-        """bool [2S+1, 2S+1], true where a query of segment i may see a key of segment j.
+        """True where a query of segment i may see a key of segment j; the padding is the last one.
 
         No query sees a key of the padding. The queries of the padding see all other keys, since
         softmax over no keys at all would be 0 / 0.
         """
         scene = np.array([segment.scene for segment in self.segments])
-        is_text = np.array([segment.is_text for segment in self.segments])
+        kind = np.array([segment.kind for segment in self.segments])
 
         size = len(self.segments) + 1
         table = np.zeros((size, size), bool)
         table[:-1, :-1] = masks.may_attend(
-            pattern, scene[:, None], is_text[:, None], scene[None], is_text[None]
+            pattern, scene[:, None], kind[:, None], scene[None], kind[None]
         )
         table[-1, :-1] = True
         return table
@@ -111,7 +127,7 @@ class SceneMask:
     def __init__(self, sequence: _KernelSequence, pattern: str, queries: tuple[int, int]):
         self._key = sequence, pattern, queries
         self._starts = np.array(sequence.starts)
-        self._visible = sequence.visible(pattern)  # [2S+1, 2S+1]
+        self._visible = sequence.visible(pattern)
         self._offsets = queries[0], 0  # of rows and of columns
 
         segments = np.arange(len(self._visible))
@@ -122,7 +138,11 @@ class SceneMask:
         # their positions.
         self.q_sequence = self._segment_of[slice(*queries)]  # see _with_traced_queries
         self.mask_function = functools.partial(
-            _visible_pairs, pattern, sequence.layout.num_scenes, sequence.starts
+            _visible_pairs,
+            pattern,
+            sequence.layout.num_scenes,
+            sequence.per_part,
+            sequence.starts,
         )
 
     @property
@@ -181,27 +201,32 @@ class SceneMask:
         return hash(self._key)
 
 
-def _visible_pairs(pattern: str, num_scenes: int, starts: tuple[int, ...], q_segment, k_position):
+def _visible_pairs(
+    pattern: str, num_scenes: int, per_part: int, starts: tuple[int, ...], q_segment, k_position
+):
     """The predicate between the segments of queries and the positions of keys.
 
     Args:
       pattern: one of masks.PATTERNS.
       num_scenes: S; segments are counted as in _KernelSequence.
-      starts: of _KernelSequence.
+      per_part, starts: of _KernelSequence.
       q_segment, k_position: int32 arrays that broadcast.
     """
+    first_text = per_part * num_scenes
 
-    def scene_of(segment):
-        return segment - num_scenes * (segment >= num_scenes).astype(jnp.int32)
+    def scene_and_kind(segment):
+        is_text = (segment >= first_text).astype(jnp.int32)
+        part = segment - first_text * is_text
+        if per_part == 1:
+            return part, is_text
+        return part >> 1, is_text - (segment & 1)  # nothing with a token is behind a caption
 
     # A key's segment is the number of segments after the first that begin at or before the key.
     k_segment = sum((k_position >= start).astype(jnp.int32) for start in starts[1:-1])
 
-    q_is_text = (q_segment >= num_scenes).astype(jnp.int32)
-    k_is_text = (k_segment >= num_scenes).astype(jnp.int32)
-    seen = masks.may_attend(pattern, scene_of(q_segment), q_is_text, scene_of(k_segment), k_is_text)
+    seen = masks.may_attend(pattern, *scene_and_kind(q_segment), *scene_and_kind(k_segment))
 
-    q_is_padding = q_segment == 2 * num_scenes
+    q_is_padding = q_segment == 2 * first_text
     return (seen | q_is_padding) & (k_position < starts[-2])
 
 

@@ -90,6 +90,9 @@ class DiTConfig:
       pattern: attention mask: 'dual' (the paper's: a caption touches only its own scene, and all
         video tokens see each other), 'full' (no mask), 'isolated' (a scene sees only itself) or
         'causal' (as dual, but video does not see the video of later scenes).
+      lead_frames: latent frames at the beginning of a scene that the other scenes which may see it
+        do see, under 'dual' and 'causal'; None for all. With it attention to other scenes costs so
+        many frames of each.
       attention_backend: implementation of attention: 'blockwise' and 'dense' run anywhere, 'splash'
         and 'jax_splash' on TPU, 'cudnn' on GPU.
       dtype: compute dtype, 'float32' or 'bfloat16'; parameters are float32 whatever it is.
@@ -128,6 +131,7 @@ class DiTConfig:
     scene_offset_frames: float = ranges.real(0.0)
     scene_phase: float = ranges.real(0.0)
     pattern: str = ranges.word('dual', masks.PATTERNS)
+    lead_frames: int | None = ranges.whole(None, least=1, or_none=True)
     attention_backend: str = ranges.word('blockwise', attend.BACKENDS)
     dtype: str = ranges.word('bfloat16', DTYPES)
     remat: str = ranges.word('none', REMAT)
@@ -176,12 +180,19 @@ class DiTConfig:
             width=width // self.patch_size,
             text_tokens=self.max_text_seq_length,
             patch_t=self.patch_size_t or 1,
+            lead=self.lead_frames and -(-self.lead_frames // (self.patch_size_t or 1)),
         )
 
 
 def conflicts(cfg: DiTConfig) -> list[str]:
     """Says which fields, all of them in their ranges, do not fit each other."""
     found = []
+
+    if cfg.lead_frames and cfg.pattern not in ('dual', 'causal'):
+        found.append(
+            f'model.lead_frames {cfg.lead_frames} says what other scenes see of a scene, which the '
+            f'pattern {cfg.pattern!r} says already: leave one of them.'
+        )
 
     remat = REMAT[cfg.remat]
     keeps_attention = remat is not None and 'attention' in remat.saved + remat.offloaded

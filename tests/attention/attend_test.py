@@ -61,10 +61,25 @@ def test_blockwise_equals_dense(monkeypatch, pattern, frames, dtype):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.parametrize('pattern', ['dual', 'causal'])
+@pytest.mark.parametrize('frames', [(3,), (2, 4), (1, 3, 2, 1, 2)], ids=str)
+def test_blockwise_equals_dense_where_others_see_lead_frames_alone(frames, pattern):
+    for lead, dtype in ((1, 'float32'), (2, 'float32'), (1, 'bfloat16')):
+        layout = SceneLayout(frames, 2, 3, 5, lead=lead)
+        args = qkv(layout, dtype)
+        dense = forward_and_gradients('dense', *args, layout, pattern)
+        blockwise = forward_and_gradients('blockwise', *args, layout, pattern)
+        for expected, ours in zip(dense, blockwise):
+            expected, ours = (np.asarray(x, np.float32) for x in (expected, ours))
+            tolerance = TOLERANCE[dtype] * max(1, np.abs(expected).max())
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('lead', [None, 1, 2])
 @pytest.mark.parametrize('pattern', masks.PATTERNS)
-def test_flash_pieces_equal_dense(pattern):
+def test_flash_pieces_equal_dense(pattern, lead):
     """The pieces that cuDNN computes on a GPU, computed by XLA."""
-    layout = SceneLayout((3, 1, 2), 2, 3, 5)
+    layout = SceneLayout((3, 1, 2), 2, 3, 5, lead=lead)
     args = qkv(layout, 'float32')
     pieces = functools.partial(flash.flash, layout=layout, pattern=pattern, implementation='xla')
 

@@ -12,7 +12,7 @@ from mask2dit_jax.attention import attend as attend_lib
 from mask2dit_jax.attention import blockwise as blockwise_lib
 from mask2dit_jax.attention import dense as dense_lib
 from mask2dit_jax.attention import flash, kv_cache, masks, splash
-from mask2dit_jax.layout import SceneLayout, token_scenes
+from mask2dit_jax.layout import TEXT, SceneLayout, token_scenes
 
 # Frames per scene, and how many leading scenes are remembered.
 SCENES = [((2, 4), 1), ((3, 1, 2), 1), ((3, 1, 2), 2), ((1, 3, 2, 1, 2), 2), ((1, 3, 2, 1, 2), 4)]
@@ -28,9 +28,9 @@ BACKENDS = {
 
 def parts(layout):
     """Places in the whole sequence: of the sequence's tokens, and of what is remembered."""
-    scene, is_text = token_scenes(layout.whole.segments)
+    scene, kind = token_scenes(layout.whole.segments)
     own = scene >= layout.remembered
-    return np.flatnonzero(own), np.flatnonzero(~own & ~is_text)
+    return np.flatnonzero(own), np.flatnonzero(~own & (kind < TEXT))
 
 
 def inputs_of(layout, dtype):
@@ -76,23 +76,26 @@ CASES = [
 
 @pytest.mark.parametrize('pattern, frames, remembered, dtype', CASES, ids=str)
 @pytest.mark.parametrize('backend', BACKENDS)
-def test_rows_of_the_whole(backend, pattern, frames, remembered, dtype, monkeypatch):
+@pytest.mark.parametrize('lead', [None, 1])
+def test_rows_of_the_whole(lead, backend, pattern, frames, remembered, dtype, monkeypatch):
     monkeypatch.setattr(blockwise_lib, 'QUERY_BLOCK', 13)
-    layout = SceneLayout(frames, 2, 3, 5, remembered=remembered)
+    layout = SceneLayout(frames, 2, 3, 5, remembered=remembered, lead=lead)
     assert_rows_of_the_whole(BACKENDS[backend], layout, pattern, dtype, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize('frames, remembered', [SCENES[0], SCENES[2], SCENES[3]], ids=str)
 @pytest.mark.parametrize('kernel', splash.KERNELS)
-def test_splash(kernel, frames, remembered):
+@pytest.mark.parametrize('lead', [None, 1])
+def test_splash(lead, kernel, frames, remembered):
     """Whether the new scenes' tokens begin within a block or not, and in several blocks."""
     # Three blocks of keys: plain interpretation of tokamax's kernel is wrong from four on.
-    layout = SceneLayout(frames, 288 // 8 // sum(frames), 8, 7, remembered=remembered)
+    height = 288 // 8 // sum(frames)
+    layout = SceneLayout(frames, height, 8, 7, remembered=remembered, lead=lead)
     backend = functools.partial(splash.attend, block=128, kernel=kernel, interpret=True)
     assert_rows_of_the_whole(backend, layout, 'causal', 'float32', 2e-5)
 
 
-@pytest.mark.parametrize('seed', range(10))
+@pytest.mark.parametrize('seed', range(15))
 def test_splash_masks_by_brute_force(seed):
     """The mask of the queries, and what the libraries are told of its blocks: never too little."""
     rng = np.random.default_rng(seed)
@@ -100,7 +103,12 @@ def test_splash_masks_by_brute_force(seed):
     height, width, text_tokens = rng.integers(1, [9, 9, 40]).tolist()
     block = int(rng.choice([32, 96, 128]))
     layout = SceneLayout(
-        frames, height, width, text_tokens, remembered=int(rng.integers(1, len(frames)))
+        frames,
+        height,
+        width,
+        text_tokens,
+        remembered=int(rng.integers(len(frames))),
+        lead=[None, 1, 2][seed % 3],
     )
     sequence = splash._KernelSequence(layout, block)
     start, length = sequence.first_query, sequence.starts[-1]

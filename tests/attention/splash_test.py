@@ -217,6 +217,14 @@ def test_without_gradients(kernel, frames):
     assert_equals_dense(frames, 'dual', kernel, True, block=256, run=forward)
 
 
+@pytest.mark.parametrize('pattern, lead', [('dual', 1), ('causal', 2)])
+@pytest.mark.parametrize('kernel', splash.KERNELS)
+def test_where_others_see_lead_frames_alone(kernel, pattern, lead):
+    """One scene is too short for a tail."""
+    layout = SceneLayout((3, 1, 2), 6, 8, 7, lead=lead)
+    assert_equals_dense(layout, pattern, kernel, True)
+
+
 @pytest.mark.parametrize('kernel', splash.KERNELS)
 def test_bfloat16_and_heads_of_128(kernel):
     assert_equals_dense((1, 2, 3), 'dual', kernel, True, jnp.bfloat16, 3e-2, dim=128)

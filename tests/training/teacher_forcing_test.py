@@ -30,16 +30,17 @@ def test_scenes_come_twice():
 
 
 @pytest.mark.parametrize('frames', [(2,), (1, 2), (2, 1, 3), (1, 2, 1, 1, 2)], ids=str)
-def test_the_mask_by_brute_force(frames):
+@pytest.mark.parametrize('lead', [None, 1])
+def test_the_mask_by_brute_force(frames, lead):
     copies, _ = layout_lib.twice(frames)
-    layout = SceneLayout(copies, 1, 2, 3)
+    layout = SceneLayout(copies, 1, 2, 3, lead=lead)
     mask = masks.dense_mask(layout, masks.FORCED)
-    scene, is_text = token_scenes(layout.segments)
+    scene, kind = token_scenes(layout.segments)
     for q, k in np.ndindex(mask.shape):
         story_scene, is_noisy = divmod(int(scene[q]), 2)
         key_scene, key_is_noisy = divmod(int(scene[k]), 2)
         same_copy = (story_scene, is_noisy) == (key_scene, key_is_noisy)
-        both_video = not is_text[q] and not is_text[k]
+        both_video = kind[q] < 1 and kind[k] == 0
         from_before = both_video and not key_is_noisy and key_scene < story_scene
         assert mask[q, k] == (same_copy or from_before)
 
@@ -112,6 +113,7 @@ CASES = {
     'sin-cos': {'rotary': False},
     'jumps at cuts': {'scene_offset_frames': 4.0, 'scene_phase': 0.5},
     'blockwise': {'attention_backend': 'blockwise'},
+    'lead frames': {'lead_frames': 1},
 }
 
 
