@@ -20,7 +20,7 @@ from matplotlib import colors, figure, patches
 
 from mask2dit_jax import paths
 from mask2dit_jax.attention import masks
-from mask2dit_jax.layout import SceneLayout, frame_scenes, token_scenes
+from mask2dit_jax.layout import TEXT, SceneLayout, frame_scenes, token_scenes
 
 LAYOUT = SceneLayout(frames=(3, 5, 4), height=1, width=2, text_tokens=4)
 # Titles of the attention patterns.
@@ -72,8 +72,9 @@ def attention_kinds(layout: SceneLayout, pattern: str) -> np.ndarray:
     Returns:
       int [L, L], indices into _KINDS; rows are queries, columns are keys.
     """
-    scene, is_text = token_scenes(layout.segments)  # [L], [L]
+    scene, kind = token_scenes(layout.segments)  # [L], [L]
     same_scene = scene[:, None] == scene[None]
+    is_text = kind == TEXT
     any_text = is_text[:, None] | is_text[None]
 
     with_text = np.where(same_scene, _OWN_CAPTION, _OTHER_CAPTION)

@@ -147,7 +147,8 @@ def test_a_cache_must_hold_what_the_layout_remembers():
 def test_patterns_under_which_a_cache_is_exact(pattern):
     """Those that let no token of a scene see a later scene, by brute force."""
     layout = SceneLayout((1, 2, 1), 2, 2, 3)
-    scene, is_text = token_scenes(layout.segments)
+    scene, kind = token_scenes(layout.segments)
+    is_text = kind == TEXT
     mask = masks.dense_mask(layout, pattern)
     sees_later = (mask & (scene[:, None] < scene[None])).any()
     sees_captions_of_earlier = (mask & (scene[:, None] > scene[None]) & is_text[None]).any()

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mask2dit_jax.layout import SceneLayout, token_scenes
+from mask2dit_jax.layout import TEXT, SceneLayout, token_scenes
 from mask2dit_jax.tools import figures
 
 
@@ -15,7 +15,8 @@ def test_kinds_by_definition(pattern):
     layout = SceneLayout((1, 2, 3), 1, 2, 2)
     kinds = figures.attention_kinds(layout, pattern)
     names = list(figures._KINDS)
-    scene, is_text = token_scenes(layout.segments)
+    scene, kind = token_scenes(layout.segments)
+    is_text = kind == TEXT
 
     for query, key in itertools.product(range(layout.num_tokens), repeat=2):
         same_scene = scene[query] == scene[key]
