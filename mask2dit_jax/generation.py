@@ -24,6 +24,7 @@ from mask2dit_jax.diffusion import samplers
 from mask2dit_jax.diffusion import schedule as schedule_lib
 from mask2dit_jax.distributed import mesh as mesh_lib
 from mask2dit_jax.distributed import partitioning
+from mask2dit_jax.layout import VIDEO
 from mask2dit_jax.models import dit
 from mask2dit_jax.pretrained import names
 
@@ -646,10 +647,11 @@ def carry(
         params, stories['text'], inputs.null_text, stories['given'], carried.of(given)
     )
     layout = config.model.layout(frames[1].frames, *inputs.given.shape[2:4])
-    parts = []
-    for scene in range(len(own)):
-        start, stop = (edge - layout.num_text for edge in layout.video_range(scene))
-        parts.append(kv_cache.KVCache(*(x[:, :, start:stop] for x in cache)))
+    ends = np.cumsum([part.length for part in layout.segments if part.kind == VIDEO])
+    parts = [
+        kv_cache.KVCache(*(x[:, :, start:stop] for x in cache))
+        for start, stop in itertools.pairwise([0, *ends.tolist()])
+    ]
     kept = [carried.caches[carried.scenes.index(scene)] for scene in given]
     return Carried((*given, *own), (*kept, *parts))
 

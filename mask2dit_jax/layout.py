@@ -106,8 +106,19 @@ class SceneLayout:
 
     @property
     def num_remembered(self) -> int:
-        """Video tokens of the remembered scenes, of which attention has keys and values."""
-        return sum(self.token_frames[: self.remembered]) * self.height * self.width
+        """Video tokens of the remembered scenes, of which attention has keys and values: those that
+        other scenes see."""
+        return sum(stop - start for start, stop in self.remembered_ranges)
+
+    @property
+    def remembered_ranges(self) -> list[tuple[int, int]]:
+        """Where these tokens are among those of all video, as (start, stop)."""
+        whole = self.whole
+        return [
+            (segment.start - whole.num_text, segment.stop - whole.num_text)
+            for segment in whole.segments
+            if segment.kind == VIDEO and segment.scene < self.remembered
+        ]
 
     @property
     def num_video(self) -> int:
@@ -139,7 +150,8 @@ class SceneLayout:
         for scene in range(first_video, self.num_scenes):
             length = self.token_frames[scene]
             seen = length if self.lead is None else min(self.lead, length)
-            for kind, frames in ((VIDEO, seen), (TAIL, length - seen)):
+            tail = 0 if scene < self.remembered else length - seen
+            for kind, frames in ((VIDEO, seen), (TAIL, tail)):
                 if frames:
                     parts.append((scene, kind, frames * self.height * self.width))
         ends = np.cumsum([length for _, _, length in parts]).tolist()

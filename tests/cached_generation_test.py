@@ -185,8 +185,8 @@ def slowly(monkeypatch, config, params, story, window):
         near = (q_scene - k_scene <= window) & (k_scene <= q_scene)
         return (q_scene == k_scene) | (near & (q_is_text < 1) & (k_is_text < 1))
 
-    def rope_from_the_window(self, places, num_remembered):
-        del num_remembered
+    def rope_from_the_window(self, places, remembered):
+        del remembered
         layout = places.layout
         tables = embeddings.rope_table(
             layout, self.cfg.attention_head_dim, 'linspace', self.cfg.base_grid[1:]

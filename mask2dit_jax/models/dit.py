@@ -23,7 +23,7 @@ from mask2dit_jax import ranges
 from mask2dit_jax.attention import attend, kv_cache, masks
 from mask2dit_jax.distributed import context_parallel, partitioning
 from mask2dit_jax.distributed import mesh as mesh_lib
-from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.layout import VIDEO, SceneLayout
 from mask2dit_jax.models import embeddings
 
 
@@ -433,6 +433,12 @@ class _AdaLayerNorm(nn.Module):
         return (y * scale + shift).astype(dtype), *gate
 
 
+def _rows(x, ranges: list[tuple[int, int]], axis: int = 0):
+    """The rows of x in these (start, stop) ranges, one range after the other."""
+    parts = [jax.lax.slice_in_dim(x, start, stop, axis=axis) for start, stop in ranges]
+    return jnp.concatenate(parts, axis=axis) if parts else x[:0]
+
+
 class _Attention(nn.Module):
     """Multi-head attention with normed q and k, rotary positions and the scene mask.
 
@@ -457,8 +463,9 @@ class _Attention(nn.Module):
 
         q = _layer_norm(1e-6, True, 'norm_q')(q).astype(dtype)
         k = _layer_norm(1e-6, True, 'norm_k')(k).astype(dtype)
+        seen = [(part.start, part.stop) for part in layout.segments if part.kind == VIDEO]
         video = kv_cache.KVCache(
-            *(c.reshape(x.shape)[:, layout.num_text :] for c in (k, v))  # [B, L, N·D]
+            *(_rows(c.reshape(x.shape), seen, axis=1) for c in (k, v))  # [B, L, N·D]
         )
         if cache is not None:
             # Both halves of guidance may share what is remembered.
@@ -570,7 +577,7 @@ class _Places(NamedTuple):
             return table
         ranges = [layout.text_range(scene) for scene in self.scenes]
         ranges += [layout.video_range(scene) for scene in self.scenes]
-        return jnp.concatenate([table[start:stop] for start, stop in ranges])
+        return _rows(table, ranges)
 
 
 class RotaryTables(NamedTuple):
@@ -662,7 +669,7 @@ class DiT(nn.Module):
         x = jnp.concatenate([text, video], axis=1)  # [B, L, E]
         x = self._add_positions(x, places)
 
-        rope = self._rope(places, layout.num_remembered) if cfg.rotary else None
+        rope = self._rope(places, layout.remembered_ranges) if cfg.rotary else None
         pattern = masks.FORCED if self.forced else cfg.pattern
         blocks = _block_stack(cfg)(cfg, layout, pattern, remembers, name='blocks')
         x, remembered = blocks(x, times, rope, cache)
@@ -677,7 +684,7 @@ class DiT(nn.Module):
         v = unpatchify(x, own_scenes, cfg.patch_size).astype(jnp.float32)
         return (v, remembered) if remembers else v
 
-    def _rope(self, places: _Places, num_remembered: int) -> RotaryTables:
+    def _rope(self, places: _Places, remembered: list[tuple[int, int]]) -> RotaryTables:
         """Rotary tables, float32; text is not rotated."""
         cfg = self.cfg
         rule = 'linspace' if cfg.patch_size_t is None else 'slice'
@@ -694,7 +701,7 @@ class DiT(nn.Module):
         for table, of_text in zip(tables, (1, 0)):
             joint = jnp.pad(table, text_rows, constant_values=of_text)
             tokens.append(partitioning.constrain_token_table(places.of_sequence(joint)))
-        return RotaryTables(tuple(tokens), tuple(table[:num_remembered] for table in tables))
+        return RotaryTables(tuple(tokens), tuple(_rows(table, remembered) for table in tables))
 
     def _add_positions(self, x, places: _Places):
         """Adds sin-cos (2B) or learned (5B-I2V, tiny) positions, if the model has any."""

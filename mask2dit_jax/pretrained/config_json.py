@@ -205,6 +205,11 @@ def transformer_json(cfg: dit.DiTConfig) -> dict:
             'This model was trained with positions that jump at cuts (scene_offset_frames, '
             'scene_phase), which the reference would compute differently: it cannot be exported.'
         )
+    if cfg.lead_frames:
+        raise ValueError(
+            f'The reference has no lead_frames, of which this model has {cfg.lead_frames}: it '
+            'cannot be exported.'
+        )
     if cfg.position_rule != 'reference' and added_positions:
         raise ValueError(
             "This model was trained with position_rule 'continuous' and added positions, which the "

@@ -12,7 +12,7 @@ from mask2dit_jax.attention import attend as attend_lib
 from mask2dit_jax.attention import blockwise as blockwise_lib
 from mask2dit_jax.attention import dense as dense_lib
 from mask2dit_jax.attention import flash, kv_cache, masks, splash
-from mask2dit_jax.layout import TEXT, SceneLayout, token_scenes
+from mask2dit_jax.layout import TEXT, VIDEO, SceneLayout, token_scenes
 
 # Frames per scene, and how many leading scenes are remembered.
 SCENES = [((2, 4), 1), ((3, 1, 2), 1), ((3, 1, 2), 2), ((1, 3, 2, 1, 2), 2), ((1, 3, 2, 1, 2), 4)]
@@ -30,7 +30,7 @@ def parts(layout):
     """Places in the whole sequence: of the sequence's tokens, and of what is remembered."""
     scene, kind = token_scenes(layout.whole.segments)
     own = scene >= layout.remembered
-    return np.flatnonzero(own), np.flatnonzero(~own & (kind < TEXT))
+    return np.flatnonzero(own), np.flatnonzero(~own & (kind == VIDEO))
 
 
 def inputs_of(layout, dtype):

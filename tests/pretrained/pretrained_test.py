@@ -237,6 +237,7 @@ def test_a_fine_tuned_folder_is_sampled_exported_and_loaded_again(folder, tmp_pa
     'changes, message',
     [
         ({'pattern': 'causal'}, "no 'causal' mask"),
+        ({'lead_frames': 1}, 'no lead_frames, of which this model has 1'),
         (
             {'scene_offset_frames': 4.0},
             'positions that jump at cuts',
