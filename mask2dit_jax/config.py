@@ -243,6 +243,10 @@ class SampleConfig:
     sheet_stories: int = ranges.whole(4, least=1)
 
 
+# Settings of SampleConfig that a story may change, besides sampler, steps and guidance.
+HOW = ('lag', 'context', 'given_timestep', 'captions_of_given')
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Scores on held-out stories at the end of training.

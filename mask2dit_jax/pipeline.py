@@ -284,10 +284,6 @@ def plan_telling(
     return blocks, {'joint': joint, 'window': window, 'sinks': sinks}
 
 
-# Settings of config.SampleConfig that a request may change.
-HOW = ('lag', 'context', 'given_timestep', 'captions_of_given')
-
-
 def with_sample(config: config_lib.Config, **settings) -> config_lib.Config:
     """The configuration with other settings of `sample`."""
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **settings))
@@ -337,8 +333,10 @@ def check_sampling(
       ValueError: naming all that is wrong, and what is allowed.
     """
     found = ranges.problems(config_lib.Config, {'seed': seed}, '')
-    unknown = [name for name in how if name not in HOW]
-    found += [f'There is no setting {name!r}{ranges.nearest(name, HOW)}.' for name in unknown]
+    unknown = [name for name in how if name not in config_lib.HOW]
+    found += [
+        f'There is no setting {name!r}{ranges.nearest(name, config_lib.HOW)}.' for name in unknown
+    ]
     settings = {'sampler': sampler, 'steps': steps, **how}
     found += ranges.problems(config_lib.SampleConfig, settings, '')
     for scale in np.ravel(guidance).tolist():
@@ -545,7 +543,7 @@ class Model:
             'steps': self.config.sample.steps if steps is None else steps,
             'guidance': np.asarray(guidance, float).tolist(),
         }
-        how = {name: getattr(self.config.sample, name) for name in HOW} | {
+        how = {name: getattr(self.config.sample, name) for name in config_lib.HOW} | {
             name: value for name, value in how.items() if value is not None
         }
         check_sampling(self.config, len(stories[0]), [*asked, given_frames], **sampling, **how)

@@ -337,6 +337,7 @@ SETTINGS = {
     'sampler': ranges.of(config_lib.SampleConfig, 'sampler'),
     'steps': ranges.of(config_lib.SampleConfig, 'steps'),
     'guidance': ranges.Range(f'{_SCALE.says}, or a list of one for each scene', _is_guidance),
+    **{name: ranges.of(config_lib.SampleConfig, name) for name in config_lib.HOW},
     'joint': _whole(1),
     'window': _whole(1),
     'sinks': _whole(0),
