@@ -63,7 +63,7 @@ def lowered_gradient(model, side, text_tokens):
     arrays = [
         jax.ShapeDtypeStruct((1, sum(FRAMES), side, side, 4), jnp.float32),
         jax.ShapeDtypeStruct((1, len(FRAMES), text_tokens, 8), jnp.float32),
-        jax.ShapeDtypeStruct((1, len(FRAMES)), jnp.float32),
+        jax.ShapeDtypeStruct((1, sum(FRAMES)), jnp.float32),
     ]
 
     def loss(params, *arrays):
@@ -88,8 +88,8 @@ def lowered_sample(model, side):
         'null_text': caption,
         'given': (1, sum(FRAMES), side, side, 4),
         'given_scenes': (1, len(FRAMES)),
-        'timesteps': (3,),
-        'table': (3, 5),
+        'timesteps': (3, len(FRAMES)),
+        'table': (3, len(FRAMES), 5),
         'guidance': (len(FRAMES),),
     }
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
