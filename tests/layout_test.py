@@ -244,6 +244,10 @@ def test_each_frame_follows_its_own_timestep():
         other_t = np.where(np.arange(4) == frame, 0, t)
         np.testing.assert_array_equal(change(other_t) > 0, scene_of_frame == scene)
 
+    # One for each scene is one for all of its frames.
+    of_scenes = np.array([[400, 0, 30]])
+    np.testing.assert_array_equal(run(of_scenes), run(of_scenes[:, scene_of_frame]))
+
     # Which frame of a scene has which timestep matters, too: captions have the same in both.
     assert (np.abs(run(np.array([[400, 0, 400, 400]])) - run(np.array([[400, 400, 0, 400]]))) > 0)[
         :, 1:3

@@ -616,8 +616,9 @@ class DiT(nn.Module):
         Args:
           latents: [B, T, H, W, C], scenes concatenated along T.
           text: [B, S, M, text_embed_dim] caption embeddings.
-          t: [B, T], one timestep per latent frame (0 for given scenes). A caption has that of the
-            frames of its scene that are to be denoised, which is their greatest.
+          t: [B, T], one timestep per latent frame (0 for given scenes), or [B, S], one for all
+            frames of each scene. A caption has that of the frames of its scene that are to be
+            denoised, which is their greatest.
           frames: static, latent frames per scene; their sum is T. With a cache those of the
             remembered scenes come first, and are not among T and S. If `forced`, two for each
             scene of the story, a clean and a noisy copy, as layout.twice makes them.
@@ -646,6 +647,8 @@ class DiT(nn.Module):
             raise ValueError(cache_conflict(cfg))
         chex.assert_shape(latents, (batch, own_scenes.total_frames, None, None, cfg.in_channels))
         chex.assert_shape(text, (batch, num_scenes, cfg.max_text_seq_length, cfg.text_embed_dim))
+        if t.shape[1] == num_scenes:  # no other shape than [B, T] if every scene has one frame
+            t = jnp.asarray(t)[:, layout_lib.frame_scenes(own_scenes.frames)]
         chex.assert_shape(t, (batch, own_scenes.total_frames))
 
         # One embedding per timestep.

@@ -23,9 +23,9 @@ unexpected or wrongly shaped tensor is an error that names it.
     states = t5.encode(model.cfg, params, ids)
 
 The transformer takes latents [B, T, H, W, C] (the reference's (B, F, C, h, w) with channels moved
-last), text [B, S, M, E], one timestep for each latent frame t [B, T], and frames, the latent frames
-of each scene. Where the reference sets clip_idx=i, t is the timestep in the frames of scene i and 0
-elsewhere. The reference's attn_msk_version becomes `model.cfg.pattern`.
+last), text [B, S, M, E], a timestep for each latent frame t [B, T] or for each scene t [B, S], and
+frames, the latent frames of each scene. Where the reference sets clip_idx=i, t is the timestep in
+scene i and 0 elsewhere. The reference's attn_msk_version becomes `model.cfg.pattern`.
 """
 
 import dataclasses
