@@ -13,7 +13,7 @@ Variants, after the colon:
   extend         windows of longer stories, whose captions often do not name what is given
   memory         characters and places with names, which leave and come back: windows of 4 scenes
   frames         9 frames a scene, in three latent frames: the first alone, then groups of four
-  sharp          32 x 32 pixels, in as many tokens
+  sharp          32 x 32 pixels, in four times as many tokens
   smoke          a few steps in seconds, to check that everything runs
 """
 
@@ -111,8 +111,8 @@ def get_config(variant='dual'):
         config.data.update(layouts=((9, 9, 9),), codec_first_frame=True)
         config.model.sample_frames = 9  # (9 - 1) / 4 + 1 = 3 latent frames
     if variant == 'sharp':
-        config.data.update(height_px=32, width_px=32, codec_patch_px=8, codec_components=96)
-        config.model.update(in_channels=96, out_channels=96)
+        config.data.update(height_px=32, width_px=32, codec_components=32)
+        config.model.update(in_channels=32, out_channels=32, sample_height=8, sample_width=8)
     if variant == 'smoke':
         config.data.update(num_train=64, num_test=16)
         config.train.update(
